@@ -1,4 +1,4 @@
-//! Generates the services that the tests and benchmarks call; the one of the benchmark for tonic as well.
+//! Generates the services that the tests and benchmarks call, and the benchmark's service for tonic as well.
 
 use std::{env, error::Error, fs, path::PathBuf};
 

@@ -1,12 +1,12 @@
-# For scripts to source: steps whose times are printed at the end, also where one fails.
+# To be sourced by scripts: runs steps, and prints their times at the end, also if one fails.
 
 step_times=()
 step_running=
 
-# step COMMAND...: runs it, notes its time, and returns its status.
+# step COMMAND...: runs a command, records its time, and returns its status.
 step() {
   local begin=$SECONDS status=0 note=
-  # One line, however many arguments there are.
+  # At most 100 characters, however many arguments there are.
   step_running=$*
   step_running=${step_running:0:100}
   step_began=$begin

@@ -1,21 +1,28 @@
-//! Verified content: what a model is made of, where its bytes are, and how they move.
+//! Verified content: the files of a model, the places where their bytes are stored, and their transfer between nodes.
 //!
-//! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
-//! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk, with what their [`header`]s say.
-//!   [`complete`] finds what a model lacks by its own account.
-//! - [`store`] remembers which bytes are where: in files where they stand, and in part files of what is still arriving.
-//! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
-//!   the other side of it, [`source`] what it reads from, and [`availability`] what both tell each other of what they have.
-//! - [`uplink`] is whose turn it is to be answered: on a slow uplink, few at a time.
-//! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`results`] is what it comes to in a folder: [`extract`] makes files of chosen
-//!   tensors, and [`shards`] the index that goes with them.
-//! - [`hf_cache`] reads and writes the cache that huggingface_hub keeps.
+//! - [`struct@Hash`] names bytes by BLAKE3. [`tree`] is the hash tree over chunk groups, so that any range can be
+//!   verified without the rest.
+//! - [`manifest`] lists a model's files and tensors; its hash is the model's id. [`index`] makes a manifest from files
+//!   on disk and their [`header`]s. [`complete`] finds files that a model refers to and does not contain.
+//! - [`store`] records which bytes are where: in files that stay where the user put them, and in part files that are
+//!   still being fetched.
+//! - [`plan`] finds out which content of a manifest is missing in a folder. [`transfer`] fetches it from many providers
+//!   at once, as a schedule without I/O decides. [`serve`] is the provider's side, and reads from a [`source`]. Both
+//!   sides use [`availability`] to tell each other what they have.
+//! - [`uplink`] decides which stream may send next: on a slow uplink, only a few send at a time.
+//! - [`selection`] is a part of a model, chosen by [`pattern`]s for files and tensors. [`results`] are the files that a
+//!   selection produces in a folder. [`extract`] makes files of chosen tensors, and [`shards`] makes the index that
+//!   goes with them.
+//! - [`hf_cache`] reads and writes the cache of huggingface_hub.
 //!
-//! It promises: no byte that was not checked against the tree is written into a file, counted as had, or served as a
-//! verified one; what was reported as done survives a crash; a hostile manifest cannot name a path outside its folder; what
-//! a peer makes us allocate is bounded by constants in [`serve`] and [`transfer`].
+//! Guarantees:
 //!
-//! It leaves out: the network (streams are any `AsyncRead + AsyncWrite`), and who has what (`weft-dht`).
+//! - A byte is written to a file, counted as present, or served as verified only after it was checked against the tree.
+//! - Work that was reported as done survives a crash.
+//! - A hostile manifest cannot name a path outside its folder.
+//! - The memory that a peer can make this node allocate is bounded by constants in [`serve`] and [`transfer`].
+//!
+//! Not here: the network (streams are any `AsyncRead + AsyncWrite`), and finding providers (`weft-dht`).
 
 mod content;
 mod exchange;

@@ -1,10 +1,10 @@
-//! What tests of several modules share.
+//! Helpers that the tests of several modules share.
 
-/// A sequence of numbers that look random, the same in every run (SplitMix64).
+/// A pseudorandom sequence of numbers, the same in every run (SplitMix64).
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    /// A number from 0 to `n - 1`.
+    /// Returns a number from 0 to `n - 1`.
     pub(crate) fn below(&mut self, n: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -13,7 +13,7 @@ impl Random {
         ((z ^ (z >> 31)) % n as u64) as usize
     }
 
-    /// At most `longest` characters of an alphabet.
+    /// Returns a text of at most `longest` characters of `alphabet`.
     pub(crate) fn text(&mut self, alphabet: &[char], longest: usize) -> String {
         (0..self.below(longest + 1))
             .map(|_| alphabet[self.below(alphabet.len())])
@@ -21,7 +21,7 @@ impl Random {
     }
 }
 
-/// Files when power is lost: content and names that were not synced are there, or not, or in part.
+/// Simulates a loss of power: content and names that were not synced are kept, lost, or kept in part.
 pub(crate) mod power {
     use std::{
         collections::{HashMap, HashSet},
@@ -34,20 +34,20 @@ pub(crate) mod power {
 
     use super::Random;
 
-    /// Bytes that a disk writes whole or not at all.
+    /// Bytes that a disk writes as a unit: all of them or none.
     const SECTOR: usize = 512;
 
     static WATCHED: Mutex<Vec<Disk>> = Mutex::new(Vec::new());
 
-    /// What is certain of the files below a folder.
+    /// The synced state of the files in a folder: all that a loss of power is certain to leave.
     struct Disk {
         root: PathBuf,
-        /// By inode.
+        /// The synced content of each file, by inode.
         contents: HashMap<u64, Vec<u8>>,
         names: HashMap<PathBuf, u64>,
     }
 
-    /// A file as it is now.
+    /// A file as it is now, synced or not.
     struct Now {
         path: PathBuf,
         content: Vec<u8>,
@@ -69,7 +69,7 @@ pub(crate) mod power {
     }
 
     impl Disk {
-        /// All that is there now is certain.
+        /// Starts from the present state of the folder, as if all of it were synced.
         fn new(root: &Path) -> Self {
             let mut files = Vec::new();
             walk(root, &mut files);
@@ -114,7 +114,7 @@ pub(crate) mod power {
                 let path = match (file.map(|file| &file.path), name) {
                     (Some(now), Some(name)) if random.below(2) == 0 => Some(now.max(name)),
                     (Some(now), Some(name)) => Some(now.min(name)),
-                    // Made, or removed, and that may not have come to the disk.
+                    // The file was created or removed, and the folder was not synced since.
                     (now, name) if random.below(2) == 0 => now.or(name),
                     _ => None,
                 };
@@ -132,7 +132,7 @@ pub(crate) mod power {
         }
     }
 
-    /// Of each sector what was synced, or what was written since.
+    /// Chooses, for each sector at random, the synced bytes or those written since.
     fn torn(mut synced: Vec<u8>, now: &[u8], random: &mut Random) -> Vec<u8> {
         let length = match random.below(2) {
             0 => synced.len(),
@@ -155,7 +155,7 @@ pub(crate) mod power {
         }
     }
 
-    /// From now on it is noted what below `root` is synced.
+    /// Starts recording what is synced below `root`.
     pub(crate) fn watch(root: &Path) {
         let mut watched = WATCHED.lock().unwrap();
         watched.retain(|disk| disk.root != root);
@@ -166,14 +166,14 @@ pub(crate) mod power {
         WATCHED.lock().unwrap().retain(|disk| disk.root != root);
     }
 
-    /// A file was synced.
+    /// Records that a file was synced.
     pub(crate) fn synced(path: &Path) {
         of(path, |disk| {
             disk.contents.insert(inode(path), fs::read(path).unwrap());
         });
     }
 
-    /// A folder was synced.
+    /// Records that a folder was synced.
     pub(crate) fn names_synced(folder: &Path) {
         of(folder, |disk| {
             disk.names.retain(|path, _| path.parent() != Some(folder));
@@ -187,7 +187,7 @@ pub(crate) mod power {
         });
     }
 
-    /// The power was lost and is back.
+    /// Simulates a loss of power below `root`, and a restart.
     pub(crate) fn cut(root: &Path, random: &mut Random) {
         of(root, |disk| disk.cut(random));
         watch(root);

@@ -1,7 +1,7 @@
-//! A replica on a thread of its own, and the handle through which everything else uses it.
+//! Runs a replica on a thread of its own, and provides the handle through which other components use it.
 //!
-//! The thread does what is waiting, as much as there is up to a bound, puts it on disk in one transaction, and only then answers: so many commits share one
-//! sync, and nothing is acknowledged before it is on disk.
+//! The thread takes as much pending work as there is, up to a limit, writes the results to disk in one transaction, and
+//! only then answers. Many commits thus share one sync, and nothing is acknowledged before it is on disk.
 
 use std::{
     fmt,
@@ -23,33 +23,34 @@ use crate::{
     store::StoreError,
 };
 
-/// Things that wait to be done. Who has more to do waits.
-const WAITING: usize = 256;
+/// Capacity of the work queue. Callers wait while it is full.
+const QUEUE_CAPACITY: usize = 256;
 
-/// Of these, so many share a transaction.
-const BATCH: usize = 128;
+/// Most work items in one transaction.
+const MAX_BATCH: usize = 128;
 
 /// Events that a slow listener may be behind.
 const EVENTS: usize = 1024;
 
-/// The longest time without a look at the clock.
+/// Longest time between two checks of the clock.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// Something to be done with the replica; what is returned is called when it is on disk, or with why it is not.
+/// Work for the replica. It returns a function that is called once the result is on disk, or with the error if it is
+/// not.
 type Work = Box<dyn FnOnce(&mut Replica) -> Done + Send>;
 type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
-/// What peers are to be told, and what has come of what they said.
+/// Messages for peers, and reports about their behavior.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Outgoing {
-    /// A message for a peer.
+    /// A message to send to a peer.
     Send(Key, Bytes),
-    /// A peer sent what no honest peer would.
+    /// A peer sent data that no honest peer would send.
     Offence(Key, String),
 }
 
-/// A replica at work. Cheap to clone; it stops when the last is dropped.
+/// A handle to a running replica. Cheap to clone; the replica stops when the last handle is dropped.
 #[derive(Clone)]
 pub struct Documents {
     key: Key,
@@ -67,7 +68,7 @@ impl fmt::Debug for Documents {
 }
 
 struct Thread {
-    /// Dropped first, so that the thread sees that no more comes.
+    /// Dropped first, so that the thread learns that no more work comes.
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -79,21 +80,21 @@ impl Drop for Thread {
             && thread.thread().id() != std::thread::current().id()
             && thread.join().is_err()
         {
-            tracing::error!("what keeps documents has panicked");
+            tracing::error!("the thread that keeps documents has panicked");
         }
     }
 }
 
 impl Documents {
-    /// Puts a replica to work; what peers are to be told comes out of the second.
+    /// Starts a thread for a replica. Messages for peers come out of the returned receiver.
     ///
     /// # Errors
-    /// [`Error::Store`] if there is no thread for it.
+    /// Returns [`Error::Store`] if the thread cannot be started.
     pub fn start(replica: Replica) -> Result<(Self, mpsc::UnboundedReceiver<Outgoing>), Error> {
         let key = replica.key();
-        let (work, waiting) = mpsc::channel(WAITING);
+        let (work, waiting) = mpsc::channel(QUEUE_CAPACITY);
         let (events, _) = broadcast::channel(EVENTS);
-        // Bounded by what comes in: each message of a peer's is answered with a bounded number of messages.
+        // Bounded by the input: each message of a peer is answered with a limited number of messages.
         let (outgoing, out) = mpsc::unbounded_channel();
         let (stop, stopped) = oneshot::channel();
         let other = |error: std::io::Error| StoreError::Other(error.to_string());
@@ -101,10 +102,10 @@ impl Documents {
             .enable_time()
             .build()
             .map_err(other)?;
-        let told = events.clone();
+        let event_sender = events.clone();
         let thread = std::thread::Builder::new()
             .name("weft-documents".to_owned())
-            .spawn(move || clock.block_on(run(replica, waiting, stopped, told, outgoing)))
+            .spawn(move || clock.block_on(run(replica, waiting, stopped, event_sender, outgoing)))
             .map_err(other)?;
         let thread = Thread {
             stop: Some(stop),
@@ -121,20 +122,21 @@ impl Documents {
         ))
     }
 
-    /// This replica's public key.
+    /// Returns this replica's public key.
     pub fn key(&self) -> Key {
         self.key
     }
 
-    /// What happens to documents from now on.
+    /// Returns a receiver of all further events of documents.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
     }
 
-    /// Does something with the replica; comes back when all of it is on disk.
+    /// Runs `work` with the replica, and returns its result once all changes are on disk.
     ///
     /// # Errors
-    /// What `work` returns, [`Error::Store`] if it is not on disk, [`Error::Stopped`].
+    /// Returns the error of `work`, [`Error::Store`] if the changes are not on disk, or [`Error::Stopped`] if the
+    /// replica has stopped.
     pub async fn with<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Replica) -> Result<T, Error> + Send + 'static,
@@ -143,7 +145,7 @@ impl Documents {
         let work: Work = Box::new(move |replica| {
             let result = work(replica);
             Box::new(move |finished| {
-                // The caller may wait no more. Work that failed by itself has changed nothing.
+                // The caller may no longer wait. Work that failed by itself has changed nothing.
                 let _ = reply.send(result.and_then(|done| {
                     finished?;
                     Ok(done)
@@ -154,9 +156,9 @@ impl Documents {
         done.await.map_err(|_| Error::Stopped)?
     }
 
-    /// A peer is there.
+    /// Reports that a peer has connected.
     pub async fn connected(&self, peer: Key) {
-        // Once it has stopped there is nobody to tell.
+        // If the replica has stopped, there is nothing to do.
         let _ = self
             .with(move |replica| {
                 replica.connected(peer);
@@ -165,7 +167,7 @@ impl Documents {
             .await;
     }
 
-    /// A peer is gone.
+    /// Reports that a peer has disconnected.
     pub async fn disconnected(&self, peer: Key) {
         let _ = self
             .with(move |replica| {
@@ -175,10 +177,10 @@ impl Documents {
             .await;
     }
 
-    /// A peer has sent a message; comes back when it has been dealt with.
+    /// Processes a message of a peer, and returns once that is done.
     ///
     /// # Errors
-    /// [`Error::Store`], [`Error::Stopped`].
+    /// Returns [`Error::Store`] if the disk fails, and [`Error::Stopped`] if the replica has stopped.
     pub async fn received(&self, peer: Key, message: Bytes) -> Result<(), Error> {
         self.with(move |replica| Ok(replica.receive(peer, &message)?))
             .await
@@ -193,14 +195,14 @@ async fn run(
     outgoing: mpsc::UnboundedSender<Outgoing>,
 ) {
     let began = Instant::now();
-    let mut batch = Vec::with_capacity(BATCH);
+    let mut batch = Vec::with_capacity(MAX_BATCH);
     loop {
         let pause = replica
             .next_tick()
             .map_or(IDLE, |at| at.saturating_sub(began.elapsed()).min(IDLE));
         tokio::select! {
             biased;
-            received = timeout(pause.max(Duration::from_millis(10)), waiting.recv_many(&mut batch, BATCH)) => {
+            received = timeout(pause.max(Duration::from_millis(10)), waiting.recv_many(&mut batch, MAX_BATCH)) => {
                 if received == Ok(0) {
                     return;
                 }
@@ -213,7 +215,7 @@ async fn run(
         let mut entropy = [0; 32];
         match getrandom::fill(&mut entropy) {
             Ok(()) => replica.stir(entropy),
-            Err(error) => tracing::warn!(%error, "no fresh randomness for documents"),
+            Err(error) => tracing::warn!(%error, "cannot get fresh randomness for documents"),
         }
         replica.tick(began.elapsed(), wall);
         replica.take_concerns();
@@ -224,10 +226,10 @@ async fn run(
         let done: Vec<_> = batch.drain(..).map(work).collect();
         let finished = replica.finish_round();
         if let Err(error) = &finished {
-            tracing::warn!(%error, "documents");
+            tracing::warn!(%error, "cannot write documents to disk");
         }
         while let Some(output) = replica.poll() {
-            // Nobody need listen.
+            // There may be no listeners.
             match output {
                 Output::Send { peer, message } => _ = outgoing.send(Outgoing::Send(peer, message)),
                 Output::Offence { peer, why } => _ = outgoing.send(Outgoing::Offence(peer, why)),
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_answered_is_on_disk() {
+    async fn acknowledged_changes_are_on_disk() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("documents.redb");
         let (documents, _out) = start(&path, 1);

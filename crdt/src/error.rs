@@ -1,4 +1,4 @@
-//! What can go wrong.
+//! Errors of operations on documents.
 
 use crate::{
     content::value::{EditError, PathError},
@@ -7,66 +7,68 @@ use crate::{
     store::StoreError,
 };
 
-/// An operation on a document failed; nothing of it was done.
+/// An operation on a document failed; nothing was changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// This node does not hold it.
-    #[error("this node does not hold document {0}; open it first")]
+    /// This node has no replica of the document.
+    #[error("this node has no replica of document {0}; open it first")]
     Unknown(DocumentId),
-    /// It was asked for, and no peer that has it has been met yet.
+    /// The document was opened, but has not arrived from a peer yet.
     #[error(
         "document {0} has not arrived yet: no connected peer has it, or this node may not read it"
     )]
     NotYet(DocumentId),
-    /// This node's key may not write it.
-    #[error("{key} may not write document {document}; its owner is {owner}, and can add writers")]
+    /// This node's key may not write the document.
+    #[error(
+        "{key} may not write document {document}; ask its owner, {owner}, to add it as a writer"
+    )]
     NotWriter {
-        /// Which document.
+        /// The document.
         document: DocumentId,
         /// This node's key.
         key: Key,
-        /// Who can change that.
+        /// The owner, who can add writers.
         owner: Key,
     },
-    /// Only its owner may do that.
+    /// Only the owner of the document may do this.
     #[error("only the owner of document {document}, {owner}, may do that")]
     NotOwner {
-        /// Which document.
+        /// The document.
         document: DocumentId,
-        /// Who may.
+        /// The owner of the document.
         owner: Key,
     },
-    /// A single-writer document has no other writers.
+    /// A single-writer document cannot have other writers.
     #[error(
-        "document {0} is written by its owner alone, for good; make a multi-writer document to have others write"
+        "only the owner can ever write document {0}; make a multi-writer document to let others write"
     )]
     SingleWriter(DocumentId),
-    /// A path cannot be read.
+    /// The path is malformed.
     #[error(transparent)]
     Path(#[from] PathError),
-    /// An edit cannot be made.
+    /// The edit does not fit the document.
     #[error(transparent)]
     Edit(#[from] EditError),
-    /// Something is over its limit.
+    /// A size is over its limit.
     #[error("{what} would be {size}; the limit is {limit}{advice}")]
     TooLarge {
-        /// What.
+        /// The subject of the limit.
         what: &'static str,
-        /// How much there would be.
+        /// The size that was requested or would result.
         size: u64,
-        /// How much there may be.
+        /// The largest allowed size.
         limit: u64,
-        /// What to do, beginning with `: `, or empty.
+        /// The rest of the message: a unit, or advice that begins with `: `; may be empty.
         advice: &'static str,
     },
-    /// What was to be imported is no document.
-    #[error("this is no exported document: {0}")]
+    /// The file to import is not an exported document.
+    #[error("this is not an exported document: {0}")]
     Import(String),
-    /// An exported document was imported, and a part of it does not count; what counts is kept.
-    #[error("the document is not imported whole: {0}")]
+    /// An exported document was imported, except for changes that are not valid. The valid ones are kept.
+    #[error("the document was imported only in part: {0}")]
     ImportIncomplete(Box<Imported>),
-    /// The disk failed; what was not acknowledged may be lost.
+    /// The disk failed. Changes that were not acknowledged may be lost.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The replica has stopped.

@@ -1,4 +1,4 @@
-//! What things are called: all of them are hashes or keys of 32 bytes, written as hex.
+//! Identifiers: hashes or keys of 32 bytes, written as hexadecimal digits.
 
 use std::{fmt, str::FromStr};
 
@@ -9,7 +9,7 @@ macro_rules! id {
         pub struct $name(pub [u8; 32]);
 
         impl $name {
-            /// From bytes, if there are 32 of them.
+            /// Reads an identifier from bytes, if there are 32 of them.
             pub(crate) fn read(bytes: &[u8]) -> Option<Self> {
                 bytes.try_into().ok().map(Self)
             }
@@ -55,23 +55,24 @@ macro_rules! id {
 }
 
 id! {
-    /// A document's name: the BLAKE3 hash of its genesis, which its owner signs.
+    /// The id of a document: the BLAKE3 hash of its genesis, which its owner signs.
     DocumentId
 }
 
 id! {
-    /// Who wrote an envelope, in which run of their program: a hash of the author's key, the document, the epoch in which the session began, and a nonce that is
-    /// fresh at every start, so that a restored backup never continues an old sequence.
+    /// A run of an author's program that writes a document. The id is a hash of the author's key, the document, the
+    /// epoch in which the session began, and a nonce that is new at every start. A restored backup thus never continues
+    /// an old sequence.
     SessionId
 }
 
 id! {
-    /// An author's, owner's or peer's Ed25519 public key.
+    /// The Ed25519 public key of an author, owner or peer.
     Key
 }
 
 id! {
-    /// The hash of an epoch; the document's id before the first.
+    /// The hash of an epoch, or the document's id before the first epoch.
     EpochId
 }
 
@@ -86,13 +87,13 @@ id! {
 }
 
 id! {
-    /// Equal on two replicas exactly if they hold the same of a document.
+    /// A digest that is equal on two replicas exactly if they have the same data of a document.
     Digest
 }
 
-/// A text is no id.
+/// The reason for which a text is not an id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no id: 64 hexadecimal digits are expected")]
+#[error("{0:?} is not an id: an id has 64 hexadecimal digits")]
 pub struct ParseIdError(String);
 
 #[cfg(test)]

@@ -1,45 +1,45 @@
-//! What came of the import of an exported document.
+//! The result of importing an exported document.
 
 use std::fmt;
 
 use crate::id::DocumentId;
 
-/// Faults that are told, of any number.
+/// Most faults that are listed.
 const MAX_FAULTS: usize = 8;
 
-/// Changes of a file that do not count, by reason.
+/// Changes of a file that are not valid, by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Refused {
-    /// They would count on no replica that knows what this one knows: the owner has revoked their author since, or
-    /// begun the content anew, or their author has equivocated. No fault of the file.
+    /// Changes that are valid on no replica with the same knowledge: the owner has since revoked their author or
+    /// compacted the document, or their author has equivocated. The file is not at fault.
     pub void: u64,
-    /// The change or its signature is damaged.
+    /// Changes that are damaged, or whose signature is.
     pub damaged: u64,
-    /// They build on changes that are damaged, or neither in the file nor here.
+    /// Changes that build on damaged changes, or on changes that are neither in the file nor on this replica.
     pub missing: u64,
-    /// The document has no room for them.
+    /// Changes for which the document has no room.
     pub full: u64,
 }
 
-/// The result of an import; [`Replica::import`](crate::Replica::import).
+/// The result of [`Replica::import`](crate::Replica::import).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Imported {
-    /// The document.
+    /// The imported document.
     pub document: DocumentId,
-    /// Changes in the file, each counted once.
+    /// Number of changes in the file; duplicates count once.
     pub changes: u64,
-    /// Of these the changes that count here now, including those that did before.
+    /// Number of these changes that are valid on this replica now, including those that were before.
     pub counted: u64,
-    /// The others.
+    /// The other changes, by reason.
     pub refused: Refused,
     /// Faults in the rest of the file, or in the first damaged change; at most eight.
     pub faults: Vec<String>,
 }
 
 impl Imported {
-    /// Returns true if all of the file counts here, or is void everywhere.
+    /// Returns true if every change of the file is valid on this replica or void everywhere.
     pub fn is_whole(&self) -> bool {
         let Refused {
             void: _,
@@ -62,7 +62,7 @@ impl fmt::Display for Imported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} of the file's {} changes count",
+            "{} of the file's {} changes are valid",
             self.counted, self.changes
         )?;
         let Refused {
@@ -76,14 +76,18 @@ impl fmt::Display for Imported {
             (damaged, "is damaged", "are damaged"),
             (
                 missing,
-                "builds on a change that is damaged, or neither in the file nor here",
-                "build on changes that are damaged, or neither in the file nor here",
+                "builds on a change that is damaged, or neither in the file nor on this node",
+                "build on changes that are damaged, or neither in the file nor on this node",
             ),
-            (full, "has no room", "have no room"),
+            (
+                full,
+                "does not fit into the document",
+                "do not fit into the document",
+            ),
             (
                 void,
-                "is void (its author was revoked or has equivocated, or the content began anew)",
-                "are void (their author was revoked or has equivocated, or the content began anew)",
+                "is void (its author was revoked or has equivocated, or the document was compacted)",
+                "are void (their author was revoked or has equivocated, or the document was compacted)",
             ),
         ] {
             if count > 0 {

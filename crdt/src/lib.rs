@@ -1,21 +1,34 @@
-//! Replicated documents that no peer can poison.
+//! Replicated documents that no peer can corrupt.
 //!
-//! A [`Replica`] holds documents of JSON-like content: maps, lists, counters, text as plain values. Each replicates to all peers that hold it, converges whatever
-//! the order in which changes arrive, and survives partitions, crashes and liars. Automerge is the data model, and its sync messages never meet a peer. What
-//! replicates is a log of signed envelopes per author and session, chained by hash, checked in a fixed order before Automerge sees a change on a copy. A document
-//! is named by the hash of its genesis, which its owner signs; who may write is a chain of epochs that the owner signs, and an epoch can also begin the
-//! content anew, so that history does not grow without end.
+//! A [`Replica`] holds documents with JSON-like content: maps, lists, counters, and text as plain values. Each document
+//! replicates to all peers that hold it, converges for any order in which changes arrive, and survives partitions,
+//! crashes and hostile peers.
 //!
-//! It promises: what one replica acknowledges survives its crash; replicas that know the same show the same; a change that would break Automerge is refused by
-//! all alike; an author that signs two different changes for one place is found out, and all drop the same; what a stranger can make a replica store, compute
-//! or send is bounded. It leaves out: transport (`weft-net`), finding who holds a document, and short-lived facts, which are records (`weft-dht`).
+//! Automerge is the data model, but its sync protocol is not used. A log of signed envelopes replicates instead, one
+//! chain of hashes for each author and session. Each envelope is checked in a fixed order before Automerge processes
+//! its change. The id of a document is the hash of its genesis, which its owner signs. The owner also signs a chain of
+//! epochs, which decides who may write. An epoch can compact the document: the content begins anew without its history,
+//! so that history does not grow without limit.
 //!
-//! # A panic hook
-//! A hostile change can make Automerge panic. Such a panic is caught, and so that it is not reported as a fault of this
-//! program, the first document that is loaded or taken from a peer installs a panic hook for the whole process
-//! ([`std::panic::set_hook`]). The hook is silent for panics that this crate catches, and calls the hook that was there
-//! before for all others. A program that has a hook of its own should install it before it opens a replica: a hook that
-//! is installed later sees these panics as well. A program that is built with `panic = "abort"` ends at the first one.
+//! The crate guarantees:
+//!
+//! - A change that a replica has acknowledged survives a crash of the replica.
+//! - Replicas with the same data show the same content.
+//! - All replicas refuse a change that would break Automerge.
+//! - If an author signs two different changes for one position, replicas detect it, and all drop the same changes.
+//! - The data that a peer can make a replica store, compute or send is limited.
+//!
+//! Transport (`weft-net`), the search for holders of a document, and short-lived facts, which are records (`weft-dht`),
+//! are not part of this crate.
+//!
+//! # Panic hook
+//! A hostile change can make Automerge panic. Such a panic is caught, and must not be reported as a fault of this
+//! program. Therefore the first document that is loaded or received from a peer installs a panic hook for the whole
+//! process ([`std::panic::set_hook`]). The hook is silent for panics that this crate catches, and calls the previous
+//! hook for all others.
+//!
+//! A program with a panic hook of its own should install it before it opens a replica; a hook that is installed later
+//! sees these panics as well. A program that is built with `panic = "abort"` ends at the first such panic.
 
 mod content;
 mod document;

@@ -1,39 +1,39 @@
-//! Why something from a peer is not taken.
+//! The reasons for which data of a peer is refused.
 
 use crate::store::StoreError;
 
-/// What is wrong with what a peer sent.
+/// The reason for which an envelope, epoch, proof or genesis of a peer is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
-    /// It breaks a rule that every honest sender keeps.
+    /// The data breaks a rule that every honest sender follows.
     #[error("{0}")]
     Malformed(&'static str),
     /// A signature is wrong.
     #[error("a signature is wrong")]
     Signature,
-    /// Automerge cannot take this change, or would be broken by it.
+    /// Automerge cannot process the change, or would break on it.
     #[error("a change is poisoned: {0}")]
     Poisoned(&'static str),
-    /// It is encoded as another version of Automerge would. This replica cannot take it, for a save would hold it under
-    /// another hash; but its author and the peer that gave it may be honest.
-    #[error("a change is encoded as another version of Automerge encodes it; update this node")]
+    /// The change is encoded as by another version of Automerge. This replica cannot accept it, because a save would
+    /// have it under another hash. Its author and the sending peer may be honest.
+    #[error("a change is encoded by another version of Automerge; update this node")]
     Foreign,
-    /// It may be right, but something it builds on is not here.
-    #[error("it builds on something that is not here")]
+    /// The data may be valid, but one of its dependencies is missing.
+    #[error("a dependency of it is missing")]
     Early,
-    /// It does not count: its author may not write, or its session is over. An honest peer may not know that yet.
-    #[error("it does not count")]
+    /// The data is not valid: its author may not write, or its session has ended. An honest peer may not know that yet.
+    #[error("it is not valid: its author may not write, or its session has ended")]
     Void,
-    /// It was here before.
-    #[error("it is here already")]
+    /// The data is already known.
+    #[error("it is already known")]
     Known,
-    /// The document is full.
+    /// The document has no more room.
     #[error("the document is full")]
     Full,
 }
 
 impl Refusal {
-    /// Whether no honest peer would have sent this.
+    /// Returns true if no honest peer would have sent this.
     pub(crate) fn is_offence(&self) -> bool {
         matches!(
             self,
@@ -42,11 +42,11 @@ impl Refusal {
     }
 }
 
-/// Something from a peer was not taken. The two cases have different causes and consequences: a refusal speaks of the
-/// peer, and ends there; a fault of this side's disk says nothing of the peer, and takes back what was done with it.
+/// Data of a peer was not accepted. The two cases have different consequences. A refusal concerns the peer and needs
+/// nothing else. A disk fault does not concern the peer, and rolls the changes back that were made with its data.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TakeError {
-    /// The message is refused.
+    /// The data is refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// The disk failed.

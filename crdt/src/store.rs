@@ -1,4 +1,4 @@
-//! What a replica has on disk: one table of redb, whose keys begin with what they are.
+//! The database of a replica: one table of redb, whose keys begin with a letter for their kind.
 //!
 //! | key | value |
 //! |---|---|
@@ -7,13 +7,14 @@
 //! | `b` document index | a change of the base |
 //! | `l` document session index | an envelope |
 //! | `p` document session | a proof of equivocation |
-//! | `o` document session | empty: a session of this replica |
-//! | `s` document | a save: a cache of what the log makes, after the BLAKE3 hash (32 bytes) of all that follows it |
-//! | `i` document | figures of the document, for a listing that loads nothing; a cache |
-//! | `q` document | the last of the owner's decisions that cannot be taken yet: it says who may read |
+//! | `o` document session | empty; marks a session of this replica |
+//! | `s` document | a save: a cache of the state that the log produces, after the BLAKE3 hash (32 bytes) of the rest |
+//! | `i` document | figures of the document, so that a listing loads no document; a cache |
+//! | `q` document | the last decision of the owner that cannot be applied yet; it says who may read |
 //!
-//! Writes gather until [`Store::flush`], which puts all of them on disk in one transaction: what was acknowledged survives a crash, and many commits share a sync.
-//! After a fault of the disk the store refuses everything until it is opened again, so that memory can go back to what is on disk.
+//! Writes are collected until [`Store::flush`] puts all of them on disk in one transaction. An acknowledged change thus
+//! survives a crash, and many commits share a sync. After a disk fault, the store refuses all operations until it is
+//! reopened, so that memory can return to the state on disk.
 
 use std::{
     cell::{Cell, RefCell},
@@ -35,37 +36,43 @@ const DOCUMENTS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("documents
 /// Page cache of the database, in bytes.
 const CACHE: usize = 16 << 20;
 
-/// The documents on disk cannot be opened, read or written.
+/// The reason for which the documents on disk cannot be opened, read or written.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
-    /// Another process has them open.
-    #[error("another process has {} open; stop it, or use another home folder", .0.display())]
+    /// Another process has the database open.
+    #[error(
+        "cannot open {}: another process has it open; stop that process, or use another home folder",
+        .0.display()
+    )]
     InUse(PathBuf),
     /// The disk is full.
-    #[error("the disk that holds the documents is full; make room")]
+    #[error("cannot write documents: the disk is full; free some space on it")]
     Full,
-    /// The file is damaged.
-    #[error("{}: {what}; move the file away, and the documents are fetched again from those who have them", .file.display())]
+    /// The database file is damaged.
+    #[error(
+        "cannot open {}: {what}; move the file away, and the documents are fetched again from peers that hold them",
+        .file.display()
+    )]
     Damaged {
-        /// Which file.
+        /// The path of the file.
         file: PathBuf,
-        /// What is wrong with it.
+        /// A description of the damage.
         what: String,
     },
-    /// The data of one document on disk is damaged, or cannot be read. Other documents are as they were.
+    /// The data of one document on disk is damaged or cannot be read. Other documents are not affected.
     #[error(
-        "document {document} is damaged on disk: {what}; open it again to keep what can be read of it, and to get the \
-         rest from peers that hold it"
+        "document {document} is damaged on disk: {what}; open it again to keep the readable part \
+         and to fetch the rest from peers that hold it"
     )]
     Document {
-        /// The document.
+        /// The damaged document.
         document: DocumentId,
         /// A description of the damage.
         what: String,
     },
-    /// Something else.
-    #[error("the documents on disk: {0}")]
+    /// Another error of the database or the disk.
+    #[error("cannot read or write documents: {0}")]
     Other(String),
 }
 
@@ -85,20 +92,21 @@ fn options() -> Options {
     Options::new("documents", CACHE)
 }
 
-/// Documents on disk.
+/// The documents of a replica on disk.
 pub struct Store {
     database: Database,
     /// The file of the database, if it is in one.
     file: Option<PathBuf>,
-    /// It refuses everything after a fault, until [`reopen`](Self::reopen): memory may be ahead of the disk.
+    /// True after a fault, until [`reopen`](Self::reopen). Memory may be ahead of the disk, so all operations are
+    /// refused.
     closed: Cell<bool>,
-    /// What is not on disk yet.
+    /// Writes that are not on disk yet.
     pending: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     noted: RefCell<Noted>,
 }
 
-/// The faults and damage since the last flush. They are kept here, and not only returned to the caller: an operation
-/// may drop an error, but a flush never does.
+/// Faults and damage since the last flush. They are stored here as well as returned: an operation may drop an error,
+/// but a flush never does.
 #[derive(Debug, Default)]
 struct Noted {
     fault: Option<StoreError>,
@@ -113,7 +121,7 @@ impl fmt::Debug for Store {
     }
 }
 
-/// Reads single rows; [`Store::reader`].
+/// Reads single rows; see [`Store::reader`].
 pub(crate) struct Reader<'a> {
     store: &'a Store,
     table: Option<ReadOnlyTable<&'static [u8], &'static [u8]>>,
@@ -136,20 +144,20 @@ impl Reader<'_> {
 pub(crate) type Row = (Vec<u8>, Vec<u8>);
 
 impl Store {
-    /// Opens the documents in this file, or makes it. Blocks.
+    /// Opens the documents in this file, or creates it. Blocks.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`] if the documents cannot be opened or read.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let opened = Database::open(path, options());
         let database = opened.map_err(|error| of_opening(error, Some(path)))?;
         Ok(Self::of(database, Some(path.to_owned())))
     }
 
-    /// Opens the documents wherever `open` has them, such as in memory. After a fault it is called without a pause.
+    /// Opens the documents with `open`, for example in memory. After a fault, `open` is called without a pause.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`] if the documents cannot be opened or read.
     pub fn open_with(open: OpenDatabase) -> Result<Self, StoreError> {
         let opened = Database::open_with(move || open(), options().with_pause(Duration::ZERO));
         let database = opened.map_err(|error| of_opening(error, None))?;
@@ -166,10 +174,10 @@ impl Store {
         }
     }
 
-    /// Keeps an error of the database for the next flush, which fails with it.
+    /// Stores an error of the database for the next flush, which returns it.
     fn note<T>(&self, result: Result<T, Error>) -> Result<T, StoreError> {
         result.map_err(|error| {
-            // As redb itself does, also when it could be opened again at once.
+            // redb does the same, even if the database could be reopened at once.
             if !matches!(error.fault(), None | Some(Fault::Unsound)) {
                 self.closed.set(true);
             }
@@ -183,13 +191,13 @@ impl Store {
         error
     }
 
-    /// Takes the first fault of the disk since the last flush.
+    /// Returns and clears the first disk fault since the last flush.
     pub(crate) fn take_fault(&mut self) -> Option<StoreError> {
         self.noted.get_mut().fault.take()
     }
 
-    /// Returns the error for damage to a document, and keeps it for the next flush, which takes back what was done with
-    /// that document.
+    /// Returns the error for a damaged document, and stores it for the next flush, which rolls the changes to that
+    /// document back.
     pub(crate) fn damaged(&self, document: DocumentId, what: impl Into<String>) -> StoreError {
         let what = what.into();
         let mut noted = self.noted.borrow_mut();
@@ -197,12 +205,12 @@ impl Store {
         StoreError::Document { document, what }
     }
 
-    /// Takes the documents that were found damaged since the last flush.
+    /// Returns and clears the documents found damaged since the last flush.
     pub(crate) fn take_damage(&mut self) -> BTreeMap<DocumentId, String> {
         std::mem::take(&mut self.noted.get_mut().damage)
     }
 
-    /// Forgets what is not on disk yet of a document.
+    /// Drops the pending writes of a document.
     pub(crate) fn forget(&mut self, document: &DocumentId) {
         self.pending
             .retain(|key, _| key.get(1..33) != Some(&document.0[..]));
@@ -216,7 +224,7 @@ impl Store {
         self.pending.insert(key, None);
     }
 
-    /// Deletes all rows whose key begins so.
+    /// Deletes all rows whose key has this prefix.
     pub(crate) fn delete_all(&mut self, prefix: &[u8]) -> Result<(), StoreError> {
         for (key, _) in self.scan(prefix, &[], usize::MAX)? {
             self.delete(key);
@@ -228,7 +236,7 @@ impl Store {
         match self.closed.get() {
             false => Ok(&self.database),
             true => {
-                let closed = "they are closed after a fault".to_owned();
+                let closed = "the database is closed after a fault".to_owned();
                 Err(self.keep(StoreError::Other(closed)))
             }
         }
@@ -245,7 +253,7 @@ impl Store {
         self.reader()?.get(key)
     }
 
-    /// Reads many rows, one at a time, in one transaction.
+    /// Returns a reader for many single rows in one transaction.
     pub(crate) fn reader(&self) -> Result<Reader<'_>, StoreError> {
         let read = self.begin_read()?;
         let table = match read.open_table(DOCUMENTS) {
@@ -256,7 +264,7 @@ impl Store {
         Ok(Reader { store: self, table })
     }
 
-    /// The last row whose key begins with `prefix`.
+    /// Returns the last row whose key begins with `prefix`.
     pub(crate) fn last(&self, prefix: &[u8]) -> Result<Option<Row>, StoreError> {
         let starts = |key: &[u8]| key.starts_with(prefix);
         let range = (Bound::Included(prefix), Bound::Unbounded);
@@ -277,7 +285,8 @@ impl Store {
         Ok(last.map(|(key, value)| (key.value().to_vec(), value.value().to_vec())))
     }
 
-    /// Rows whose key begins with `prefix`, from `prefix` and `from` on, until their values have more than `bytes`.
+    /// Returns the rows whose key begins with `prefix`, starting at `prefix` and `from`, until their values exceed
+    /// `bytes`.
     pub(crate) fn scan(
         &self,
         prefix: &[u8],
@@ -332,12 +341,13 @@ impl Store {
             .collect())
     }
 
-    /// Whether something waits to be put on disk.
+    /// Returns true if there are pending writes.
     pub(crate) fn is_dirty(&self) -> bool {
         !self.pending.is_empty()
     }
 
-    /// Puts everything on disk that was written since the last time. After an error nothing of it is there, and the store is closed until it is opened again.
+    /// Writes all pending changes to disk. After an error none of them is on disk, and the store is closed until it is
+    /// reopened.
     pub(crate) fn flush(&mut self) -> Result<(), StoreError> {
         if self.pending.is_empty() && !self.closed.get() {
             return Ok(());
@@ -352,7 +362,7 @@ impl Store {
         written
     }
 
-    /// Opens it again after a fault, with what is on disk.
+    /// Reopens the store after a fault, with the state on disk.
     pub(crate) fn reopen(&mut self) -> Result<(), StoreError> {
         self.pending.clear();
         *self.noted.get_mut() = Noted::default();
@@ -364,7 +374,7 @@ impl Store {
     }
 }
 
-/// The error of an opening, with the file that it concerns.
+/// Converts an error of opening the database, and adds its file.
 fn of_opening(error: Error, file: Option<&Path>) -> StoreError {
     let Some(file) = file else {
         return error.into();
@@ -376,7 +386,7 @@ fn of_opening(error: Error, file: Option<&Path>) -> StoreError {
             what: what.to_string(),
         },
         error if error.is_missing_file() => {
-            StoreError::Other(format!("{} is gone", file.display()))
+            StoreError::Other(format!("{} does not exist any more", file.display()))
         }
         error => error.into(),
     }
@@ -400,7 +410,7 @@ fn commit(
     written.map_err(StoreError::from)
 }
 
-/// What keys look like.
+/// The keys of rows.
 pub(crate) mod key {
     use super::{DocumentId, SessionId};
 
@@ -410,7 +420,7 @@ pub(crate) mod key {
 
     pub(crate) const ALL_DOCUMENTS: &[u8] = b"d";
 
-    /// Everything that belongs to a document, but for what names it.
+    /// Kinds of all rows of a document except its `d` row.
     pub(crate) const PARTS: &[u8] = b"eblposiq";
 
     pub(crate) fn part(kind: u8, document: &DocumentId) -> Vec<u8> {
@@ -491,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_is_read_as_if_it_were_on_disk() {
+    fn pending_writes_are_read_as_if_they_were_on_disk() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("documents.redb");
         let mut store = Store::open(&path).unwrap();
@@ -513,7 +523,7 @@ mod tests {
         );
         assert_eq!(store.scan(b"a", b"", 0).unwrap(), [row(b"a2", b"2")]);
         drop(store);
-        // What was not flushed is not there.
+        // Writes that were not flushed are lost.
         let mut store = Store::open(&path).unwrap();
         assert_eq!(
             store.scan(b"a", b"", usize::MAX).unwrap(),
@@ -528,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_gone_is_not_made_anew() {
+    fn a_missing_file_is_not_created_again() {
         let folder = tempfile::tempdir().unwrap();
         let [path, aside] = ["documents.redb", "aside.redb"].map(|name| folder.path().join(name));
         let mut store = Store::open(&path).unwrap();
@@ -536,7 +546,7 @@ mod tests {
         store.flush().unwrap();
         std::fs::rename(&path, &aside).unwrap();
         assert!(store.reopen().is_err());
-        // Nor is anything read or written until it is back.
+        // Nothing is read or written either until the file is back.
         assert!(store.get(b"a").is_err() && store.flush().is_err());
         assert!(!path.exists());
         std::fs::rename(&aside, &path).unwrap();
@@ -549,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_file_is_said_so_and_left_alone() {
+    fn a_damaged_file_is_reported_and_left_unchanged() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("documents.redb");
         std::fs::write(&path, [7; 5000]).unwrap();

@@ -1,4 +1,4 @@
-//! Kademlia in the swarm: which nodes come into the routing table, and the requests of the handle.
+//! Runs Kademlia in the swarm: maintains the routing table and serves the requests of the handle.
 
 mod check;
 mod query;
@@ -34,7 +34,7 @@ use tokio::{
 
 use self::{
     check::Checks,
-    query::{Dialling, MAX_QUERIES, Query},
+    query::{Dialing, MAX_QUERIES, Query},
 };
 use crate::{
     Disk,
@@ -47,61 +47,64 @@ use crate::{
     store::{MAX_PACKET, Origin, Store},
 };
 
-/// The name of our own Kademlia: IPFS's nodes are not in it.
+/// Protocol name of Weft's own Kademlia, which keeps it separate from the DHT of IPFS.
 const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/kad/1");
 
-/// How often the routing table is refreshed: some hundreds of requests. Between that, look-ups do it.
+/// Interval between refreshes of the routing table. A refresh costs some hundreds of requests; between refreshes,
+/// lookups keep the table current.
 const REFRESH: Duration = Duration::from_secs(30 * 60);
 
-/// How often it is seen whether what was asked takes too long.
+/// Interval at which queries are checked for requests that take too long.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Time between two looks at whether a node of the routing table is due for a check. One node is checked at a time.
+/// Interval between searches for a node of the routing table that is due for a liveness check. One node is checked at a
+/// time.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// A dial is taken to have ended after this, if nothing tells: longer than any transport tries.
+/// Time after which a dial counts as ended if the swarm has reported nothing. It is longer than any transport tries.
 const FORGOTTEN: Duration = Duration::from_secs(60);
 
-/// How often expired statements are dropped.
+/// Interval at which expired records are dropped.
 const SWEEP: Duration = Duration::from_secs(60);
 
-/// Nodes of one public network (an IPv4 network of 24 bits, an IPv6 network of 48) in the routing table, and in one bucket of it.
+/// Most nodes of one network group (an IPv4 /24 or an IPv6 /48) in the routing table, and in one of its buckets.
 const MAX_OF_NETWORK: usize = 10;
 const MAX_OF_NETWORK_IN_BUCKET: usize = 2;
 
-/// Nodes of which private addresses are remembered.
-const MAX_NEAR: usize = 1024;
+/// Most nodes whose private addresses are remembered.
+const MAX_WITH_PRIVATE: usize = 1024;
 
-/// Whether an address leads no further than our own networks, or within this process.
+/// Returns true if an address stays within this node's own networks or within this process.
 fn is_private(address: &Multiaddr) -> bool {
     let in_memory = |part| matches!(part, Protocol::Memory(_));
     !weft_net::is_outside(address) || address.iter().any(in_memory)
 }
 
-/// What is known of a connected peer.
+/// State of a connected peer.
 #[derive(Debug)]
 struct Peer {
-    /// Address at which we see the peer: that of its first connection that is not relayed, if there is one.
+    /// Address of the peer as this node sees it: that of its oldest direct connection, or of a relayed one if there is
+    /// no other.
     seen_at: Multiaddr,
-    /// That is outside our own networks.
+    /// True if `seen_at` is outside this node's own networks.
     outside: bool,
-    /// Where it says it is.
+    /// Addresses that the peer claims for itself.
     claimed: Vec<Multiaddr>,
-    /// Whether it is a server of our DHT.
+    /// True if the peer is a server of this DHT.
     serves: bool,
-    /// The connections on which it says so. What it says on one may be older than what it says on another.
+    /// Connections on which the peer announces the server role. Announcements on different connections differ in age.
     serving: HashSet<ConnectionId>,
     connections: HashMap<ConnectionId, Multiaddr>,
 }
 
 impl Peer {
-    /// A connection has opened, or leads elsewhere now.
-    fn see(&mut self, connection: ConnectionId, address: Multiaddr) {
+    /// Notes the address of a connection that has opened or whose address has changed.
+    fn set_address(&mut self, connection: ConnectionId, address: Multiaddr) {
         self.connections.insert(connection, address);
-        self.look();
+        self.choose_seen_at();
     }
 
-    fn look(&mut self) {
+    fn choose_seen_at(&mut self) {
         let mut connections: Vec<_> = self.connections.iter().collect();
         connections.sort_by_key(|(id, address)| (Origin::of(address) == Origin::RELAYED, **id));
         if let Some((_, address)) = connections.first() {
@@ -111,52 +114,52 @@ impl Peer {
     }
 }
 
-/// The behaviour's ends of the channels to its handle.
-pub(crate) struct Ends {
+/// The behaviour's ends of the channels that it shares with its handle.
+pub(crate) struct Channels {
     pub(crate) requests: mpsc::Receiver<Command>,
-    /// Tells of the number of nodes in the routing table.
+    /// Publishes the number of nodes in the routing table.
     pub(crate) count: watch::Sender<usize>,
-    /// Counts nodes met.
+    /// Publishes the number of nodes met so far.
     pub(crate) met: watch::Sender<u64>,
 }
 
-/// Kademlia with signed records, as part of a swarm.
+/// Kademlia with signed records, as a swarm behaviour.
 pub struct Behaviour {
     kad: kad::Behaviour<Store>,
     requests: mpsc::Receiver<Command>,
     local: PeerId,
     queries: HashMap<QueryId, Query>,
-    /// What look-ups have found out lately.
+    /// Results of recent lookups, by region of the key space.
     regions: Regions,
-    /// Dials under way, for queries and for checks.
-    dialling: HashMap<PeerId, Dialling>,
-    /// Requests to connected peers that were not answered yet, and when they were sent.
+    /// Dials in progress, for queries and for liveness checks.
+    dialing: HashMap<PeerId, Dialing>,
+    /// Unanswered requests to connected peers, with the time at which each was sent.
     asked: HashMap<PeerId, VecDeque<(QueryId, Instant)>>,
     liveness: Liveness,
-    /// What queries have the swarm do.
+    /// Actions for the swarm to perform.
     actions: VecDeque<ToSwarm<Infallible, THandlerInEvent<Self>>>,
-    /// While there are queries.
+    /// Timer for the queries; set while there are any.
     tick: Option<Pin<Box<Sleep>>>,
-    /// Until the next look whether a node is to be checked.
+    /// Timer for the next search for a node to check.
     check: Option<Pin<Box<Sleep>>>,
     peers: HashMap<PeerId, Peer>,
-    /// Tells of the number of nodes in the routing table.
+    /// Publishes the number of nodes in the routing table.
     count: watch::Sender<usize>,
-    /// Counts nodes met.
+    /// Publishes the number of nodes met so far.
     met: watch::Sender<u64>,
     swept: Instant,
-    /// Strangers reach this node.
+    /// True if peers outside this node's own networks can reach it.
     reachable: bool,
-    /// Somebody from outside our own networks is connected.
+    /// True if a peer from outside this node's own networks is connected.
     outside: bool,
-    /// Others are told that we serve.
+    /// True if this node announces itself as a server.
     serves: bool,
-    /// Private addresses of nodes, which strangers are not told.
-    near: HashMap<PeerId, Vec<Multiaddr>>,
-    /// Statements of others, whose signatures are checked outside the swarm's task.
+    /// Private addresses of nodes, which are not given to peers outside this node's own networks.
+    private_addresses: HashMap<PeerId, Vec<Multiaddr>>,
+    /// Records of other publishers whose signatures are checked outside the swarm's task.
     checks: Checks,
     offenders: Offenders,
-    /// The highest sequence number given out or seen in a statement of this node.
+    /// Highest sequence number assigned to, or seen in, a record of this node.
     sequence: Arc<AtomicU64>,
 }
 
@@ -170,23 +173,23 @@ impl fmt::Debug for Behaviour {
 }
 
 impl Behaviour {
-    /// The behaviour of the node `local`, which keeps statements on `disk`, or in memory.
-    pub(crate) fn new(local: PeerId, disk: Option<Disk>, ends: Ends) -> Self {
-        let Ends {
+    /// Creates the behaviour of the node `local`. It stores records on `disk`, or in memory if there is none.
+    pub(crate) fn new(local: PeerId, disk: Option<Disk>, channels: Channels) -> Self {
+        let Channels {
             requests,
             count,
             met,
-        } = ends;
+        } = channels;
         let mut config = kad::Config::new(PROTOCOL);
         config
             .set_max_packet_size(MAX_PACKET)
             .set_record_ttl(Some(record::MAX_TTL))
-            // Publishers say again what still holds; Kademlia need not do it for them, nor pass on what others stored here.
+            // Publishers renew their own records, so Kademlia neither republishes nor replicates.
             .set_publication_interval(None)
             .set_replication_interval(None)
             .set_provider_publication_interval(None)
             .set_caching(kad::Caching::Disabled)
-            // Who comes into the routing table is decided here.
+            // This behaviour decides which nodes enter the routing table.
             .set_kbucket_inserts(kad::BucketInserts::Manual)
             .set_periodic_bootstrap_interval(Some(REFRESH));
         let mut kad = kad::Behaviour::with_config(local, Store::new(local, disk), config);
@@ -200,7 +203,7 @@ impl Behaviour {
             requests,
             local,
             queries: HashMap::new(),
-            dialling: HashMap::new(),
+            dialing: HashMap::new(),
             asked: HashMap::new(),
             liveness: Liveness::default(),
             regions: Regions::default(),
@@ -214,17 +217,18 @@ impl Behaviour {
             reachable: false,
             outside: false,
             serves: true,
-            near: HashMap::new(),
+            private_addresses: HashMap::new(),
         }
     }
 
-    /// Returns the highest sequence number given out or seen in a statement of this node, which the handle raises.
+    /// Returns the counter with the highest sequence number assigned to, or seen in, a record of this node. The handle
+    /// raises it.
     pub(crate) fn sequence(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.sequence)
     }
 
-    /// Kademlia itself. For a simulation that takes the place of the swarm and of Kademlia's connection handler, to
-    /// which alone Kademlia gives what is to be asked on a new connection.
+    /// Returns the inner Kademlia behaviour. For a simulation that replaces the swarm and Kademlia's connection
+    /// handler: Kademlia gives pending requests to the handler of a new connection only.
     #[doc(hidden)]
     pub fn kademlia(
         &mut self,
@@ -232,15 +236,15 @@ impl Behaviour {
         &mut self.kad
     }
 
-    /// A node is in the routing table from now on, and has just answered. For a simulation that begins with filled
-    /// routing tables.
+    /// Adds a node to the routing table as if it had just answered. For a simulation that begins with filled routing
+    /// tables.
     #[doc(hidden)]
     pub fn remember(&mut self, peer: PeerId, address: Multiaddr) {
         self.liveness.answered(peer, None, Instant::now());
         self.kad.add_address(&peer, address);
     }
 
-    /// Nodes in the routing table.
+    /// Returns the number of nodes in the routing table.
     fn nodes(&mut self) -> usize {
         self.kad.kbuckets().map(|bucket| bucket.num_entries()).sum()
     }
@@ -250,7 +254,7 @@ impl Behaviour {
         self.count.send_replace(nodes);
     }
 
-    /// Returns the addresses that the routing table has of a peer; empty if it has none.
+    /// Returns the addresses of a peer in the routing table; empty if it has none.
     fn routes_of(&mut self, peer: PeerId) -> Vec<Multiaddr> {
         let Some(bucket) = self.kad.kbucket(peer) else {
             return Vec::new();
@@ -262,13 +266,13 @@ impl Behaviour {
             .collect()
     }
 
-    /// A peer has answered, after so long if that was measured, or has connected. A suspect returns to the routing
-    /// table.
-    fn is_alive(&mut self, peer: PeerId, took: Option<Duration>) {
+    /// Notes that a peer has answered, after `took` if that was measured, or has connected. A suspect returns to the
+    /// routing table.
+    fn on_alive(&mut self, peer: PeerId, took: Option<Duration>) {
         for address in self.liveness.answered(peer, took, Instant::now()) {
             self.route(peer, address);
         }
-        // Its routes may have been forgotten meanwhile; what it says of its addresses has not.
+        // The routing table may have dropped the peer meanwhile; its claimed addresses are still known.
         if self.peers.get(&peer).is_some_and(|known| known.serves)
             && self.routes_of(peer).is_empty()
         {
@@ -276,9 +280,9 @@ impl Behaviour {
         }
     }
 
-    /// A node that was asked at this time, at these addresses, has not answered: it leaves the routing table, and so
-    /// what others are told.
-    fn has_failed(&mut self, peer: PeerId, asked: Instant, addresses: &[Multiaddr]) {
+    /// Notes that a node did not answer a request sent at `asked` to `addresses`. The node leaves the routing table,
+    /// so other nodes no longer learn of it here.
+    fn on_failed(&mut self, peer: PeerId, asked: Instant, addresses: &[Multiaddr]) {
         let routes = self.routes_of(peer);
         let is_member = !routes.is_empty();
         let tried: Vec<_> = addresses.iter().chain(&routes).cloned().collect();
@@ -289,10 +293,10 @@ impl Behaviour {
         if standing == Standing::Good {
             return;
         }
-        tracing::debug!(%peer, ?standing, "a node of the DHT does not answer");
+        tracing::debug!(%peer, ?standing, "DHT node does not answer");
         self.regions.forget(peer);
         if standing == Standing::Gone {
-            self.near.remove(&peer);
+            self.private_addresses.remove(&peer);
         }
         if is_member {
             self.kad.remove_peer(&peer);
@@ -300,25 +304,25 @@ impl Behaviour {
         }
     }
 
-    /// Dials the node whose life is most in doubt, if one is due.
+    /// Starts a liveness check of the node that is most overdue, if one is due.
     fn check_next(&mut self) {
         let now = Instant::now();
-        let silent = |dialling: &Dialling| dialling.checks && dialling.counted.is_none();
-        let late: Vec<_> = (self.dialling.iter())
-            .filter(|(peer, dialling)| {
-                silent(dialling) && now >= dialling.since + self.liveness.deadline(**peer, false)
+        let silent = |dialing: &Dialing| dialing.checks && dialing.counted.is_none();
+        let late: Vec<_> = (self.dialing.iter())
+            .filter(|(peer, dialing)| {
+                silent(dialing) && now >= dialing.since + self.liveness.deadline(**peer, false)
             })
-            .map(|(peer, dialling)| (*peer, dialling.since, dialling.addresses.clone()))
+            .map(|(peer, dialing)| (*peer, dialing.since, dialing.addresses.clone()))
             .collect();
         for (peer, since, addresses) in late {
-            if let Some(dialling) = self.dialling.get_mut(&peer) {
-                dialling.counted = Some(now);
+            if let Some(dialing) = self.dialing.get_mut(&peer) {
+                dialing.counted = Some(now);
             }
-            self.has_failed(peer, since, &addresses);
+            self.on_failed(peer, since, &addresses);
         }
-        // A dial whose end nobody told of: the swarm had another under way.
-        self.dialling
-            .retain(|_, dialling| now < dialling.since + FORGOTTEN);
+        // Drop dials whose end was never reported because the swarm had another dial in progress.
+        self.dialing
+            .retain(|_, dialing| now < dialing.since + FORGOTTEN);
         let mut members = Vec::new();
         for bucket in self.kad.kbuckets() {
             members.extend(bucket.iter().map(|entry| *entry.node.key.preimage()));
@@ -328,32 +332,32 @@ impl Behaviour {
         let peers = &self.peers;
         self.liveness
             .retain(|peer| table.contains(&peer) || peers.contains_key(&peer));
-        let dialling = &self.dialling;
-        let is_under_way = |peer| dialling.contains_key(&peer);
+        let dialing = &self.dialing;
+        let is_under_way = |peer| dialing.contains_key(&peer);
         let is_connected = |peer| peers.contains_key(&peer);
         let due = self
             .liveness
             .due(members.into_iter(), is_under_way, is_connected, now);
         if let Some(check) = due {
-            tracing::debug!(peer = %check.peer, "is checked for life");
+            tracing::debug!(peer = %check.peer, "checking whether the DHT node is alive");
             if self.peers.contains_key(&check.peer) {
                 self.liveness.postpone(check.peer, now);
-                self.poke(check.peer);
+                self.probe(check.peer);
                 return;
             }
-            let dialling = self.dial(check.peer, check.addresses, false);
-            dialling.checks = true;
+            let dialing = self.dial(check.peer, check.addresses, false);
+            dialing.checks = true;
         }
     }
 
     fn on_command(&mut self, command: Command) {
-        // In every arm, whoever asked may be gone by the time of the answer.
+        // In every arm, the caller may have stopped waiting for the reply.
         match command {
             Command::Put {
                 record,
-                again,
+                reuse_lookup,
                 reply,
-            } => self.put(&record, again, reply),
+            } => self.put(&record, reuse_lookup, reply),
             Command::Get { key, enough, reply } => self.get(key, enough, reply),
             Command::Ask { key, peer, reply } => self.ask_one(key, peer, reply),
             Command::Own { prefix, reply } => {
@@ -403,17 +407,20 @@ impl Behaviour {
         }
     }
 
-    /// Puts an address into the routing table, unless it is not to be told, or its network has enough nodes there.
+    /// Adds an address to the routing table, unless its network group has enough nodes there. A private address is not
+    /// added while a peer from outside is connected.
     fn route(&mut self, peer: PeerId, address: Multiaddr) {
         let address = weft_net::split_peer_id(address).0;
         if is_private(&address) {
-            if self.near.len() < MAX_NEAR || self.near.contains_key(&peer) {
-                let near = self.near.entry(peer).or_default();
+            if self.private_addresses.len() < MAX_WITH_PRIVATE
+                || self.private_addresses.contains_key(&peer)
+            {
+                let near = self.private_addresses.entry(peer).or_default();
                 if near.len() < MAX_ADDRESSES && !near.contains(&address) {
                     near.push(address.clone());
                 }
             }
-            // Where everybody is near, nobody is a stranger.
+            // Without a peer from outside, private addresses may be shared.
             if self.outside {
                 return;
             }
@@ -422,7 +429,7 @@ impl Behaviour {
             return;
         }
         let network = Origin::of(&address);
-        if network != Origin::NEAR {
+        if network != Origin::LOCAL {
             let (mut here, mut in_bucket) = (0, 0);
             let key = kad::KBucketKey::from(peer);
             let own = self.kad.kbucket(peer).map(|bucket| bucket.range());
@@ -437,7 +444,7 @@ impl Behaviour {
                 }
             }
             if here >= MAX_OF_NETWORK || in_bucket >= MAX_OF_NETWORK_IN_BUCKET {
-                tracing::debug!(%peer, %address, "not in the routing table: its network has enough nodes there");
+                tracing::debug!(%peer, %address, "not added to the routing table: its network group has enough nodes");
                 return;
             }
         }
@@ -452,7 +459,8 @@ impl Behaviour {
         })
     }
 
-    /// Whether we serve, and whom we tell where our neighbours are.
+    /// Updates the server role, and removes private addresses from the routing table once a peer from outside is
+    /// connected.
     fn settle_role(&mut self) {
         let outside = self.peers.values().any(|peer| peer.outside);
         if outside && !self.outside {
@@ -476,17 +484,17 @@ impl Behaviour {
         }
     }
 
-    /// A connection is about to begin. The first with a stranger ends our serving before the stranger is told of our
-    /// protocols: libp2p-identify loses a change that comes before it has told them, and the stranger would take us for
-    /// a server until something else changes.
-    fn comes(&mut self, remote: &Multiaddr) {
+    /// Handles a connection that is about to open. The first one with a peer from outside ends the server role
+    /// before that peer learns the protocols of this node. libp2p-identify loses a change that comes before its first
+    /// message, so the peer would take this node for a server until another change.
+    fn connection_begins(&mut self, remote: &Multiaddr) {
         if self.serves && !self.reachable && !is_private(remote) {
             self.set_serves(false);
         }
     }
 
-    /// A connection that was about to begin may be none.
-    fn came_to_nothing(&mut self) {
+    /// Restores the server role if a pending connection to a peer from outside has not opened.
+    fn connection_did_not_open(&mut self) {
         if !self.serves && !self.outside {
             self.settle_role();
         }
@@ -494,21 +502,22 @@ impl Behaviour {
 
     fn set_serves(&mut self, serves: bool) {
         self.serves = serves;
-        tracing::debug!(serves, "the DHT's records");
+        tracing::debug!(serves, "changed the server role in the DHT");
         let mode = if serves { Mode::Server } else { Mode::Client };
         self.kad.set_mode(Some(mode));
     }
 
-    /// A peer says on a connection that it serves, which is a sign of life: it may just have begun to.
+    /// Handles a peer's announcement, on one connection, that it is a server. The announcement is a sign of life; the
+    /// peer may just have become a server.
     fn on_serving(&mut self, peer: PeerId, connection: ConnectionId) {
         if let Some(known) = self.peers.get_mut(&peer) {
             known.serving.insert(connection);
-            self.is_alive(peer, None);
+            self.on_alive(peer, None);
             self.on_server(peer);
         }
     }
 
-    /// A peer says on a connection that it does not serve.
+    /// Handles a peer's announcement, on one connection, that it is not a server.
     fn on_not_serving(&mut self, peer: PeerId, connection: ConnectionId) {
         let Some(known) = self.peers.get_mut(&peer) else {
             return;
@@ -516,7 +525,7 @@ impl Behaviour {
         known.serving.remove(&connection);
         if known.serves && known.serving.is_empty() {
             known.serves = false;
-            tracing::debug!(%peer, "serves the DHT no more");
+            tracing::debug!(%peer, "peer is no longer a server of the DHT");
             self.regions.forget(peer);
             self.kad.remove_peer(&peer);
             self.count_nodes();
@@ -533,7 +542,7 @@ impl Behaviour {
                     true => &mut connected,
                     false => &mut others,
                 };
-                let near = self.near.get(&peer).into_iter().flatten();
+                let near = self.private_addresses.get(&peer).into_iter().flatten();
                 let addresses = entry.node.value.iter().chain(near).take(2);
                 let whole = addresses.filter_map(|a| a.clone().with_p2p(peer).ok());
                 routes.extend(whole);
@@ -544,7 +553,7 @@ impl Behaviour {
         connected
     }
 
-    /// A connected peer turns out to serve our DHT: what it said of its addresses becomes routes.
+    /// Handles a connected peer that turns out to be a server: its claimed addresses enter the routing table.
     fn on_server(&mut self, peer: PeerId) {
         let Some(known) = self.peers.get_mut(&peer) else {
             return;
@@ -578,7 +587,7 @@ impl Behaviour {
 }
 
 impl NetworkBehaviour for Behaviour {
-    // The same for every store; ours is private.
+    // The handler type is the same for every store; `Store` is private.
     type ConnectionHandler = <kad::Behaviour<MemoryStore> as NetworkBehaviour>::ConnectionHandler;
     type ToSwarm = Infallible;
 
@@ -599,7 +608,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.comes(remote);
+        self.connection_begins(remote);
         self.kad
             .handle_established_inbound_connection(id, peer, local, remote)
     }
@@ -614,9 +623,9 @@ impl NetworkBehaviour for Behaviour {
         let mut known = self
             .kad
             .handle_pending_outbound_connection(id, peer, addresses, role)?;
-        // Most of it is what strangers say of others. They are not to have us dial our neighbours, nor many.
+        // Most of these addresses come from other peers. They must not make this node dial its private networks.
         let outside = self.outside;
-        let near = peer.and_then(|peer| self.near.get(&peer));
+        let near = peer.and_then(|peer| self.private_addresses.get(&peer));
         let near = near.cloned().unwrap_or_default();
         known.retain(|address| {
             let is_route = |peer| self.is_route(peer, address);
@@ -635,7 +644,7 @@ impl NetworkBehaviour for Behaviour {
         role: Endpoint,
         port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.comes(address);
+        self.connection_begins(address);
         self.kad
             .handle_established_outbound_connection(id, peer, address, role, port)
     }
@@ -657,12 +666,12 @@ impl NetworkBehaviour for Behaviour {
                     serving: HashSet::new(),
                     connections: HashMap::new(),
                 });
-                peer.see(*connection_id, address.clone());
+                peer.set_address(*connection_id, address.clone());
                 self.settle_role();
-                self.is_alive(*peer_id, None);
+                self.on_alive(*peer_id, None);
                 self.ask_connected(*peer_id);
             }
-            // A name has turned out to lead there, or the peer has moved.
+            // The address of a connection changes when a name was resolved or the peer has moved.
             FromSwarm::AddressChange(AddressChange {
                 peer_id,
                 connection_id,
@@ -670,7 +679,7 @@ impl NetworkBehaviour for Behaviour {
                 ..
             }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
-                    peer.see(*connection_id, new.get_remote_address().clone());
+                    peer.set_address(*connection_id, new.get_remote_address().clone());
                 }
                 self.settle_role();
             }
@@ -683,7 +692,7 @@ impl NetworkBehaviour for Behaviour {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
                     peer.connections.remove(connection_id);
                     peer.serving.remove(connection_id);
-                    peer.look();
+                    peer.choose_seen_at();
                     if peer.connections.is_empty() {
                         self.peers.remove(peer_id);
                         self.asked.remove(peer_id);
@@ -701,9 +710,11 @@ impl NetworkBehaviour for Behaviour {
                 ..
             }) => {
                 self.dial_failed(*peer, error);
-                self.came_to_nothing();
+                self.connection_did_not_open();
             }
-            FromSwarm::DialFailure(_) | FromSwarm::ListenFailure(_) => self.came_to_nothing(),
+            FromSwarm::DialFailure(_) | FromSwarm::ListenFailure(_) => {
+                self.connection_did_not_open()
+            }
             FromSwarm::NewExternalAddrOfPeer(NewExternalAddrOfPeer { peer_id, addr }) => {
                 self.on_claimed(*peer_id, addr);
             }
@@ -739,7 +750,7 @@ impl NetworkBehaviour for Behaviour {
             if let Some(action) = self.actions.pop_front() {
                 return Poll::Ready(action);
             }
-            // Closed means that all handles are gone; the swarm that polls us stops on its own.
+            // A closed channel means that all handles are gone; the swarm that polls this behaviour stops on its own.
             if self.queries.len() < MAX_QUERIES
                 && let Poll::Ready(Some(command)) = self.requests.poll_recv(cx)
             {
@@ -765,7 +776,7 @@ impl NetworkBehaviour for Behaviour {
                 let tick = self.tick.get_or_insert_with(|| Box::pin(sleep(TICK)));
                 if tick.as_mut().poll(cx).is_ready() {
                     self.tick = None;
-                    self.drive_all();
+                    self.advance_all();
                     continue;
                 }
             }
@@ -810,9 +821,9 @@ mod tests {
             let at = address(&format!("/ip4/9.{n}.1.1/tcp/1"));
             behaviour.route(PeerId::random(), at);
         }
-        // A bucket has room for twenty, and half of all nodes are in the farthest.
+        // A bucket holds twenty nodes, and half of all nodes fall into the farthest bucket.
         assert!(behaviour.nodes() >= of_one + 25);
-        // All relayed nodes count as one network, whichever relays they use.
+        // All relayed nodes count as one network group, whichever relays they use.
         let before = behaviour.nodes();
         for n in 1..=50 {
             let relay = PeerId::random();
@@ -823,7 +834,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_counts_as_where_it_is_directly_connected_and_not_as_its_relay() {
+    fn a_peer_belongs_to_the_network_group_of_its_direct_connection() {
         let relay = PeerId::random();
         let relayed = address(&format!("/ip4/8.8.8.8/tcp/1/p2p/{relay}/p2p-circuit"));
         let direct = address("/ip4/9.9.9.9/tcp/1");
@@ -835,19 +846,19 @@ mod tests {
             serving: HashSet::new(),
             connections: HashMap::new(),
         };
-        peer.see(ConnectionId::new_unchecked(1), relayed.clone());
+        peer.set_address(ConnectionId::new_unchecked(1), relayed.clone());
         assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
-        peer.see(ConnectionId::new_unchecked(2), direct.clone());
+        peer.set_address(ConnectionId::new_unchecked(2), direct.clone());
         assert_eq!(peer.seen_at, direct);
-        // A relayed one that opens later changes nothing.
-        peer.see(ConnectionId::new_unchecked(3), relayed.clone());
+        // A relayed connection that opens later changes nothing.
+        peer.set_address(ConnectionId::new_unchecked(3), relayed.clone());
         assert_eq!(peer.seen_at, direct);
         peer.connections.remove(&ConnectionId::new_unchecked(2));
-        peer.look();
+        peer.choose_seen_at();
         assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
     }
 
-    fn dialled(peer: PeerId, at: &Multiaddr) -> (ConnectionId, ConnectedPoint) {
+    fn dialed(peer: PeerId, at: &Multiaddr) -> (ConnectionId, ConnectedPoint) {
         let endpoint = ConnectedPoint::Dialer {
             address: at.clone().with_p2p(peer).unwrap(),
             role_override: Endpoint::Dialer,
@@ -857,7 +868,7 @@ mod tests {
     }
 
     fn connect(behaviour: &mut Behaviour, peer: PeerId, at: &Multiaddr) {
-        let (id, endpoint) = dialled(peer, at);
+        let (id, endpoint) = dialed(peer, at);
         behaviour
             .handle_established_outbound_connection(id, peer, at, Endpoint::Dialer, PortUse::Reuse)
             .unwrap();
@@ -870,7 +881,7 @@ mod tests {
         }));
     }
 
-    /// Has the behaviour do what it has to do.
+    /// Polls the behaviour until it has nothing to do.
     async fn settle(behaviour: &mut Behaviour) {
         std::future::poll_fn(|cx| {
             while behaviour.poll(cx).is_ready() {}
@@ -880,11 +891,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_node_that_answered_nothing_is_asked_again_when_it_says_that_it_serves() {
+    async fn a_node_that_answered_nothing_is_asked_again_when_it_announces_the_server_role() {
         let mut behaviour = behaviour();
         let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
         connect(&mut behaviour, peer, &at);
-        let (id, endpoint) = dialled(peer, &at);
+        let (id, endpoint) = dialed(peer, &at);
         let serves = || THandlerOutEvent::<Behaviour>::ProtocolConfirmed {
             endpoint: endpoint.clone(),
         };
@@ -897,7 +908,7 @@ mod tests {
             let liveness = &mut behaviour.liveness;
             liveness.failed(peer, asked, &routes, routes.clone(), false, asked);
         }
-        behaviour.has_failed(peer, later(20), &[]);
+        behaviour.on_failed(peer, later(20), &[]);
         let (now, routes) = (later(20), [at.clone()]);
         let standing = |b: &Behaviour| b.liveness.standing(peer, &routes, now);
         assert_eq!(standing(&behaviour), Standing::Gone);
@@ -906,7 +917,7 @@ mod tests {
         settle(&mut behaviour).await;
         assert_eq!(standing(&behaviour), Standing::Good);
         assert_eq!(behaviour.nodes(), 1);
-        // One that serves no more is asked nothing, and has not failed either.
+        // A peer that stops serving is not asked, and its silence does not count as a failure.
         let no_more = THandlerOutEvent::<Behaviour>::ProtocolNotSupported { endpoint };
         behaviour.on_connection_handler_event(peer, id, no_more);
         settle(&mut behaviour).await;
@@ -918,15 +929,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stranger_is_never_told_that_a_node_serves_which_does_not() {
+    async fn a_client_never_announces_the_server_role_to_a_stranger() {
         let mut behaviour = behaviour();
         let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
         assert_eq!(behaviour.kad.mode(), Mode::Server);
         let id = ConnectionId::new_unchecked(1);
-        // Before the connection has its handler.
-        behaviour.comes(&at);
+        // The connection has no handler yet.
+        behaviour.connection_begins(&at);
         assert_eq!(behaviour.kad.mode(), Mode::Client);
-        // It comes to nothing.
+        // The connection does not open.
         behaviour.on_swarm_event(FromSwarm::DialFailure(DialFailure {
             peer_id: Some(peer),
             error: &libp2p::swarm::DialError::Aborted,
@@ -935,12 +946,12 @@ mod tests {
         assert_eq!(behaviour.kad.mode(), Mode::Server);
         connect(&mut behaviour, peer, &at);
         assert_eq!(behaviour.kad.mode(), Mode::Client);
-        // A neighbour concerns it as little as a node that strangers reach.
+        // A connection to a neighbor changes nothing, and neither does one to a stranger if this node is reachable.
         let mut other = self::behaviour();
         connect(&mut other, peer, &address("/ip4/192.168.1.2/tcp/1"));
         assert_eq!(other.kad.mode(), Mode::Server);
         other.reachable = true;
-        other.comes(&at);
+        other.connection_begins(&at);
         assert_eq!(other.kad.mode(), Mode::Server);
     }
 
@@ -952,7 +963,7 @@ mod tests {
         assert!(dht.next_sequence() < ahead);
         dht.raise(ahead);
         assert_eq!(dht.next_sequence(), ahead + 1);
-        // A lower one changes nothing.
+        // A lower number changes nothing.
         dht.raise(5);
         assert_eq!(dht.next_sequence(), ahead + 2);
         dht.raise(u64::MAX);
@@ -960,7 +971,7 @@ mod tests {
     }
 
     #[test]
-    fn private_addresses_are_told_only_while_there_is_no_stranger() {
+    fn private_addresses_are_shared_only_while_no_outside_peer_is_connected() {
         let mut behaviour = behaviour();
         let neighbour = PeerId::random();
         behaviour.route(neighbour, address("/ip4/192.168.1.2/tcp/1"));
@@ -979,14 +990,14 @@ mod tests {
         assert_eq!((behaviour.nodes(), behaviour.serves), (0, false));
         behaviour.route(neighbour, address("/ip4/192.168.1.3/tcp/1"));
         assert_eq!(behaviour.nodes(), 0);
-        // It is still dialled there.
-        let dialled = behaviour.handle_pending_outbound_connection(
+        // The neighbor is still dialed at its private addresses.
+        let dialed = behaviour.handle_pending_outbound_connection(
             ConnectionId::new_unchecked(1),
             Some(neighbour),
             &[],
             Endpoint::Dialer,
         );
-        assert_eq!(dialled.unwrap().len(), 2);
+        assert_eq!(dialed.unwrap().len(), 2);
         behaviour.reachable = true;
         behaviour.settle_role();
         assert!(behaviour.serves);

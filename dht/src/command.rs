@@ -1,23 +1,24 @@
-//! Requests of the handle to the behaviour, and their outcomes.
+//! Requests from the handle to the behaviour, and their results.
 
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{oneshot, watch};
 
 use crate::{DiskError, Record, RecordError, store::Usage};
 
-/// Why a record was not published or looked up.
+/// The reason for which a record was not published or looked up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DhtError {
     /// The record breaks a rule.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// This node has stated something newer under the key and subkey meanwhile; what is newer stays.
+    /// This node has published a newer record under the same key and subkey in the meantime. The newer record stays.
     #[error(
-        "this node has stated something newer under the same key meanwhile, of number {0}; state it again"
+        "the record is superseded: this node has published a newer one under the same key, \
+         with sequence number {0}; publish the value reuse_lookup"
     )]
     Superseded(u64),
-    /// It is not on this node's disk.
+    /// The record could not be written to this node's disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The network has stopped.
@@ -25,21 +26,21 @@ pub enum DhtError {
     Stopped,
 }
 
-/// What the DHT looks like from here.
+/// The DHT as this node sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status {
     /// Nodes in the routing table.
     pub nodes: usize,
-    /// What it keeps.
+    /// Records stored on this node.
     pub kept: Usage,
 }
 
-/// The outcome of storing a statement.
+/// The result of storing a record.
 #[derive(Debug, Default)]
 pub(crate) struct Stored {
-    /// Other nodes that took it.
+    /// Number of other nodes that stored the record.
     pub(crate) took: usize,
-    /// Some of those that refused it: they may have a newer one.
+    /// Some of the nodes that refused the record; they may have a newer one.
     pub(crate) refused: Vec<PeerId>,
 }
 
@@ -48,8 +49,8 @@ pub(crate) struct Stored {
 pub(crate) enum Command {
     Put {
         record: Box<Record>,
-        /// Where its neighbours were stored lately will do.
-        again: bool,
+        /// If true, the record may be stored at the nodes found by a recent lookup for a neighboring key.
+        reuse_lookup: bool,
         reply: oneshot::Sender<Result<Stored, DhtError>>,
     },
     Get {
@@ -73,25 +74,25 @@ pub(crate) enum Command {
     Status(oneshot::Sender<Status>),
 }
 
-/// Decides from the statements found so far, and from how far the look-up is, whether they are enough.
+/// Decides from the records found so far, and from the progress of the lookup, whether they are enough.
 pub(crate) type IsEnough = Box<dyn Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send>;
 
-/// The progress of a look-up.
+/// The progress of a lookup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Other nodes that have answered with any statement.
+    /// Other nodes that have answered with a record.
     pub answers: usize,
-    /// True once only nodes are waited for that should have answered by now.
+    /// True once all nodes still waited for should have answered by now.
     pub settled: bool,
 }
 
-/// When a look-up has found enough.
+/// The condition that ends a lookup.
 pub(crate) enum Enough {
-    /// Every node that should know has been asked.
+    /// All nodes that should have the record were asked.
     All,
-    /// So many nodes have answered with something.
+    /// This many nodes have answered with a record.
     Answers(usize),
-    /// The caller says.
+    /// The caller's condition is met.
     When(IsEnough),
 }
 

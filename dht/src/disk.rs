@@ -1,7 +1,8 @@
-//! The records on disk, so that a restart loses none.
+//! Stores the records on disk, so that a restart loses none.
 //!
-//! A thread of its own writes what has changed, all of it in one transaction: once a second, or at once when somebody waits for it. What this node states
-//! itself is waited for; what others had us keep is lost for a second at most, and is kept by nineteen more.
+//! A thread of its own writes all changes in one transaction: once a second, or at once when a caller waits for them.
+//! Callers wait for this node's own records. A crash can lose records of other publishers that are less than a second
+//! old; about nineteen other nodes store those as well.
 
 use std::{
     collections::HashMap,
@@ -18,24 +19,27 @@ use weft_disk::{Database, Error, Options};
 
 const RECORDS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("records-1");
 
-/// Page cache of the database, in bytes: it is read once and then only written.
+/// Page cache of the database, in bytes. The database is read once and then only written.
 const CACHE: usize = 4 << 20;
 
-/// What others had us keep is written this often; and after a fault, this long passes before the next attempt.
+/// Interval at which records of other publishers are written, and the delay before the next attempt after a fault.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Records on disk cannot be opened or written.
+/// The reason for which the record database cannot be opened or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiskError {
-    /// Another process has them open.
-    #[error("another process has {} open", .0.display())]
+    /// Another process has the database open.
+    #[error(
+        "cannot open {}: another process has it open; stop that process, then try again",
+        .0.display()
+    )]
     InUse(PathBuf),
     /// The disk is full.
-    #[error("the disk that holds the records is full; make room")]
+    #[error("cannot write records: the disk is full; free some space on it")]
     Full,
-    /// Something else.
-    #[error("the records on disk: {0}")]
+    /// Another error of the database or the disk.
+    #[error("cannot read or write records: {0}")]
     Other(String),
 }
 
@@ -48,11 +52,11 @@ impl From<Error> for DiskError {
     }
 }
 
-/// Records on disk.
+/// The record database.
 pub struct Disk {
     shared: Arc<Shared>,
     writer: Option<JoinHandle<()>>,
-    /// What was there, until it is taken.
+    /// Rows found when the database was opened, until they are taken.
     loaded: Vec<Row>,
 }
 
@@ -72,7 +76,7 @@ type Waiting = oneshot::Sender<Result<(), DiskError>>;
 
 #[derive(Default)]
 struct Pending {
-    /// What is to be there, or not. At most what is kept, and what was.
+    /// Values to write, or `None` to remove, by key. Bounded by the records stored now and at the last write.
     changes: HashMap<Vec<u8>, Option<Vec<u8>>>,
     waiting: Vec<Waiting>,
     stop: bool,
@@ -87,10 +91,11 @@ impl Shared {
 }
 
 impl Disk {
-    /// Opens the records in this file, or makes it. Blocks. A file that is damaged is moved aside, for the records are elsewhere as well, and said so.
+    /// Opens the record database in this file, or creates it. Blocks. A damaged file is moved aside and the event is
+    /// logged; other nodes still have the records.
     ///
     /// # Errors
-    /// [`DiskError`].
+    /// Returns [`DiskError`] if the database cannot be opened.
     pub fn open(path: &Path) -> Result<Self, DiskError> {
         let options = Options::new("records", CACHE);
         let database = match Database::open(path, options.clone()) {
@@ -99,7 +104,8 @@ impl Disk {
                 let aside = path.with_extension("damaged");
                 tracing::warn!(
                     %error, file = %path.display(), aside = %aside.display(),
-                    "the records are damaged; they are moved aside, and what this node had stated must be stated again"
+                    "the record database is damaged: it was moved aside, \
+                     and this node's own records must be published again"
                 );
                 let moved = std::fs::rename(path, aside);
                 moved.map_err(|error| DiskError::Other(error.to_string()))?;
@@ -125,18 +131,18 @@ impl Disk {
         })
     }
 
-    /// What was there when it was opened, once.
+    /// Returns the rows found when the database was opened; empty on a second call.
     pub(crate) fn take_loaded(&mut self) -> Vec<Row> {
         std::mem::take(&mut self.loaded)
     }
 
-    /// Has `key` be `value`, or nothing.
+    /// Sets `key` to `value`, or removes it.
     pub(crate) fn change(&self, key: Vec<u8>, value: Option<Vec<u8>>) {
         self.shared.lock().changes.insert(key, value);
         self.shared.more.notify_one();
     }
 
-    /// Comes when all that was changed before is on disk.
+    /// Returns a receiver that completes when all earlier changes are on disk.
     pub(crate) fn flush(&self) -> oneshot::Receiver<Result<(), DiskError>> {
         let (sender, written) = oneshot::channel();
         self.shared.lock().waiting.push(sender);
@@ -152,7 +158,7 @@ impl Drop for Disk {
         if let Some(writer) = self.writer.take()
             && writer.join().is_err()
         {
-            tracing::error!("what writes records has panicked");
+            tracing::error!("the thread that writes records has panicked");
         }
     }
 }
@@ -194,9 +200,9 @@ fn write(database: &Database, shared: &Shared) {
         };
         pending = shared.lock();
         if let Err(error) = &written {
-            tracing::warn!(%error, "records are not on disk, and are tried again");
+            tracing::warn!(%error, "cannot write records to disk; trying again");
             for (key, value) in changes {
-                // What has changed since is newer.
+                // Keep a newer change made in the meantime.
                 pending.changes.entry(key).or_insert(value);
             }
         }
@@ -206,15 +212,15 @@ fn write(database: &Database, shared: &Shared) {
                 Err(DiskError::Full) => Err(DiskError::Full),
                 Err(error) => Err(DiskError::Other(error.to_string())),
             };
-            // It may wait no more.
+            // The caller may no longer wait.
             let _ = waiting.send(written);
         }
         if stop && pending.waiting.is_empty() && (pending.changes.is_empty() || written.is_err()) {
             return;
         }
         if written.is_err() {
-            // Also if somebody waits, or it stops: a database that could not be opened again is not tried any sooner,
-            // and the next attempt has to be a real one.
+            // Pause even if a caller waits or the thread is stopping. The database does not try to open again any
+            // sooner, and the next attempt must be a real one.
             drop(pending);
             std::thread::sleep(PAUSE);
             pending = shared.lock();
@@ -222,7 +228,7 @@ fn write(database: &Database, shared: &Shared) {
     }
 }
 
-/// Until there is more, or somebody waits, or time is over.
+/// Waits until there is a change, a caller that waits, or `time` has passed.
 fn wait<'a>(
     shared: &Shared,
     pending: MutexGuard<'a, Pending>,
@@ -262,7 +268,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_was_waited_for_is_there_and_the_rest_when_it_is_closed() {
+    async fn flushed_records_are_on_disk_at_once_and_all_others_after_closing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("records.redb");
         let disk = Disk::open(&path).unwrap();
@@ -279,7 +285,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_full_disk_did_not_take_is_there_when_it_has_room_again() {
+    async fn records_refused_by_a_full_disk_are_written_once_it_has_room() {
         let on = testing::Disk::default();
         let open = || {
             let on = on.clone();
@@ -303,14 +309,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_gone_is_not_made_anew() {
+    fn a_missing_file_is_not_created_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("records.redb");
         let database = Database::open(&path, Options::new("records", CACHE)).unwrap();
         let changes = HashMap::from([(b"a".to_vec(), Some(b"1".to_vec()))]);
         let aside = folder.path().join("aside");
         std::fs::rename(&path, &aside).unwrap();
-        // As after a fault.
+        // Simulates the state after a fault.
         assert!(database.reopen().is_err());
         let refused = commit(&database, &changes).map_err(DiskError::from);
         assert!(matches!(refused, Err(DiskError::Other(_))));

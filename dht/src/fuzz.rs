@@ -1,8 +1,8 @@
-//! Entrances for the fuzzers in `tests/fuzz`, which are built with the feature `fuzz`: parsers of strangers' bytes are
-//! private otherwise. The unit tests run each entrance on its first inputs, so that a parser cannot change without
-//! them.
+//! Entry points for the fuzzers in `tests/fuzz`, which build this crate with the feature `fuzz`. The parsers of bytes
+//! from other peers are private otherwise. The unit tests run each entry point on its seed inputs, so that a change of
+//! a parser has to update them.
 //!
-//! Each function panics if a parser breaks its promise; that is what a fuzzer looks for.
+//! Each function panics if a parser breaks a guarantee; a fuzzer searches for such an input.
 
 use std::{
     sync::LazyLock,
@@ -19,7 +19,7 @@ use crate::{
     store::{Found, Origin, Store, encode},
 };
 
-/// The key under which everything is sent.
+/// The key under which all records are sent.
 const KEY: &[u8] = b"name/fuzz";
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
@@ -27,7 +27,7 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     runtime.expect("a runtime")
 });
 
-/// First inputs for [`records`]: sets of statements that are right, but for the last.
+/// Seed inputs for [`records`]: valid sets of records, except for the last.
 pub fn sets() -> Vec<Vec<u8>> {
     let keys = [1, 2].map(|seed| Keypair::ed25519_from_bytes([seed; 32]).expect("a key"));
     let sign = |of: usize, subkey: &[u8], value: Option<&[u8]>| {
@@ -41,45 +41,45 @@ pub fn sets() -> Vec<Vec<u8>> {
     vec![encode([&one]), encode([&one, &two]), forged]
 }
 
-/// A set of statements, as what somebody wants stored and as an answer to a question.
+/// Parses a set of records, both as a request to store it and as an answer to a query.
 pub fn records(bytes: &[u8]) {
     let key = RecordKey::new(&KEY);
     let mut store = Store::new(PeerId::random(), None);
-    let check = |statements: Vec<wire::SignedRecord>| {
-        let sent = statements.len();
+    let check = |records: Vec<wire::SignedRecord>| {
+        let sent = records.len();
         let job = Job {
             peer: PeerId::random(),
             network: Origin::RELAYED,
-            statements,
+            records,
             context: (),
         };
         let checked = RUNTIME.block_on(job.check());
         assert_eq!(checked.forged, checked.records.len() < sent);
         checked.records
     };
-    if let Ok(statements) = store.consider(&key, bytes, Origin::RELAYED) {
-        assert!(statements.len() <= 4);
-        for record in check(statements) {
+    if let Ok(records) = store.consider(&key, bytes, Origin::RELAYED) {
+        assert!(records.len() <= 4);
+        for record in check(records) {
             assert_eq!(record.key(), KEY);
             Record::verify(record.as_wire().clone(), KEY).expect("it was checked");
-            // A quota may refuse it.
+            // A quota may refuse the record.
             let _ = store.take(record, Origin::RELAYED);
         }
     }
     assert!(store.answer(&key).len() <= 4);
     let mut found = Found::default();
-    if let Some((known, statements)) = found.sort_out(KEY, bytes) {
+    if let Some((known, records)) = found.decode_answer(KEY, bytes) {
         assert!(!known);
-        let right = check(statements);
+        let right = check(records);
         found.add(right.clone());
         assert!(found.records().count() <= right.len());
-        let again = found.sort_out(KEY, bytes);
+        let again = found.decode_answer(KEY, bytes);
         let (known, _) = again.expect("it was sorted out before");
         assert_eq!(known, !right.is_empty());
     }
 }
 
-/// First inputs for [`intake`].
+/// Seed inputs for [`intake`].
 pub fn arrivals() -> Vec<Vec<u8>> {
     vec![
         vec![0x00, 0x04, 0x41, 0x04, 0xff, 0x20, 0xfe, 0x01, 0xfd, 0x00],
@@ -87,12 +87,13 @@ pub fn arrivals() -> Vec<Vec<u8>> {
     ]
 }
 
-/// Sets of statements that arrive from several peers, checks, forgeries, and time that passes: two bytes each.
+/// Simulates an intake: each two bytes make a set of records arrive from one of several peers, a check run, a forgery
+/// occur, or time pass.
 pub fn intake(bytes: &[u8]) {
     let mut now = Instant::now();
     let (mut intake, mut offenders) = (Intake::new(PUTS, now), Offenders::default());
     let peers: Vec<_> = (0..8).map(|_| PeerId::random()).collect();
-    let networks = [Origin::NEAR, Origin::RELAYED];
+    let networks = [Origin::LOCAL, Origin::RELAYED];
     let mut waiting = 0;
     for step in bytes.chunks_exact(2) {
         let (which, many) = (step[0], usize::from(step[1]));
@@ -118,10 +119,10 @@ pub fn intake(bytes: &[u8]) {
                 let job = Job {
                     peer,
                     network,
-                    statements: vec![wire::SignedRecord::default(); 1 + many % 4],
+                    records: vec![wire::SignedRecord::default(); 1 + many % 4],
                     context: (),
                 };
-                // One that is refused comes back; it may be an older one of the same peer.
+                // A refused job is returned; it may be an older one of the same peer.
                 waiting += usize::from(intake.push(job).is_none());
             }
         }

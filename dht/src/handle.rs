@@ -1,4 +1,4 @@
-//! The handle to the DHT: signs statements, sends requests to the behaviour and waits for their outcomes.
+//! The handle to the DHT: signs records, sends requests to the behaviour and waits for their results.
 
 use std::{
     sync::{
@@ -13,39 +13,41 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     Disk, Record,
-    behaviour::{Behaviour, Ends},
+    behaviour::{Behaviour, Channels},
     command::{Command, DhtError, Enough, Progress, Status, Stored},
     record,
 };
 
-/// [`Dht::get_some`] ends once this many nodes have answered with valid statements: they were stored at twenty.
+/// Number of nodes with valid records after which [`Dht::get_some`] returns. A record is stored at twenty nodes, so a
+/// few answers suffice.
 const ENOUGH: usize = 4;
 
-/// Requests that may wait.
+/// Most requests in the channel to the behaviour.
 const COMMANDS: usize = 256;
 
-/// The number of times that a record is signed again because a newer record of this node is known: once for a record
-/// that was published while the clock was ahead, and further times for records that are published at the same moment.
+/// Number of times that a record is signed again because a newer record of this node is known: once for a record that
+/// was published while the clock was ahead, and further times for records that are published at the same moment.
 const TRIES: usize = 4;
 
-/// The handle. Cheap to clone.
+/// A handle to the DHT. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Dht {
     keys: Keypair,
     commands: mpsc::Sender<Command>,
     nodes: watch::Receiver<usize>,
     meetings: watch::Receiver<u64>,
-    /// The highest sequence number given out or seen in a statement of this node.
+    /// Highest sequence number assigned to, or seen in, a record of this node.
     sequence: Arc<AtomicU64>,
 }
 
 impl Dht {
-    /// A DHT whose statements `keys` signs; the behaviour goes into the swarm. What it keeps is in memory.
+    /// Creates a DHT that signs its records with `keys` and stores records in memory. The behaviour goes into the
+    /// swarm.
     pub fn new(keys: &Keypair) -> (Self, Behaviour) {
         Self::make(keys, None)
     }
 
-    /// As [`new`](Self::new), with what it keeps on disk: it is there again after a restart.
+    /// Creates a DHT like [`new`](Self::new) that stores records on disk, so that they survive a restart.
     pub fn on_disk(keys: &Keypair, disk: Disk) -> (Self, Behaviour) {
         Self::make(keys, Some(disk))
     }
@@ -54,12 +56,12 @@ impl Dht {
         let (commands, requests) = mpsc::channel(COMMANDS);
         let (count, nodes) = watch::channel(0);
         let (met, meetings) = watch::channel(0);
-        let ends = Ends {
+        let channels = Channels {
             requests,
             count,
             met,
         };
-        let behaviour = Behaviour::new(keys.public().to_peer_id(), disk, ends);
+        let behaviour = Behaviour::new(keys.public().to_peer_id(), disk, channels);
         let dht = Self {
             keys: keys.clone(),
             commands,
@@ -70,11 +72,11 @@ impl Dht {
         (dht, behaviour)
     }
 
-    /// States `value` under `key` and `subkey` for `ttl`; how many other nodes took it. Zero is no error: this node keeps it, and
-    /// whoever asks this node gets it.
+    /// Publishes `value` under `key` and `subkey` for `ttl`, and returns the number of other nodes that stored the
+    /// record. Zero is no error: this node stores the record itself and returns it to every node that asks.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn publish(
         &self,
         key: &[u8],
@@ -85,10 +87,11 @@ impl Dht {
         self.put(key, subkey, Some(value), ttl).await
     }
 
-    /// What this node states under keys that begin with `prefix`, and what it has taken back ([`Record::value`] is `None`), as far as it still holds.
+    /// Returns the unexpired records that this node has published under keys that begin with `prefix`. A withdrawn
+    /// record has no [value](Record::value).
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn own(&self, prefix: &[u8]) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let prefix = prefix.to_vec();
@@ -96,10 +99,11 @@ impl Dht {
         answer.await.map_err(|_| DhtError::Stopped)
     }
 
-    /// What anybody states under keys that begin with `prefix`, as far as this node keeps it: no other is asked. At most `most` statements.
+    /// Returns at most `most` records of any publisher that this node stores under keys that begin with `prefix`. No
+    /// other node is asked.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn seen(&self, prefix: &[u8], most: usize) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let prefix = prefix.to_vec();
@@ -107,11 +111,12 @@ impl Dht {
         answer.await.map_err(|_| DhtError::Stopped)
     }
 
-    /// As [`publish`](Self::publish), for what has been stated before, or is one of many: it is stored where a look-up towards a neighbouring key has ended within the last ten
-    /// minutes, if there was one. Ten thousand keys in the order of their [`place`]s cost little more than their storing.
+    /// Publishes a value as [`publish`](Self::publish) does, but may skip the lookup. If a lookup for a neighboring key
+    /// has ended within the last ten minutes, the record is stored at the nodes that it found. This suits renewals and
+    /// large batches: ten thousand keys in the order of their [`place`]s cost little more than storing them.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn publish_again(
         &self,
         key: &[u8],
@@ -119,17 +124,18 @@ impl Dht {
         value: &[u8],
         ttl: Duration,
     ) -> Result<usize, DhtError> {
-        self.state((key, subkey), Some(value), ttl, true).await
+        self.sign_and_store((key, subkey), Some(value), ttl, true)
+            .await
     }
 
-    /// Says a statement again, as it was signed, as [`publish_again`](Self::publish_again) does; how many other nodes
-    /// took it, or have it.
+    /// Renews a record as it was signed, like [`publish_again`](Self::publish_again), and returns the number of other
+    /// nodes that stored it or already had it.
     ///
-    /// It is signed anew if it claims to live longer than any may, or if others have one of a higher number: this
-    /// machine's clock was ahead when one of them was stated.
+    /// The record is signed anew in two cases: if it claims to live longer than allowed, or if other nodes have a
+    /// record with a higher number. In both cases this machine's clock was ahead when one of the records was published.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn say_again(&self, record: Record) -> Result<usize, DhtError> {
         let ttl = record.remaining().min(record::MAX_TTL);
         if record.remaining() <= record::MAX_TTL + record::MAX_SKEW {
@@ -142,13 +148,14 @@ impl Dht {
             }
         }
         let about = (record.key(), record.subkey());
-        self.state(about, record.value(), ttl, true).await
+        self.sign_and_store(about, record.value(), ttl, true).await
     }
 
-    /// Takes back what this node stated under `key` and `subkey`; how many other nodes heard it.
+    /// Withdraws the record that this node published under `key` and `subkey`, and returns the number of other nodes
+    /// that stored the withdrawal.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn withdraw(
         &self,
         key: &[u8],
@@ -158,35 +165,35 @@ impl Dht {
         self.put(key, subkey, None, ttl).await
     }
 
-    /// What anybody states under `key`, each statement checked, at most one per publisher and subkey, the newest. Asks every node that should
-    /// know. One that does not answer delays it by a second at most, and 10 s are the limit.
+    /// Returns the records under `key`, all verified: for each publisher and subkey, the newest one. Asks all nodes
+    /// that should have records. A node that does not answer delays the lookup by a second at most; the whole lookup
+    /// takes at most 10 s.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, Enough::All).await.map(valid)
+        self.lookup(key, Enough::All).await.map(valid)
     }
 
-    /// As [`get`](Self::get), and ends as soon as `is_enough` accepts the statements found so far, those of this
-    /// node's own store among them. Statements that were taken back are among them ([`Record::value`] is `None`). It
-    /// is called in the swarm's task, with each answer and ten times a second: it must be quick.
+    /// Looks up `key` like [`get`](Self::get), but returns as soon as `is_enough` accepts the records found so far.
+    /// These include records of this node's own store, and withdrawn records, which have no [value](Record::value).
+    /// `is_enough` runs in the swarm's task, at each answer and ten times a second, so it must be quick.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get_until<F>(&self, key: &[u8], is_enough: F) -> Result<Vec<Record>, DhtError>
     where
         F: Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send + 'static,
     {
         let enough = Enough::When(Box::new(is_enough));
-        self.look_up(key, enough).await.map(valid)
+        self.lookup(key, enough).await.map(valid)
     }
 
-    /// Returns the answer of one connected peer for `key`, including statements that were taken back; for this node's
-    /// own id, what its own store has. The result is empty if the peer is not connected, or does not answer within a
-    /// second.
+    /// Returns one connected peer's answer for `key`, including withdrawn records. For this node's own id, returns the
+    /// records of its own store. The result is empty if the peer is not connected or does not answer within a second.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn ask(&self, peer: PeerId, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let key = key.to_vec();
@@ -196,32 +203,34 @@ impl Dht {
         Ok(records)
     }
 
-    /// Returns what this node itself keeps under `key`, including statements that were taken back; no other node is
+    /// Returns the records that this node itself stores under `key`, including withdrawn records. No other node is
     /// asked.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn kept(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         self.ask(self.keys.public().to_peer_id(), key).await
     }
 
-    /// As [`get`](Self::get), and what has been taken back as well ([`Record::value`] is `None`): for whoever remembers what was stated before.
+    /// Looks up `key` like [`get`](Self::get), and returns withdrawn records as well, which have no
+    /// [value](Record::value). For callers that remember earlier records.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get_with_removed(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, Enough::All).await
+        self.lookup(key, Enough::All).await
     }
 
-    /// As [`get`](Self::get), but content with what the first few nodes say: for when some of many statements will do.
+    /// Looks up `key` like [`get`](Self::get), but returns after the first few answers. For callers to which some of
+    /// many records are enough.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get_some(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, Enough::Answers(ENOUGH)).await.map(valid)
+        self.lookup(key, Enough::Answers(ENOUGH)).await.map(valid)
     }
 
-    async fn look_up(&self, key: &[u8], enough: Enough) -> Result<Vec<Record>, DhtError> {
+    async fn lookup(&self, key: &[u8], enough: Enough) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let key = key.to_vec();
         self.send(Command::Get { key, enough, reply }).await?;
@@ -230,49 +239,53 @@ impl Dht {
         Ok(records)
     }
 
-    /// Says whether strangers reach this node. One that they do not reach serves only a mesh in which it has met nobody from outside its own networks.
+    /// Tells the DHT whether peers outside this node's own networks can reach it. An unreachable node is a server only
+    /// until it has connected to a peer outside those networks.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn set_reachable(&self, reachable: bool) -> Result<(), DhtError> {
         self.send(Command::Reachable(reachable)).await
     }
 
-    /// Where some of the nodes of the routing table are, connected ones first, each address ending in `/p2p/<PeerId>`: for the next start.
+    /// Returns addresses of up to `most` nodes of the routing table, for the next start. Connected nodes come first,
+    /// and each address ends in `/p2p/<PeerId>`.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn routes(&self, most: usize) -> Result<Vec<Multiaddr>, DhtError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Routes(most, reply)).await?;
         answer.await.map_err(|_| DhtError::Stopped)
     }
 
-    /// What the DHT looks like from here.
+    /// Returns the state of the DHT as this node sees it.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn status(&self) -> Result<Status, DhtError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Status(reply)).await?;
         answer.await.map_err(|_| DhtError::Stopped)
     }
 
-    /// The number of nodes in the routing table, as it changes.
+    /// Returns a receiver for the number of nodes in the routing table.
     pub fn nodes(&self) -> watch::Receiver<usize> {
         self.nodes.clone()
     }
 
-    /// Counts the nodes met, and met again after they were gone: each may know nothing of what was stated before.
+    /// Returns a receiver for the number of times that a node was met, or met again after it was gone. Such a node may
+    /// not have this node's records.
     pub fn meetings(&self) -> watch::Receiver<u64> {
         self.meetings.clone()
     }
 
-    /// Tells when something changes in what this node keeps under `key`, whoever states it: in a mesh of less than some
-    /// twenty nodes every node keeps every record. `None` if too many keys are watched.
+    /// Returns a receiver that is notified when the records of any publisher change that this node stores under
+    /// `key`. In a mesh of fewer than some twenty nodes, every node stores every record. Returns `None` if too many
+    /// keys are watched.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn changes(&self, key: &[u8]) -> Result<Option<watch::Receiver<()>>, DhtError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Watch(key.to_vec(), reply)).await?;
@@ -286,26 +299,27 @@ impl Dht {
         value: Option<&[u8]>,
         ttl: Duration,
     ) -> Result<usize, DhtError> {
-        // What is taken back is told to those who have it.
-        let again = value.is_none();
-        self.state((key, subkey), value, ttl, again).await
+        // A withdrawal goes to the nodes that have the record.
+        let reuse_lookup = value.is_none();
+        self.sign_and_store((key, subkey), value, ttl, reuse_lookup)
+            .await
     }
 
-    /// Signs and stores a statement of a number above all that are known. If others turn out to know a higher one, it
-    /// is signed once more.
-    async fn state(
+    /// Signs and stores a record with a sequence number above all known ones. If other nodes turn out to know a higher
+    /// number, signs it once more.
+    async fn sign_and_store(
         &self,
         (key, subkey): (&[u8], &[u8]),
         value: Option<&[u8]>,
         ttl: Duration,
-        again: bool,
+        reuse_lookup: bool,
     ) -> Result<usize, DhtError> {
         let mut tries = 0..TRIES;
         loop {
             let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
             let is_last = tries.next().is_none();
-            match self.send_record(record.clone(), again).await {
-                // Another that was stated at the same time has overtaken it.
+            match self.send_record(record.clone(), reuse_lookup).await {
+                // Another record, published at the same time, has overtaken this one.
                 Err(DhtError::Superseded(number)) if !is_last => self.raise(number),
                 Err(error) => return Err(error),
                 Ok(stored) if is_last || !self.is_behind(&record, &stored).await? => {
@@ -316,8 +330,8 @@ impl Dht {
         }
     }
 
-    /// Returns true if a node that has refused this statement has one of this node's that is newer, and this node
-    /// itself knows none: it was stated while the clock was ahead. Its number counts from now on.
+    /// Returns true if a node that refused this record has a newer record of this node that is unknown here. That one
+    /// was published while the clock was ahead. Its sequence number counts from now on.
     async fn is_behind(&self, record: &Record, stored: &Stored) -> Result<bool, DhtError> {
         let about = |other: &&Record| {
             other.key() == record.key() && other.is_about(&record.publisher(), record.subkey())
@@ -335,25 +349,25 @@ impl Dht {
         Ok(false)
     }
 
-    async fn send_record(&self, record: Record, again: bool) -> Result<Stored, DhtError> {
+    async fn send_record(&self, record: Record, reuse_lookup: bool) -> Result<Stored, DhtError> {
         let (reply, answer) = oneshot::channel();
         let record = Box::new(record);
         let put = Command::Put {
             record,
-            again,
+            reuse_lookup,
             reply,
         };
         self.send(put).await?;
         answer.await.map_err(|_| DhtError::Stopped)?
     }
 
-    /// A statement of this node with this number is known.
+    /// Notes a sequence number that was seen in a record of this node.
     pub(crate) fn raise(&self, number: u64) {
         self.sequence.fetch_max(number, Ordering::AcqRel);
     }
 
-    /// Returns the clock in milliseconds, or, if that is no more than a number that was given out or seen before, the
-    /// next after that: also when the clock was ahead and has been set back.
+    /// Returns the next sequence number: the clock in milliseconds, or one more than the highest known number if the
+    /// clock is not above that. It thus increases even if the clock was ahead and has been set back.
     pub(crate) fn next_sequence(&self) -> u64 {
         let now = record::now();
         let next = |last: u64| now.max(last.saturating_add(1));
@@ -373,14 +387,15 @@ impl Dht {
     }
 }
 
-/// Where in the key space a key is: keys in the order of their places are neighbours of each other.
+/// Returns the position of a key in the key space. Keys that are adjacent in the order of their positions are
+/// neighbors.
 pub fn place(key: &[u8]) -> [u8; 32] {
     let key = kad::KBucketKey::new(key.to_vec());
     let bytes = key.hashed_bytes().try_into();
-    bytes.expect("places are SHA-256 hashes")
+    bytes.expect("positions are SHA-256 hashes")
 }
 
-/// What has not been taken back.
+/// Keeps the records that were not withdrawn.
 fn valid(mut records: Vec<Record>) -> Vec<Record> {
     records.retain(|record| record.value().is_some());
     records

@@ -1,10 +1,13 @@
-//! Signature checks at strangers' request: how many, in what order, and for whom.
+//! Limits the signature checks that other peers can cause: their number, their order, and their distribution over
+//! peers.
 //!
-//! A check costs some fifty microseconds, and a message of 64 KiB may ask for 550 of them. So none is made in the task
-//! that owns the swarm. Statements wait here, a short queue for each peer, and leave in turns as far as the budgets
-//! allow: checks a second for a peer, for its network, and in all. A peer that is over its budget waits and is not
-//! refused, so that a publisher of thousands of names is only slowed. The first forged statement ends its set; it costs
-//! the budgets as much as many checks, and a peer that sends several is not listened to for a while.
+//! A check takes some fifty microseconds, and a message of 64 KiB may require 550 of them. Therefore the task that owns
+//! the swarm makes none. Records wait here, in a short queue for each peer. Peers take turns, and a record leaves its
+//! queue as the budgets allow: checks per second for a peer, for its network group, and in all.
+//!
+//! A peer that is over its budget waits and is not refused, so that a publisher of thousands of names is only slowed
+//! down. The first forged record ends its set and costs the budgets as much as many checks. A peer that sends several
+//! is ignored for a while.
 //!
 //! This is a state machine without I/O: time comes in as an argument, and jobs come out.
 
@@ -19,27 +22,27 @@ use weft_proto::wire;
 
 use crate::{Record, store::Origin};
 
-/// A forged statement costs the budgets of its sender and of the sender's network as much as so many checks: a network
-/// of a thousand identities gets ten forged statements a second checked, which is half a millisecond.
+/// Cost of a forged record, in checks, to the budgets of its sender and of the sender's network group. A network group
+/// of a thousand identities thus gets ten forged records a second checked, which takes half a millisecond.
 const FORGERY: f64 = 100.0;
 
-/// Offences of a peer until it is not listened to. No node that follows the protocol commits any; a few allow for a
-/// fault in memory or in another implementation.
+/// Offences after which a peer is ignored. No node that follows the protocol commits any; a few are allowed for a
+/// memory fault or a fault in another implementation.
 const MAX_OFFENCES: u32 = 3;
 
-/// The time for which offences are remembered, and so the time for which an offender is ignored.
-const GRUDGE: Duration = Duration::from_secs(600);
+/// Time for which offences are remembered, and so the time for which an offender is ignored.
+const OFFENCE_MEMORY: Duration = Duration::from_secs(600);
 
-/// Peers whose offences are remembered. Each takes some 150 bytes.
+/// Most peers whose offences are remembered. Each takes some 150 bytes.
 const MAX_OFFENDERS: usize = 4096;
 
-/// Budgets that are remembered before those that are full again are dropped.
+/// Number of budgets at which those that are full again are dropped.
 const MAX_BUDGETS: usize = 4096;
 
-/// Statements checked before the task that checks them lets others run: some 400 us.
+/// Number of checks after which the checking task yields to others: some 400 us of work.
 pub(crate) const BEFORE_YIELD: usize = 8;
 
-/// Checks a second, and checks at once after a pause.
+/// A rate of checks: the number per second, and the number at once after a pause.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rate {
     pub(crate) per_second: f64,
@@ -50,18 +53,19 @@ pub(crate) struct Rate {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) peer: Rate,
-    /// Of a public network: an IPv4 network of 24 bits, an IPv6 network of 48.
+    /// Rate for a public network group: an IPv4 /24 or an IPv6 /48.
     pub(crate) network: Rate,
     pub(crate) all: Rate,
-    /// Sets of statements that may wait for one peer, and in all.
+    /// Most sets of records that may wait for one peer, and in all.
     pub(crate) waiting_of_peer: usize,
     pub(crate) waiting: usize,
 }
 
-/// For what others have this node store. A publisher says a statement again each 20 ms at most, in five loops: 250 a
-/// second in a mesh so small that this node keeps everything. A node's Kademlia sends 32 at a time over a connection,
-/// and gives up a node that is silent for a second: at 500 a second the last of 32 waits for 64 ms. All together take a
-/// fifth of a core.
+/// Limits for records that other peers ask this node to store.
+///
+/// A publisher renews a record every 20 ms at most, in five loops: 250 a second in a mesh so small that this node
+/// stores everything. Kademlia sends 32 requests at a time over a connection and gives up on a node that is silent for
+/// a second. At 500 a second, the last of 32 waits for 64 ms. All peers together take a fifth of a core.
 pub(crate) const PUTS: Limits = Limits {
     peer: Rate {
         per_second: 500.0,
@@ -79,8 +83,10 @@ pub(crate) const PUTS: Limits = Limits {
     waiting: 1024,
 };
 
-/// For answers to this node's own questions. An answer holds some 320 statements at most, and a look-up counts two
-/// nodes of a network: five look-ups at once of keys that many state something under are within the bursts.
+/// Limits for answers to this node's own queries.
+///
+/// An answer holds some 320 records at most, and a lookup counts two nodes of a network group. Five simultaneous
+/// lookups of keys with many publishers stay within the bursts.
 pub(crate) const ANSWERS: Limits = Limits {
     peer: Rate {
         per_second: 500.0,
@@ -98,37 +104,37 @@ pub(crate) const ANSWERS: Limits = Limits {
     waiting: 512,
 };
 
-/// Statements of one message, to be checked.
+/// The records of one message, to be checked.
 #[derive(Debug)]
 pub(crate) struct Job<T> {
     pub(crate) peer: PeerId,
     pub(crate) network: Origin,
-    pub(crate) statements: Vec<wire::SignedRecord>,
-    /// The data that the sender of the job needs when the job is done.
+    pub(crate) records: Vec<wire::SignedRecord>,
+    /// Data that the creator of the job needs when the job is done.
     pub(crate) context: T,
 }
 
-/// A job that is done.
+/// The result of a [`Job`].
 #[derive(Debug)]
 pub(crate) struct Checked<T> {
     pub(crate) peer: PeerId,
     pub(crate) network: Origin,
-    /// The statements before the first forged one.
+    /// Records before the first forged one.
     pub(crate) records: Vec<Record>,
-    /// One was forged.
+    /// True if a record was forged.
     pub(crate) forged: bool,
-    /// The statements after the forged one, which nobody has checked.
+    /// Number of records after the forged one, which were not checked.
     pub(crate) unchecked: usize,
     pub(crate) context: T,
 }
 
 impl<T> Job<T> {
-    /// Checks the signatures, one after the other, until one is wrong.
+    /// Checks the signatures one after the other, until one is wrong.
     pub(crate) async fn check(self) -> Checked<T> {
-        let count = self.statements.len();
+        let count = self.records.len();
         let mut records = Vec::with_capacity(count);
         let mut forged = false;
-        for (at, wire) in self.statements.into_iter().enumerate() {
+        for (at, wire) in self.records.into_iter().enumerate() {
             if at % BEFORE_YIELD == BEFORE_YIELD - 1 {
                 tokio::task::yield_now().await;
             }
@@ -151,7 +157,7 @@ impl<T> Job<T> {
     }
 }
 
-/// A bucket that fills with time.
+/// A token bucket: it fills with time, up to its burst.
 #[derive(Debug, Clone, Copy)]
 struct Budget {
     rate: Rate,
@@ -175,19 +181,20 @@ impl Budget {
         self.at = now;
     }
 
-    /// Returns how long it takes until there is enough for this; more than the bucket holds is more than ever comes.
+    /// Returns the time until the budget covers `cost`. A cost above the burst counts as the burst, because the bucket
+    /// never holds more.
     fn wait(&self, cost: f64) -> Duration {
         let lacking = cost.min(self.rate.burst) - self.left;
         Duration::from_secs_f64((lacking / self.rate.per_second).max(0.0))
     }
 
     fn spend(&mut self, cost: f64) {
-        // Debts end after a time: one network is not shut out for good because of some who are there.
+        // Debt is limited, so that a few offenders do not shut their network group out for good.
         self.left = (self.left - cost).max(-self.rate.burst);
     }
 }
 
-/// Budgets by peer or by network.
+/// Budgets by peer or by network group.
 #[derive(Debug)]
 struct Budgets<K> {
     rate: Rate,
@@ -217,7 +224,7 @@ impl<K: Hash + Eq> Budgets<K> {
     }
 }
 
-/// Statements that wait for their check.
+/// Records that wait for their signature check.
 #[derive(Debug)]
 pub(crate) struct Intake<T> {
     limits: Limits,
@@ -243,8 +250,8 @@ impl<T> Intake<T> {
         }
     }
 
-    /// Takes in a job. Gives back what is refused: this job, or, where too many wait in all, the last of the network
-    /// that has most of them waiting.
+    /// Adds a job. Returns the job that is refused instead, if any: this one, or, if too many jobs wait in all, the
+    /// last job of the network group with the most waiting.
     pub(crate) fn push(&mut self, job: Job<T>) -> Option<Job<T>> {
         let (peer, network) = (job.peer, job.network);
         let of_peer = self.queues.get(&peer).map_or(0, VecDeque::len);
@@ -267,7 +274,8 @@ impl<T> Intake<T> {
         refused
     }
 
-    /// Drops the last job of the longest queue in the network with most jobs, unless that is this network.
+    /// Drops the last job of the longest queue in the network group with the most jobs, unless that is the newcomer's
+    /// group.
     fn drop_of_most(&mut self, newcomer: Origin) -> Option<Job<T>> {
         let mut of_network: HashMap<Origin, (usize, usize, PeerId)> = HashMap::new();
         for (peer, queue) in &self.queues {
@@ -307,9 +315,9 @@ impl<T> Intake<T> {
         self.waiting == 0
     }
 
-    /// Takes out jobs for which there are budgets, which it spends: one of each peer in turns, until they have so many
-    /// statements. If it takes none, it returns when to come again. A turn of all peers costs some hundred nanoseconds
-    /// for each.
+    /// Takes out jobs that the budgets cover, and charges them. Takes one job of each peer in turn until the jobs
+    /// contain `most` records. If it takes none, returns the time at which to try again. One turn of all peers costs
+    /// some hundred nanoseconds for each peer.
     pub(crate) fn take(&mut self, most: usize, now: Instant) -> (Vec<Job<T>>, Option<Instant>) {
         let (mut taken, mut count, mut soonest) = (Vec::new(), 0, None);
         loop {
@@ -325,7 +333,7 @@ impl<T> Intake<T> {
                 let Some(job) = self.queues.get(&peer).and_then(VecDeque::front) else {
                     continue;
                 };
-                let (network, size) = (job.network, job.statements.len());
+                let (network, size) = (job.network, job.records.len());
                 let wait = self.wait(peer, network, size as f64, now);
                 if !wait.is_zero() {
                     let at = now + wait;
@@ -343,7 +351,7 @@ impl<T> Intake<T> {
         }
     }
 
-    /// Returns the time until all budgets have enough for `cost`.
+    /// Returns the time until all budgets cover `cost`.
     fn wait(&mut self, peer: PeerId, network: Origin, cost: f64, now: Instant) -> Duration {
         self.all.fill(now);
         let mut wait = self.all.wait(cost);
@@ -361,23 +369,23 @@ impl<T> Intake<T> {
         }
     }
 
-    /// A statement of this peer was forged.
+    /// Charges the budgets for a forged record of this peer.
     pub(crate) fn forged(&mut self, peer: PeerId, network: Origin, now: Instant) {
         self.spend(peer, network, FORGERY, now);
     }
 }
 
-/// Peers that have sent what no node sends that follows the protocol.
+/// Peers that have sent data that no node following the protocol sends.
 #[derive(Debug, Default)]
 pub(crate) struct Offenders {
     of: HashMap<PeerId, (u32, Instant)>,
 }
 
 impl Offenders {
-    /// Counts an offence; true if the peer is not listened to from now on.
+    /// Counts an offence. Returns true if the peer is ignored from now on.
     pub(crate) fn add(&mut self, peer: PeerId, now: Instant) -> bool {
         if self.of.len() >= MAX_OFFENDERS && !self.of.contains_key(&peer) {
-            self.of.retain(|_, (_, last)| now < *last + GRUDGE);
+            self.of.retain(|_, (_, last)| now < *last + OFFENCE_MEMORY);
             let oldest = self.of.iter().min_by_key(|(_, (_, last))| *last);
             let oldest = oldest.map(|(peer, _)| *peer);
             if let Some(oldest) = oldest.filter(|_| self.of.len() >= MAX_OFFENDERS) {
@@ -385,7 +393,7 @@ impl Offenders {
             }
         }
         let (count, last) = self.of.entry(peer).or_insert((0, now));
-        if now >= *last + GRUDGE {
+        if now >= *last + OFFENCE_MEMORY {
             *count = 0;
         }
         *last = now;
@@ -393,10 +401,10 @@ impl Offenders {
         *count >= MAX_OFFENCES
     }
 
-    /// Returns true if the peer is not listened to.
+    /// Returns true if the peer is ignored.
     pub(crate) fn contains(&self, peer: &PeerId, now: Instant) -> bool {
         let of = self.of.get(peer);
-        of.is_some_and(|(count, last)| *count >= MAX_OFFENCES && now < *last + GRUDGE)
+        of.is_some_and(|(count, last)| *count >= MAX_OFFENCES && now < *last + OFFENCE_MEMORY)
     }
 }
 
@@ -410,11 +418,11 @@ mod tests {
         Origin::of(&format!("/ip4/8.8.{n}.1/tcp/1").parse().unwrap())
     }
 
-    fn job(peer: PeerId, network: Origin, statements: usize) -> Job<()> {
+    fn job(peer: PeerId, network: Origin, records: usize) -> Job<()> {
         Job {
             peer,
             network,
-            statements: vec![wire::SignedRecord::default(); statements],
+            records: vec![wire::SignedRecord::default(); records],
             context: (),
         }
     }
@@ -423,7 +431,7 @@ mod tests {
         intake.take(1, now).0.pop()
     }
 
-    /// Statements that leave within a time, if each of the peers has something waiting all the time.
+    /// Returns the number of records that leave within a time, for peers that always have a record waiting.
     fn leave(intake: &mut Intake<()>, peers: &[(PeerId, Origin)], seconds: u64) -> Vec<usize> {
         let begin = Instant::now();
         let mut left = vec![0; peers.len()];
@@ -437,14 +445,14 @@ mod tests {
                     break;
                 };
                 let at = peers.iter().position(|(peer, _)| *peer == job.peer);
-                left[at.unwrap()] += job.statements.len();
+                left[at.unwrap()] += job.records.len();
             }
         }
         left
     }
 
     #[test]
-    fn a_peer_gets_so_many_checks_and_no_more() {
+    fn the_checks_for_one_peer_are_limited() {
         let mut intake = Intake::new(PUTS, Instant::now());
         let left = leave(&mut intake, &[(PeerId::random(), network(1))], 10);
         assert!((6900..=7010).contains(&left[0]), "{left:?}");
@@ -467,7 +475,7 @@ mod tests {
         let (peer, begin) = (PeerId::random(), Instant::now());
         let (mut sent, mut done, mut longest) = (0, 0, Duration::ZERO);
         let mut since = VecDeque::new();
-        // Five loops that say a statement each 20 ms.
+        // Five loops that each renew a record every 20 ms.
         for millis in 0..40_000 {
             let now = begin + Duration::from_millis(millis);
             if millis % 4 == 0 && sent < 10_000 {
@@ -492,7 +500,7 @@ mod tests {
         let (mut sent, mut longest) = (0, Duration::ZERO);
         for millis in 0..30_000 {
             let now = begin + Duration::from_millis(millis);
-            // Thirty-two streams of one connection, each used again as soon as it is answered.
+            // Thirty-two streams of one connection, each used again once it is answered.
             while since.len() < 32 && sent < 10_000 {
                 assert!(intake.push(job(peer, network(1), 1)).is_none());
                 since.push_back(now);
@@ -520,19 +528,19 @@ mod tests {
         let refused = intake.push(job(honest, network(2), 1)).unwrap();
         assert_eq!(refused.network, network(1));
         assert_eq!(intake.waiting, PUTS.waiting);
-        // Its turn comes after one of each of the others.
+        // The newcomer's turn comes after one turn of each other peer.
         let (first, _) = intake.take(17, Instant::now());
         assert!(first.iter().any(|job| job.peer == honest));
     }
 
     #[test]
-    fn a_network_that_sends_forged_statements_gets_few_of_them_checked() {
+    fn a_network_that_sends_forged_records_gets_few_of_them_checked() {
         let mut intake = Intake::new(PUTS, Instant::now());
         let begin = Instant::now();
         let mut checked = 0;
         for millis in 0..10_000 {
             let now = begin + Duration::from_millis(millis);
-            // Each from another identity.
+            // Each job comes from another identity.
             intake.push(job(PeerId::random(), network(1), 1));
             while let Some(job) = next(&mut intake, now) {
                 checked += 1;
@@ -543,23 +551,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_first_forged_statement_ends_its_set() {
+    async fn the_first_forged_record_ends_its_set() {
         let keys = Keypair::generate_ed25519();
         let hour = Duration::from_secs(3600);
         let sign = |subkey: u8| {
             let record = Record::sign(&keys, b"k", &[subkey], Some(b"v"), 1, hour).unwrap();
             record.as_wire().clone()
         };
-        let mut statements: Vec<_> = (0..20).map(sign).collect();
-        statements[10].value = vec![1].into();
+        let mut records: Vec<_> = (0..20).map(sign).collect();
+        records[10].value = vec![1].into();
         let mut job = job(PeerId::random(), network(1), 0);
-        job.statements = statements;
+        job.records = records;
         let checked = job.check().await;
         assert_eq!((checked.records.len(), checked.forged), (10, true));
     }
 
     #[test]
-    fn a_peer_that_offends_again_and_again_is_not_listened_to_for_a_while() {
+    fn a_peer_with_several_offences_is_ignored_for_a_while() {
         let mut offenders = Offenders::default();
         let (peer, now) = (PeerId::random(), Instant::now());
         for _ in 1..MAX_OFFENCES {
@@ -569,7 +577,7 @@ mod tests {
         assert!(offenders.add(peer, now));
         assert!(offenders.contains(&peer, now));
         assert!(!offenders.contains(&PeerId::random(), now));
-        assert!(!offenders.contains(&peer, now + GRUDGE));
+        assert!(!offenders.contains(&peer, now + OFFENCE_MEMORY));
         for _ in 0..2 * MAX_OFFENDERS {
             offenders.add(PeerId::random(), now);
         }

@@ -1,15 +1,20 @@
-//! Who has what: signed records in our own Kademlia.
+//! Publishes and finds signed records in Weft's own Kademlia DHT.
 //!
-//! A [`Record`] is a publisher's statement under a key until it expires: "this name is this manifest", "I have this model, and
-//! here is how to reach me". Many publishers state things under one key, each under its own identity, and a look-up returns all
-//! of them. [`Dht`] publishes and looks up; its [`Behaviour`] rides in the swarm of `weft-net`.
+//! A [`Record`] is a value that a publisher has signed under a key and that holds until it expires: "this model name
+//! leads to this manifest", or "I have this model, and these are my addresses". A key can have records of many
+//! publishers, and a lookup returns all of them. [`Dht`] publishes and looks up records; its [`Behaviour`] runs in the
+//! swarm of `weft-net`.
 //!
-//! It promises: nothing is stored or returned whose signature, key and expiry were not checked here; an older statement never
-//! replaces a newer one of the same publisher; nobody can state something for somebody else; what strangers can make us
-//! store is bounded by the constants in `store`, and what they can make us check by those in `intake`.
+//! The crate guarantees:
 //!
-//! Look-ups go over disjoint paths, and count only so many nodes of one network: see `lookup`. Nodes that do not answer
-//! leave the routing table: see `liveness`. It leaves out Kademlia's provider records.
+//! - A record is stored or returned only after its signature, key and expiry were checked on this node.
+//! - An older record never replaces a newer one of the same publisher.
+//! - No node can publish a record for another publisher.
+//! - The constants in `store` limit the data that other peers can store on this node. The constants in `intake` limit
+//!   the signature checks that they can cause.
+//!
+//! Lookups use disjoint paths and count a limited number of nodes of one network group: see `lookup`. Nodes that do not
+//! answer leave the routing table: see `liveness`. Kademlia's provider records are not used.
 
 mod behaviour;
 mod command;

@@ -1,12 +1,13 @@
-//! The liveness of nodes, and the time to wait for an answer: measured round trips, failures to answer, and checks of
-//! the routing table. No I/O.
+//! Tracks whether nodes are alive and how long to wait for their answers, from measured round trips, failures to answer
+//! and checks of the routing table. Does no I/O.
 //!
-//! A node that failed to answer once is a *suspect*: it leaves the routing table, so that no answer to others names it,
-//! and look-ups ask it last. After a second failure it is *gone*: it is not asked again until it connects by itself, is
-//! named at another address, or [`FORGET`] is over. One answer makes a suspect a member of the routing table again.
+//! A node that failed to answer once is a *suspect*. It leaves the routing table, so that this node does not name it to
+//! others, and lookups ask it last. After a second failure the node is *gone*. It is not asked again until it connects
+//! by itself, is named at another address, or [`FORGET`] has passed. One answer makes a suspect a member of the routing
+//! table again.
 //!
-//! Members of the routing table that are not connected are checked from time to time, the more often the shorter nodes
-//! live as far as this node has seen: a node that left without a word is noticed before a look-up needs it.
+//! Members of the routing table that are not connected are checked from time to time, more often the shorter nodes live
+//! as observed by this node. A node that left without notice is thus detected before a lookup needs it.
 
 use std::{
     collections::HashMap,
@@ -15,64 +16,64 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId};
 
-/// The most that a look-up waits for one node, its dial included: three to four round trips of a long intercontinental
-/// path.
+/// Longest time that a lookup waits for one node, including its dial: three to four round trips of a long
+/// intercontinental path.
 pub(crate) const LONGEST: Duration = Duration::from_secs(1);
 
-/// The least: a busy machine may not run a node for as long as this.
+/// Shortest time to wait for an answer. A busy machine may not schedule a process for that long.
 const SHORTEST: Duration = Duration::from_millis(250);
 
-/// Round trips of a dial and the request after it: TCP takes one, the choice of security and TLS two, the request one.
-/// QUIC takes two in all.
+/// Round trips of a dial and the request after it. TCP takes one, the negotiation of security and TLS take two, and the
+/// request takes one. QUIC takes two in all.
 const DIAL: u32 = 4;
 
-/// A round trip over this says no more about the path: the node was suspended, or lost its network for a while.
+/// Longest round trip that is measured in full. A longer one means that the node was suspended or had lost its network,
+/// and says nothing more about the path.
 const OUTLIER: Duration = Duration::from_secs(5);
 
-/// Time for which a failure is remembered. A node that comes back meanwhile connects to a peer, and its failures end
-/// with that.
+/// Time for which a failure is remembered. A node that comes back earlier connects to a peer, which clears its
+/// failures.
 const FORGET: Duration = Duration::from_secs(600);
 
-/// Nodes whose failures are remembered, and addresses of each: strangers can name any number of nodes that do not
-/// exist.
+/// Most nodes whose failures are remembered, and most addresses of each. Other peers can name any number of nodes that
+/// do not exist.
 const MAX_FAILED: usize = 1024;
 const MAX_ADDRESSES: usize = 32;
 
-/// Nodes of which it is remembered when they last answered: routing tables hold some hundreds.
+/// Most nodes whose last answer is remembered. Routing tables hold some hundreds of nodes.
 const MAX_HEARD: usize = 2048;
 
-/// A suspect is checked again after this pause, which doubles while no peer at all is connected: then the fault is
-/// likely on our side.
+/// Pause before a suspect is checked again. It doubles, up to the second value, while no peer at all is connected,
+/// because the fault is then likely on this node's side.
 const CHECK_SUSPECT: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
-/// The least and the most time between two checks of a member of the routing table.
+/// Shortest and longest time between two checks of a member of the routing table.
 const CHECK: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(3600));
 
-/// A member is checked after this share of the time that nodes are seen to live: one in five that were there at the
-/// last check is then gone.
+/// Divisor of the observed lifetime of nodes that gives the interval between checks. With five, one in five of the
+/// nodes present at the last check is then gone.
 const CHECK_SHARE: u32 = 5;
 
-/// The lifetime that is assumed before anything was seen, and how much a single observation weighs against what was
-/// seen before.
+/// Lifetime assumed before any was observed, and the weight of a single observation against earlier ones.
 const LIFETIME: Duration = Duration::from_secs(5 * 3600);
 const WEIGHT: f64 = 1.0 / 16.0;
 
-/// A connection that was lost within this time of the last answer has not been closed for idleness (after five
-/// minutes): the node may have left.
+/// Longest time between the last answer and the loss of a connection at which the node may have left. Connections are
+/// closed for idleness after five minutes only.
 const IDLE: Duration = Duration::from_secs(150);
 
-/// A lost connection causes a check at most this often for one peer: a peer that closes connections, for want of memory
-/// say, is not dialled in a loop.
+/// Shortest time between two checks of one peer because of a lost connection. A peer that closes connections, for
+/// example because it lacks memory, is not dialed in a loop.
 const CHECK_LOST: Duration = Duration::from_secs(60);
 
-/// A round trip that is estimated from measurements, as RFC 6298 does for TCP.
+/// A round-trip estimate from measurements, as in RFC 6298 for TCP.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Pace {
+pub(crate) struct RttEstimate {
     smoothed: Option<Duration>,
     deviation: Duration,
 }
 
-impl Pace {
+impl RttEstimate {
     pub(crate) fn measured(&mut self, took: Duration) {
         let took = took.min(OUTLIER);
         match self.smoothed {
@@ -87,65 +88,65 @@ impl Pace {
         }
     }
 
-    /// After this time an answer is late; `None`: nothing was measured.
+    /// Returns the time after which an answer is late, or `None` if nothing was measured.
     fn late(&self) -> Option<Duration> {
         Some(self.smoothed? + self.deviation * 4)
     }
 }
 
-/// The standing of a node, by its recent answers.
+/// The standing of a node, from its recent answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
-    /// Nothing speaks against it.
+    /// The node has no recent failure.
     Good,
-    /// It failed to answer once.
+    /// The node failed to answer once.
     Suspect,
-    /// It failed to answer again.
+    /// The node failed to answer again.
     Gone,
 }
 
 #[derive(Debug)]
 struct Failed {
     times: u32,
-    /// It is not asked any more.
+    /// True if the node is not asked any more.
     gone: bool,
-    /// Time of the last check that could not be made, or was made without counting.
+    /// Time of the last check that could not be made or did not count.
     checked: Instant,
-    /// When it failed last.
+    /// Time of the last failure.
     at: Instant,
-    /// Addresses at which it did not answer.
+    /// Addresses at which the node did not answer.
     addresses: Vec<Multiaddr>,
-    /// It was a member of the routing table, at these addresses.
+    /// Addresses at which the node was in the routing table; empty if it was no member.
     routes: Vec<Multiaddr>,
 }
 
 #[derive(Debug)]
 struct Heard {
     at: Instant,
-    pace: Pace,
-    /// Its connection was lost, and perhaps it has left.
+    rtt: RttEstimate,
+    /// True if the connection was lost and the node may have left.
     lost: bool,
-    /// When its connection was last lost.
+    /// Time at which a connection was last lost.
     lost_at: Option<Instant>,
 }
 
-/// A check that is due.
+/// A liveness check that is due.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Check {
     pub(crate) peer: PeerId,
-    /// Addresses that the routing table does not have: a suspect's.
+    /// Addresses of a suspect, which the routing table does not have.
     pub(crate) addresses: Vec<Multiaddr>,
 }
 
-/// Knowledge about the lives of nodes.
+/// The state of the liveness checks.
 #[derive(Debug)]
 pub(crate) struct Liveness {
-    /// Of all nodes that answer.
-    pace: Pace,
+    /// Estimate over all nodes that answer.
+    rtt: RttEstimate,
     failed: HashMap<PeerId, Failed>,
     heard: HashMap<PeerId, Heard>,
-    /// Time that nodes were seen to live, and how many were seen to end meanwhile; both weighted towards what is
-    /// recent.
+    /// Total time that nodes were observed to live, and the number of them that ended; both weighted towards recent
+    /// observations.
     lived: Duration,
     ended: f64,
 }
@@ -153,7 +154,7 @@ pub(crate) struct Liveness {
 impl Default for Liveness {
     fn default() -> Self {
         Self {
-            pace: Pace::default(),
+            rtt: RttEstimate::default(),
             failed: HashMap::new(),
             heard: HashMap::new(),
             lived: LIFETIME,
@@ -163,11 +164,11 @@ impl Default for Liveness {
 }
 
 impl Liveness {
-    /// Returns the time to wait for an answer of `peer`, at most [`LONGEST`]; `connected`: no dial is needed. A peer
-    /// that was never measured may be farther than others.
+    /// Returns the time to wait for an answer of `peer`, at most [`LONGEST`]. If `connected` is set, no dial is needed.
+    /// A peer without measurements may be farther away than others, so it gets more time.
     pub(crate) fn deadline(&self, peer: PeerId, connected: bool) -> Duration {
-        let known = self.heard.get(&peer).and_then(|heard| heard.pace.late());
-        let (late, least) = match (known, self.pace.late()) {
+        let known = self.heard.get(&peer).and_then(|heard| heard.rtt.late());
+        let (late, least) = match (known, self.rtt.late()) {
             (Some(late), _) => (late, SHORTEST),
             (None, Some(late)) => (late, SHORTEST * 2),
             (None, None) => return LONGEST,
@@ -176,15 +177,15 @@ impl Liveness {
         (late * trips).clamp(least, LONGEST)
     }
 
-    /// After this time another node is asked in the place of one that has not answered, which is still waited for.
+    /// Returns the time after which another node is asked in parallel to one that has not answered.
     pub(crate) fn hedge(&self, connected: bool) -> Duration {
         let trips = if connected { 1 } else { DIAL };
-        let late = self.pace.late().map_or(LONGEST / 2, |late| late * trips);
+        let late = self.rtt.late().map_or(LONGEST / 2, |late| late * trips);
         late.clamp(SHORTEST / 2, LONGEST)
     }
 
-    /// A node has answered a request that took so long, or has connected. Gives back its routes, if it had left the
-    /// routing table as a suspect.
+    /// Notes that a node has answered, after `took` if that was measured, or has connected. Returns its routes if it
+    /// had left the routing table as a suspect.
     pub(crate) fn answered(
         &mut self,
         peer: PeerId,
@@ -200,13 +201,13 @@ impl Liveness {
         }
         let heard = self.heard.entry(peer).or_insert(Heard {
             at: now,
-            pace: Pace::default(),
+            rtt: RttEstimate::default(),
             lost: false,
             lost_at: None,
         });
         if let Some(took) = took {
-            self.pace.measured(took);
-            heard.pace.measured(took);
+            self.rtt.measured(took);
+            heard.rtt.measured(took);
         }
         let since = now.saturating_duration_since(heard.at);
         heard.at = now;
@@ -218,9 +219,9 @@ impl Liveness {
             .unwrap_or_default()
     }
 
-    /// A node that was asked at the time `asked`, at `addresses`, has not answered. `routes` is where the routing table
-    /// has it, if it does. One request counts once, however often it is told of. `alone`: no peer is connected, so that
-    /// the fault is likely ours.
+    /// Notes that a node did not answer a request sent at `asked` to `addresses`. `routes` are its addresses in the
+    /// routing table, if it is a member. A request counts once, even if it is reported again. `alone` says that no peer
+    /// is connected, so the fault is likely on this node's side.
     pub(crate) fn failed(
         &mut self,
         peer: PeerId,
@@ -251,7 +252,7 @@ impl Liveness {
             addresses: Vec::new(),
             routes: Vec::new(),
         });
-        // An outage of a second, of the node or of its path, is one failure, whoever is asked how often meanwhile.
+        // An outage of a second, of the node or its path, counts as one failure, however many requests fail meanwhile.
         if is_new || failed.at + CHECK_SUSPECT.0 <= now && failed.at < asked {
             failed.times = failed.times.saturating_add(1);
             failed.at = now;
@@ -268,7 +269,7 @@ impl Liveness {
         }
         if failed.times >= 2 && !alone && !failed.gone {
             failed.gone = true;
-            // Remembered with its routes, for an answer may still come; otherwise it has lived until now.
+            // The routes are kept, because an answer may still come. Without one, the node has lived until now.
             if !failed.routes.is_empty()
                 && let Some(heard) = self.heard.get(&peer)
             {
@@ -284,8 +285,8 @@ impl Liveness {
         self.standing(peer, &[], now)
     }
 
-    /// Returns the standing of a node that is said to be at `addresses`. A node that is named at an address that was
-    /// not tried deserves another try.
+    /// Returns the standing of a node that is said to be at `addresses`. A node that is named at an untried address
+    /// gets another attempt.
     pub(crate) fn standing(&self, peer: PeerId, addresses: &[Multiaddr], now: Instant) -> Standing {
         let Some(failed) = self.failed.get(&peer) else {
             return Standing::Good;
@@ -303,7 +304,7 @@ impl Liveness {
         }
     }
 
-    /// Suspects that were members of the routing table, and where they were.
+    /// Returns the suspects that were members of the routing table, with their addresses there.
     pub(crate) fn suspects(&self) -> impl Iterator<Item = (PeerId, &[Multiaddr])> {
         let failed = self.failed.iter();
         failed
@@ -311,7 +312,8 @@ impl Liveness {
             .map(|(peer, failed)| (*peer, &failed.routes[..]))
     }
 
-    /// The last connection to a member of the routing table was closed, not by this node for idleness.
+    /// Notes that the last connection to a member of the routing table was closed, other than by this node for
+    /// idleness.
     pub(crate) fn lost(&mut self, peer: PeerId, now: Instant) {
         if let Some(heard) = self.heard.get_mut(&peer) {
             let lately = heard
@@ -322,10 +324,10 @@ impl Liveness {
         }
     }
 
-    /// A node could not be checked: it is its turn again when others have had theirs.
+    /// Notes that a node could not be checked. Its next turn comes after those of the others.
     pub(crate) fn postpone(&mut self, peer: PeerId, now: Instant) {
         if let Some(failed) = self.failed.get_mut(&peer) {
-            // Not the time of the failure: the next one still counts.
+            // Leave the time of the failure unchanged, so that the next failure counts.
             failed.checked = now;
             return;
         }
@@ -335,7 +337,7 @@ impl Liveness {
         } else if self.heard.len() < MAX_HEARD {
             let heard = Heard {
                 at: now,
-                pace: Pace::default(),
+                rtt: RttEstimate::default(),
                 lost: false,
                 lost_at: None,
             };
@@ -343,7 +345,7 @@ impl Liveness {
         }
     }
 
-    /// Forgets when a node that is no member of the routing table, and not connected, was heard.
+    /// Forgets the last answers of nodes that are neither connected nor in the routing table.
     pub(crate) fn retain(&mut self, mut matters: impl FnMut(PeerId) -> bool) {
         self.heard.retain(|peer, _| matters(*peer));
     }
@@ -354,8 +356,8 @@ impl Liveness {
         (lifetime / CHECK_SHARE).clamp(CHECK.0, CHECK.1)
     }
 
-    /// The node that is to be checked next: a suspect, then a member whose connection was lost, then the member that
-    /// has been silent longest. `members` are those of the routing table that are not connected.
+    /// Returns the node to check next: a suspect, then a member whose connection was lost, then the member that has
+    /// been silent longest. `members` are the nodes of the routing table that are not connected.
     pub(crate) fn due(
         &self,
         members: impl Iterator<Item = PeerId>,
@@ -366,7 +368,7 @@ impl Liveness {
         let pause = |failed: &Failed| {
             let doubled = CHECK_SUSPECT.0 * (1 << failed.times.saturating_sub(1).min(5));
             match failed.gone {
-                // Asked on a connection that is there, which costs little.
+                // The request uses the existing connection, which costs little.
                 true => CHECK.0,
                 false => doubled.min(CHECK_SUSPECT.1),
             }
@@ -376,7 +378,7 @@ impl Liveness {
             .iter()
             .filter(|(peer, failed)| {
                 !failed.routes.is_empty()
-                    // One that is gone is not dialled; while it is connected, it may have been suspended.
+                    // A node that is gone is not dialed. While it is connected, it may only have been suspended.
                     && (!failed.gone || is_connected(**peer))
                     && now.saturating_duration_since(failed.at.max(failed.checked)) >= pause(failed)
                     && !is_under_way(**peer)
@@ -395,7 +397,7 @@ impl Liveness {
             }
             let heard = self.heard.get(&peer);
             let lost = heard.is_some_and(|heard| heard.lost);
-            // One that was never heard is older than all.
+            // A node without any answer counts as silent the longest.
             let since = heard.map_or(CHECK.1, |heard| now.saturating_duration_since(heard.at));
             (lost || since >= interval).then_some((lost, since, peer))
         });
@@ -448,13 +450,13 @@ mod tests {
             )
         };
         assert_eq!(fail(&mut liveness, 0, 10), Standing::Suspect);
-        // The same request, told of again, and one that was under way at the time.
+        // The same request reported again, and a request that was in progress at the time.
         assert_eq!(fail(&mut liveness, 0, 20), Standing::Suspect);
         assert_eq!(fail(&mut liveness, 5, 30), Standing::Suspect);
         assert_eq!(liveness.suspects().count(), 1);
         assert_eq!(liveness.answered(peer, None, at(40)), [address(1)]);
         assert_eq!(liveness.standing(peer, &[], at(41)), Standing::Good);
-        // A failure of a request from before the answer says nothing.
+        // The failure of a request from before the answer does not count.
         assert_eq!(fail(&mut liveness, 35, 45), Standing::Good);
         assert_eq!(fail(&mut liveness, 50, 60), Standing::Suspect);
         // An outage of a second is one failure.
@@ -462,14 +464,14 @@ mod tests {
         assert_eq!(fail(&mut liveness, 1000, 1250), Standing::Suspect);
         assert_eq!(fail(&mut liveness, 2000, 2060), Standing::Gone);
         assert_eq!(liveness.suspects().count(), 0);
-        // Another address is another chance; time is one as well.
+        // The node gets another attempt at another address, and after some time.
         let standing = |addresses: &[Multiaddr], now| liveness.standing(peer, addresses, now);
         assert_eq!(standing(&[address(1)], at(2080)), Standing::Gone);
         let two = [address(1), address(2)];
         assert_eq!(standing(&two, at(2080)), Standing::Good);
         let late = at(2060) + FORGET;
         assert_eq!(standing(&[address(1)], late), Standing::Good);
-        // It is not dialled, and checked slowly while it is connected. Its answer, however late, brings it back.
+        // The node is not dialed, and is checked slowly while it is connected. A late answer restores it.
         let due = |connected| {
             let nobody = std::iter::empty();
             liveness.due(nobody, |_| false, |_| connected, at(2060) + CHECK_SUSPECT.1)
@@ -481,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn checks_that_do_not_count_put_off_no_failure() {
+    fn checks_that_do_not_count_delay_no_failure() {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         let (peer, at) = (PeerId::random(), [address(1)]);
         let fail = |liveness: &mut Liveness, now| {
@@ -489,7 +491,7 @@ mod tests {
             liveness.failed(peer, asked, &at, at.to_vec(), false, now)
         };
         assert_eq!(fail(&mut liveness, begin + MS), Standing::Suspect);
-        // A connected node that has died is asked for a sign of life again and again.
+        // A connected node that has died is checked again and again.
         let due = |liveness: &Liveness, now| {
             let nobody = std::iter::empty();
             liveness.due(nobody, |_| false, |_| true, now).is_some()
@@ -502,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_given_up_while_no_peer_is_connected() {
+    fn no_node_is_given_up_while_no_peer_is_connected() {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         let peer = PeerId::random();
         for n in 0..10 {
@@ -512,7 +514,7 @@ mod tests {
             let standing = liveness.failed(peer, asked, &[address(1)], routes, true, now);
             assert_eq!(standing, Standing::Suspect);
         }
-        // It is checked again at a slower and slower pace.
+        // The node is checked again at longer and longer intervals.
         let nobody = || std::iter::empty();
         let last = begin + 27_010 * MS;
         let idle = |_| false;
@@ -525,7 +527,7 @@ mod tests {
     }
 
     #[test]
-    fn what_strangers_can_have_remembered_is_bounded() {
+    fn the_state_that_other_peers_can_cause_is_bounded() {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         for n in 0..2 * MAX_FAILED as u32 {
             let asked = begin + n * MS;
@@ -551,7 +553,7 @@ mod tests {
     fn members_are_checked_the_more_often_the_shorter_nodes_live() {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         assert_eq!(liveness.interval(), CHECK.1);
-        // Each lives for a minute.
+        // Each node lives for a minute.
         let mut now = begin;
         for _ in 0..200 {
             let peer = PeerId::random();
@@ -567,7 +569,7 @@ mod tests {
             "{:?}",
             liveness.interval()
         );
-        // The longest silent comes first, and before it the one whose connection was lost.
+        // The longest silent node comes first, preceded by the node whose connection was lost.
         let peers: Vec<_> = (0..3).map(|_| PeerId::random()).collect();
         for (n, peer) in peers.iter().enumerate() {
             liveness.answered(*peer, None, now + n as u32 * MS);
@@ -590,7 +592,7 @@ mod tests {
             liveness.due(members(), busy, idle, later).unwrap().peer,
             peers[0]
         );
-        // One that cannot be checked does not keep others from it.
+        // A node that cannot be checked does not delay the checks of others.
         liveness.postpone(peers[1], later);
         assert_eq!(
             liveness.due(members(), idle, idle, later).unwrap().peer,

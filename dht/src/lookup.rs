@@ -1,12 +1,16 @@
-//! The choice of the node that a look-up asks next: Kademlia's iterative look-up over disjoint paths, with no I/O.
+//! Chooses the nodes that a lookup asks: Kademlia's iterative lookup over disjoint paths, without I/O.
 //!
-//! After S/Kademlia (Baumgart and Mies 2007): what an answer says goes to the path that asked, each node is asked once,
-//! and a node that lies leads one path astray. On each path the nearest nodes known are asked until the [`WIDTH`]
-//! nearest that answer have done so. Nodes of one public network count as [`MAX_OF_NETWORK`] at most, the nearest, on
-//! every path and in the result: identities cost nothing, so any number of them can be nearer to a key than all others,
-//! but not from as many networks. A node that does not answer soon is waited for beside others that are asked in its
-//! place, and passed over at its deadline. A node that names many nodes of which few answer is believed no more.
-//! Suspects, which failed to answer lately, are asked last, and only if nothing was found without them.
+//! The design follows S/Kademlia (Baumgart and Mies 2007). The nodes named in an answer join only the path that asked,
+//! and each node is asked once, so a lying node leads only one path astray. Each path asks the nearest nodes it knows
+//! until the [`WIDTH`] nearest responsive ones have answered.
+//!
+//! On every path and in the result, at most [`MAX_OF_NETWORK`] nodes of one public network group count, the nearest
+//! ones. Identities cost nothing, so an attacker can create any number of them nearer to a key than all other nodes,
+//! but not in as many network groups.
+//!
+//! A node that does not answer soon is waited for while others are asked in parallel, and is skipped at its deadline.
+//! If few of the nodes that a node has named answer, its other candidates are dropped. Suspects, which failed to answer
+//! lately, are asked last, and only if nothing was found without them.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -20,51 +24,53 @@ use libp2p::{
 
 use crate::{liveness, store::Origin};
 
-/// Addresses remembered of a peer.
+/// Most addresses remembered of a peer.
 pub(crate) const MAX_ADDRESSES: usize = 16;
 
-/// Nodes that a path ends with, and that a statement is stored at; the value of the Kademlia paper.
+/// Number of nodes with which a path ends, and at which a record is stored; the value of the Kademlia paper.
 pub(crate) const WIDTH: usize = 20;
 
 /// Disjoint paths, and requests in flight on each.
 const PATHS: usize = 3;
 const IN_FLIGHT: usize = 3;
 
-/// Of these nodes, so many of one public network.
+/// Most of the [`WIDTH`] nodes that may be in one public network group.
 pub(crate) const MAX_OF_NETWORK: usize = 2;
 
-/// Nodes remembered on a path, the nearest.
+/// Most nodes remembered on a path, the nearest ones.
 const MAX_KNOWN: usize = 128;
 
-/// Nodes on a path that are waited for beside those in flight: those named in vain cost a dial each.
+/// Most overdue nodes on a path that are waited for in addition to those in flight. Each node named in vain costs a
+/// dial.
 const MAX_HEDGED: usize = 3 * IN_FLIGHT;
 
-/// Time by which the other paths may take longer than most: a liar leads one path, and another node of its path may be
-/// as late as any.
+/// Time by which a path may take longer than most others. One path may be led by a liar, and another node on it may be
+/// as late as the deadline allows.
 const GRACE: Duration = liveness::LONGEST;
 
-/// Nodes named by one that may fail, if no more than half as many have answered.
+/// Number of failed nodes at which the node that named them loses credibility, unless more than half as many have
+/// answered.
 const MAX_FAILED: usize = 6;
 
-/// A node that somebody has named.
+/// A node that this node knows or that another node has named.
 #[derive(Debug, Clone)]
 pub(crate) struct Candidate {
     pub(crate) peer: PeerId,
     pub(crate) addresses: Vec<Multiaddr>,
-    /// Where it is as far as is known: all networks of its addresses, or the one that it is seen in.
+    /// Network groups in which the node may be: those of its addresses, or only the observed one if it is connected.
     pub(crate) networks: Vec<Origin>,
-    /// It has been dialled at other addresses in vain, or still is.
-    pub(crate) again: bool,
-    /// It failed to answer lately.
+    /// True if the node was dialed at other addresses in vain, or still is.
+    pub(crate) redial: bool,
+    /// True if the node failed to answer lately.
     pub(crate) suspect: bool,
 }
 
-/// The time for which one node is waited for.
+/// The time to wait for one node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wait {
-    /// Then another is asked in its place.
+    /// Time after which another node is asked in parallel.
     pub(crate) hedge: Duration,
-    /// Then it is passed over.
+    /// Time after which the node is skipped.
     pub(crate) most: Duration,
 }
 
@@ -75,7 +81,7 @@ enum State {
         at: Instant,
         wait: Wait,
     },
-    /// Passed over. Its answer still counts.
+    /// The node was skipped. Its answer still counts.
     Late,
     Answered,
     Failed,
@@ -91,43 +97,43 @@ impl State {
 struct Node {
     candidate: Candidate,
     state: State,
-    /// The path that asked.
+    /// The path that asked the node.
     path: usize,
-    /// Who named it first.
+    /// The node that named this one first.
     named_by: Option<PeerId>,
 }
 
-/// What came of the nodes that one has named.
+/// The results of the nodes that one node has named.
 #[derive(Debug, Default)]
-struct Word {
+struct NamedNodes {
     failed: usize,
     answered: usize,
 }
 
-impl Word {
-    fn is_good(&self) -> bool {
+impl NamedNodes {
+    fn is_credible(&self) -> bool {
         self.failed < MAX_FAILED || self.failed < 2 * self.answered
     }
 }
 
-/// One look-up.
+/// The state of one lookup.
 #[derive(Debug)]
 pub(crate) struct Lookup {
     target: KBucketKey<Vec<u8>>,
     local: PeerId,
     nodes: HashMap<PeerId, Node>,
     paths: Vec<BTreeMap<Distance, PeerId>>,
-    words: HashMap<PeerId, Word>,
-    /// When most paths had ended.
+    named_nodes: HashMap<PeerId, NamedNodes>,
+    /// Time at which most paths had ended.
     mostly_done: Option<Instant>,
-    /// Suspects are asked as well.
+    /// True if suspects are asked as well.
     last_resort: bool,
-    /// Nodes that were passed over, and when they had been asked; not told yet.
+    /// Nodes that were skipped and not yet reported, with the time at which each was asked.
     overdue: Vec<(PeerId, Instant)>,
 }
 
 impl Lookup {
-    /// Towards `key`, from the nodes that `local` knows.
+    /// Creates a lookup for `key` that starts at the nodes known to `local`.
     pub(crate) fn new(
         key: &[u8],
         local: PeerId,
@@ -138,7 +144,7 @@ impl Lookup {
             local,
             nodes: HashMap::new(),
             paths: vec![BTreeMap::new(); PATHS],
-            words: HashMap::new(),
+            named_nodes: HashMap::new(),
             mostly_done: None,
             last_resort: false,
             overdue: Vec::new(),
@@ -153,7 +159,7 @@ impl Lookup {
         self.target.distance(&KBucketKey::from(peer))
     }
 
-    /// A path has heard of a node.
+    /// Adds a node to a path.
     fn learn(&mut self, path: usize, named_by: Option<PeerId>, candidate: Candidate) {
         let peer = candidate.peer;
         if peer == self.local || named_by == Some(peer) {
@@ -173,7 +179,7 @@ impl Lookup {
                 peer,
                 addresses: Vec::new(),
                 networks: Vec::new(),
-                again: false,
+                redial: false,
                 suspect: candidate.suspect,
             },
             state: State::Known,
@@ -183,16 +189,16 @@ impl Lookup {
         if node.state == State::Answered {
             return;
         }
-        // It may be suspected at some addresses only.
+        // The node may be suspected at some of its addresses only.
         node.candidate.suspect &= candidate.suspect;
-        // Whoever names it first may have named wrong addresses.
+        // The node that named this one first may have given wrong addresses.
         let room = MAX_ADDRESSES.saturating_sub(node.candidate.addresses.len());
         let new = candidate.addresses.into_iter();
         let new = new.filter(|address| !node.candidate.addresses.contains(address));
         let new: Vec<_> = new.take(room).collect();
         if !new.is_empty() && matches!(node.state, State::Failed | State::Late) {
             node.state = State::Known;
-            node.candidate.again = true;
+            node.candidate.redial = true;
         }
         node.candidate.addresses.extend(new);
         for network in candidate.networks {
@@ -202,11 +208,13 @@ impl Lookup {
         }
     }
 
-    /// The nearest of these that have not failed, so many of a network at most. Where a node is that has not answered is hearsay: it does not count against others, and is
-    /// left out only if each place that it may be at is taken.
+    /// Returns the nearest nodes that have not failed, with a limited number of each network group.
     ///
-    /// At the time `without_slow`, nodes that should have answered are left out as well, so that others can take their
-    /// place.
+    /// The network groups of a node that has not answered are unverified. They do not count against other nodes, and
+    /// exclude the node only if all of its possible groups are full.
+    ///
+    /// At the time `without_slow`, nodes that should have answered are left out as well, so that others can replace
+    /// them.
     fn nearest<'a>(
         &'a self,
         peers: impl Iterator<Item = &'a PeerId>,
@@ -244,7 +252,7 @@ impl Lookup {
         nearest.all(|node| node.state == State::Answered)
     }
 
-    /// The node to ask now, if there is one; it counts as asked. `wait` says how long it is waited for.
+    /// Returns the node to ask now, if there is one, and marks it as asked. `wait` decides how long to wait for it.
     pub(crate) fn next(
         &mut self,
         now: Instant,
@@ -278,7 +286,7 @@ impl Lookup {
         None
     }
 
-    /// Returns true if only nodes are waited for that should have answered by now.
+    /// Returns true if all nodes still waited for should have answered by now.
     pub(crate) fn is_settled(&self, now: Instant) -> bool {
         let is_prompt = |node: &Node| match node.state {
             State::Asked { at, wait } => now < at + wait.hedge,
@@ -287,19 +295,19 @@ impl Lookup {
         !self.nodes.values().any(is_prompt)
     }
 
-    /// Asks suspects as well from now on; whether there are any that were not asked.
+    /// Asks suspects as well from now on. Returns true if there are any that were not asked.
     pub(crate) fn ask_suspects(&mut self) -> bool {
         let mut nodes = self.nodes.values();
         let any = nodes.any(|node| node.state == State::Known && node.candidate.suspect);
         !std::mem::replace(&mut self.last_resort, true) && any
     }
 
-    /// Nodes that were passed over since this was last asked, and when each had been asked.
+    /// Returns the nodes skipped since the last call, with the time at which each was asked.
     pub(crate) fn take_overdue(&mut self) -> Vec<(PeerId, Instant)> {
         std::mem::take(&mut self.overdue)
     }
 
-    /// A node that was asked has answered, from this network, and has named others.
+    /// Notes that a node has answered from the network group `network` and has named other nodes.
     pub(crate) fn answered(
         &mut self,
         peer: PeerId,
@@ -318,14 +326,14 @@ impl Lookup {
         }
         let path = node.path;
         if let Some(by) = node.named_by {
-            self.words.entry(by).or_default().answered += 1;
+            self.named_nodes.entry(by).or_default().answered += 1;
         }
         for candidate in closer.into_iter().take(WIDTH) {
             self.learn(path, Some(peer), candidate);
         }
     }
 
-    /// A node that was asked will not answer.
+    /// Notes that a node will not answer.
     pub(crate) fn failed(&mut self, peer: PeerId) {
         let Some(node) = self.nodes.get_mut(&peer) else {
             return;
@@ -334,7 +342,7 @@ impl Lookup {
         if was.is_awaited() {
             node.state = State::Failed;
         }
-        // A late one has been counted.
+        // The failure of a late node was already counted.
         if matches!(was, State::Asked { .. }) {
             self.count_failure(peer);
         }
@@ -344,12 +352,12 @@ impl Lookup {
         let Some(by) = self.nodes.get(&peer).and_then(|node| node.named_by) else {
             return;
         };
-        let word = self.words.entry(by).or_default();
-        word.failed += 1;
-        if word.is_good() {
+        let named = self.named_nodes.entry(by).or_default();
+        named.failed += 1;
+        if named.is_credible() {
             return;
         }
-        // Others may name them still.
+        // Other nodes may still name the dropped ones.
         let dropped: HashSet<_> = (self.nodes.values())
             .filter(|node| node.state == State::Known && node.named_by == Some(by))
             .map(|node| node.candidate.peer)
@@ -366,7 +374,7 @@ impl Lookup {
         node.is_some_and(|node| node.state.is_awaited())
     }
 
-    /// Whether it has ended at this time.
+    /// Returns true if the lookup has ended at this time.
     pub(crate) fn is_done(&mut self, now: Instant) -> bool {
         let mut passed = Vec::new();
         for node in self.nodes.values_mut() {
@@ -393,7 +401,7 @@ impl Lookup {
         now >= *self.mostly_done.get_or_insert(now) + GRACE
     }
 
-    /// The nearest nodes that have answered, on all paths.
+    /// Returns the nearest nodes that have answered, over all paths.
     pub(crate) fn nearest_answered(&self) -> Vec<Candidate> {
         let answered = self.nodes.values().filter(|n| n.state == State::Answered);
         let by_distance: BTreeMap<_, _> = answered
@@ -414,7 +422,7 @@ mod tests {
     const ROUND_TRIP: Duration = Duration::from_millis(50);
     const KEY: &[u8] = b"a key";
 
-    /// Where the `n`th of a number of networks is.
+    /// Returns an address in one of many network groups.
     fn address(network: usize, host: usize) -> Multiaddr {
         let (a, b, c) = (network >> 16, network >> 8 & 255, network & 255);
         format!("/ip4/{}.{b}.{c}.{}/tcp/1", 20 + a, host % 250 + 1)
@@ -428,12 +436,12 @@ mod tests {
             peer,
             networks: vec![Origin::of(&address)],
             addresses: vec![address],
-            again: false,
+            redial: false,
             suspect: false,
         }
     }
 
-    /// With some jitter on a round trip of fifty milliseconds.
+    /// Allows for some jitter on a round trip of 50 ms.
     fn wait(_: &Candidate) -> Wait {
         Wait {
             hedge: 3 * ROUND_TRIP,
@@ -451,7 +459,7 @@ mod tests {
         Silence,
     }
 
-    /// Nodes that know each other as Kademlia's do: up to twenty in each bucket.
+    /// Nodes that know each other as in Kademlia: up to twenty in each bucket.
     struct Mesh {
         nodes: Vec<Candidate>,
         number: HashMap<PeerId, usize>,
@@ -460,7 +468,8 @@ mod tests {
 
     impl Mesh {
         fn new(count: usize) -> Self {
-            // The same each time: of thirty nodes nearest to a key, more than ten are gone now and then.
+            // The identities are the same each time. With random ones, more than ten of the thirty nodes nearest to a
+            // key are occasionally gone.
             let peer = |n: usize| {
                 let mut secret = [0; 32];
                 secret[..8].copy_from_slice(&n.to_le_bytes());
@@ -487,7 +496,7 @@ mod tests {
             }
         }
 
-        /// The nearest to the key that a node knows.
+        /// Returns the nodes nearest to the key that a node knows.
         fn knows(&self, node: usize, most: usize) -> Vec<Candidate> {
             let mut known: Vec<_> = self.tables[node].iter().map(|n| &self.nodes[*n]).collect();
             known.sort_by_key(|node| distance(node.peer));
@@ -504,7 +513,7 @@ mod tests {
                 .map_or(Answer::Silence, |n| Answer::Names(self.knows(*n, WIDTH)))
         }
 
-        /// The nearest of those that are there, as many as one stores at.
+        /// Returns the nearest available nodes, as many as store a record.
         fn nearest(&self, is_there: impl Fn(PeerId) -> bool) -> Vec<PeerId> {
             let others = self.nodes[1..].iter().map(|node| node.peer);
             let mut peers: Vec<_> = others.filter(|peer| is_there(*peer)).collect();
@@ -514,12 +523,12 @@ mod tests {
         }
     }
 
-    /// Has it all asked; how many were, and how long it took.
+    /// Runs the lookup to its end. Returns the number of nodes asked and the time it took.
     fn run(lookup: &mut Lookup, mut answer: impl FnMut(PeerId) -> Answer) -> (usize, Duration) {
         let begin = Instant::now();
         let (mut now, mut asked) = (begin, 0);
         let mut flying: Vec<(Instant, PeerId)> = Vec::new();
-        // Each turn is a tick.
+        // Each iteration is a tick.
         while !lookup.is_done(now) {
             while let Some(next) = lookup.next(now, wait) {
                 asked += 1;
@@ -548,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_are_found() {
+    fn the_nearest_nodes_are_found() {
         for count in [2, 5, 30, 1000] {
             let mesh = Mesh::new(count);
             let mut lookup = mesh.lookup();
@@ -564,9 +573,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_gone_is_passed_over() {
+    fn unreachable_nodes_are_skipped() {
         let mesh = Mesh::new(1000);
-        // Of three in ten that are gone, half refuse and half are silent.
+        // Of the three in ten nodes that are gone, half refuse and half are silent.
         let gone = |peer: PeerId| peer.to_bytes()[10] < 77;
         let mut lookup = mesh.lookup();
         let (_, took) = run(&mut lookup, |peer| match gone(peer) {
@@ -576,12 +585,12 @@ mod tests {
         });
         let nearest = mesh.nearest(|peer| !gone(peer));
         let found = found(&lookup);
-        // Answers name what is gone as well, and twenty at most.
+        // Answers also name nodes that are gone, and contain at most twenty.
         assert!(common(&found, &nearest) >= WIDTH - 6, "{found:?}");
         assert!(took < Duration::from_secs(3), "{took:?}");
     }
 
-    /// Identities nearer to the key than all of the mesh's nodes.
+    /// Creates identities nearer to the key than all nodes of the mesh.
     fn sybils(mesh: &Mesh, count: usize, network: impl Fn(usize) -> usize) -> Vec<Candidate> {
         let nearest = distance(mesh.nearest(|_| true)[0]);
         let peers = std::iter::repeat_with(PeerId::random).filter(|peer| distance(*peer) < nearest);
@@ -601,7 +610,7 @@ mod tests {
                 asked += 1;
                 Answer::Names(sybils.clone())
             }
-            // What honest nodes know of them is as many as may be in a bucket.
+            // Honest nodes know as many of the sybils as a bucket may hold.
             false => match mesh.answer(peer) {
                 Answer::Names(mut closer) => {
                     closer.splice(0..0, sybils[..MAX_OF_NETWORK].iter().cloned());
@@ -618,9 +627,9 @@ mod tests {
     }
 
     #[test]
-    fn who_names_what_is_not_there_costs_little_time() {
+    fn nodes_that_name_unreachable_nodes_cost_little_time() {
         let mesh = Mesh::new(100);
-        // Each of a network of its own, as is easy to say.
+        // Each nonexistent node claims a network group of its own, which costs the liar nothing.
         let nobody = sybils(&mesh, 200, |n| 70_000 + n);
         let liars: HashSet<_> = mesh.knows(0, 3).iter().map(|node| node.peer).collect();
         let mut lookup = mesh.lookup();
@@ -639,7 +648,7 @@ mod tests {
     }
 
     #[test]
-    fn who_answers_nothing_or_names_itself_holds_nobody_up() {
+    fn nodes_that_answer_nothing_or_name_themselves_delay_no_lookup() {
         let mesh = Mesh::new(100);
         let of_seeds: Vec<_> = mesh.knows(0, WIDTH).iter().map(|node| node.peer).collect();
         let mut lookup = mesh.lookup();
@@ -661,7 +670,7 @@ mod tests {
     }
 
     #[test]
-    fn who_names_others_with_wrong_addresses_hides_nobody() {
+    fn nodes_that_name_others_with_wrong_addresses_hide_no_node() {
         let mesh = Mesh::new(100);
         let sybils = sybils(&mesh, 2, |_| 70_000);
         let liars: HashSet<_> = mesh.knows(0, 5).iter().map(|node| node.peer).collect();
@@ -684,7 +693,7 @@ mod tests {
                     .get(&node.peer)
                     .is_none_or(|at| node.addresses.contains(at));
                 let lies = liars.contains(&node.peer);
-                // All that are honest, at addresses of the liars' own network, which is full.
+                // All honest nodes, at addresses in the liars' own network group, which is full.
                 let wrong = mesh
                     .knows(0, WIDTH)
                     .into_iter()
@@ -724,8 +733,8 @@ mod tests {
     }
 
     #[test]
-    fn silent_nodes_hold_up_nobody_who_is_asked_in_their_place() {
-        // All that are nearest are silent, more than may be in flight.
+    fn silent_nodes_do_not_delay_the_nodes_asked_in_parallel() {
+        // All of the nearest nodes are silent, more than may be in flight.
         let mesh = Mesh::new(100);
         let silent: HashSet<_> = mesh.nearest(|_| true).into_iter().take(12).collect();
         let mut lookup = mesh.lookup();
@@ -734,7 +743,7 @@ mod tests {
             false => mesh.answer(peer),
         });
         let nearest = mesh.nearest(|peer| !silent.contains(&peer));
-        // Answers name the silent as well, and twenty at most.
+        // Answers also name the silent nodes, and contain at most twenty.
         assert!(common(&found(&lookup), &nearest) >= WIDTH - silent.len());
         assert!(took <= 2 * liveness::LONGEST, "{took:?}");
     }
@@ -765,7 +774,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_share_nothing_that_they_are_told() {
+    fn a_node_named_in_an_answer_joins_one_path_only() {
         let peers: Vec<_> = (0..PATHS).map(|n| candidate(PeerId::random(), n)).collect();
         let mut lookup = Lookup::new(KEY, PeerId::random(), peers.clone());
         let now = Instant::now();
@@ -774,7 +783,7 @@ mod tests {
         lookup.answered(first.peer, None, [told.clone()]);
         let know = |path: &&BTreeMap<_, _>| path.values().any(|peer| *peer == told.peer);
         assert_eq!(lookup.paths.iter().filter(know).count(), 1);
-        // Unheard of, its answer says nothing.
+        // The answer of an unknown node is ignored.
         lookup.answered(PeerId::random(), None, [candidate(PeerId::random(), 101)]);
         lookup.answered(told.peer, None, [candidate(PeerId::random(), 101)]);
         assert_eq!(lookup.nodes.len(), PATHS + 1);

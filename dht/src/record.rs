@@ -1,4 +1,4 @@
-//! A publisher's signed statement.
+//! A publisher's signed record: its encoding, its limits and its checks.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,10 +17,10 @@ pub const MAX_SUBKEY: usize = 256;
 /// The longest value, in bytes.
 pub const MAX_VALUE: usize = 4096;
 
-/// The longest a record may live from now on. What is still true must be said again.
+/// The longest lifetime of a record from now on. A record that still holds must be renewed before it expires.
 pub const MAX_TTL: Duration = Duration::from_secs(48 * 3600);
 
-/// The most by which a publisher's clock may be ahead of this node's: a machine without NTP is minutes off after some
+/// The most by which a publisher's clock may be ahead of this node's. A machine without NTP is minutes off after some
 /// weeks.
 pub const MAX_SKEW: Duration = Duration::from_secs(600);
 
@@ -33,59 +33,59 @@ const PUBLISHER: usize = ED25519.len() + 32;
 /// Size of an Ed25519 signature, in bytes.
 const SIGNATURE: usize = 64;
 
-/// The most bytes that one statement takes in a set. Beside the fields there are tags, lengths and numbers: 64 bytes
-/// are more than these take.
+/// The most bytes that one record takes in a set. Tags, lengths and numbers take less than the 64 bytes that are added
+/// to the fields.
 pub(crate) const MAX_SIZE: usize = MAX_KEY + MAX_SUBKEY + MAX_VALUE + PUBLISHER + SIGNATURE + 64;
 
-/// What the signature covers begins with this, so that it can be taken for nothing else.
+/// First bytes of the signed data, so that the signature is valid for nothing else.
 const DOMAIN: &[u8] = b"weft record v1\0";
 
-/// A statement whose signature has been checked.
+/// A record whose signature was checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     wire: wire::SignedRecord,
     publisher: PeerId,
 }
 
-/// Why a record is refused.
+/// The reason for which a record is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
     /// A field is longer than allowed.
     #[error("the record's {field} has {size} bytes; the limit is {limit}")]
     TooLong {
-        /// Which field.
+        /// The name of the field.
         field: &'static str,
         /// Its size in bytes.
         size: usize,
         /// The limit in bytes.
         limit: usize,
     },
-    /// It stands under no key.
+    /// The key is empty.
     #[error("the record has no key")]
     NoKey,
-    /// It is to live for less than a second.
-    #[error("a record lives for one second at least, and 48 hours at most")]
+    /// The record would live for less than a second.
+    #[error("a record must live for at least one second and at most 48 hours")]
     TooBrief,
-    /// Its time is over.
+    /// The record has expired.
     #[error("the record has expired")]
     Expired,
-    /// It claims to live longer than allowed.
+    /// The record claims to live longer than allowed.
     #[error("the record claims to live longer than 48 hours")]
     TooLongLived,
     /// The publisher's key is not an Ed25519 key.
-    #[error("the record's publisher is no Ed25519 key")]
+    #[error("the record's publisher is not an Ed25519 key")]
     Publisher,
     /// The signature is wrong.
     #[error("the record's signature is wrong")]
     Signature,
-    /// It is stored or returned under another key than its own.
+    /// The record is stored or returned under a key that is not its own.
     #[error("the record belongs to another key")]
     WrongKey,
     /// Signing failed.
     #[error("the record cannot be signed: {0}")]
     Sign(String),
-    /// This machine's clock shows a time before 1970, in which no record can hold.
+    /// This machine's clock shows a time before 1970, at which no record is valid.
     #[error(
         "this machine's clock shows a year before 1970, so every record has expired; set the clock, then try again"
     )]
@@ -93,22 +93,22 @@ pub enum RecordError {
 }
 
 impl RecordError {
-    /// Returns true if no node that follows the protocol sends such a statement, whatever its clock shows.
+    /// Returns true if no node that follows the protocol sends such a record, even with a wrong clock.
     pub(crate) fn is_offence(&self) -> bool {
         !matches!(self, Self::Expired | Self::TooLongLived)
     }
 }
 
-/// Now, in milliseconds since 1970; 0 if the clock shows an earlier time.
+/// Returns the current time in milliseconds since 1970, or 0 if the clock shows an earlier time.
 pub(crate) fn now() -> u64 {
     millis(SystemTime::now())
 }
 
 impl Record {
-    /// Signs a statement that holds for `ttl` from now; without a value it takes back an earlier one.
+    /// Signs a record that holds for `ttl` from now. Without a value, the record withdraws an earlier one.
     ///
     /// # Errors
-    /// [`RecordError`] if a field or the time to live is over its limit.
+    /// Returns [`RecordError`] if a field or the time to live is over its limit.
     pub fn sign(
         keys: &Keypair,
         key: &[u8],
@@ -126,7 +126,7 @@ impl Record {
         )
     }
 
-    /// Signs a statement that holds for some time from a moment on.
+    /// Signs a record that holds for a time from the given moment on.
     pub(crate) fn sign_at(
         keys: &Keypair,
         (key, subkey): (&[u8], &[u8]),
@@ -161,16 +161,16 @@ impl Record {
         })
     }
 
-    /// Checks what a stranger sent as being stored under `key`.
+    /// Checks a record that a peer has sent under `key`.
     ///
     /// # Errors
-    /// [`RecordError`] with the first rule that is broken; the cheap ones are checked first.
+    /// Returns the first rule that is broken; cheap rules are checked first.
     pub fn verify(wire: wire::SignedRecord, key: &[u8]) -> Result<Self, RecordError> {
         check_claims(&wire, key, now())?;
         Self::check_signature(wire)
     }
 
-    /// Checks the signature only, which costs some fifty microseconds; the rest is for [`check_claims`].
+    /// Checks only the signature, which takes some fifty microseconds; [`check_claims`] checks the rest.
     pub(crate) fn check_signature(wire: wire::SignedRecord) -> Result<Self, RecordError> {
         let public = PublicKey::try_decode_protobuf(&wire.publisher)
             .ok()
@@ -185,8 +185,8 @@ impl Record {
         })
     }
 
-    /// A statement that was checked here before, and has been on our own disk since: sizes are checked, signature and
-    /// time are not.
+    /// Decodes a record that was checked on this node before and comes from its own disk. Checks the sizes, but neither
+    /// signature nor expiry.
     pub(crate) fn checked_before(wire: wire::SignedRecord) -> Result<Self, RecordError> {
         check_sizes(&wire)?;
         let public = PublicKey::try_decode_protobuf(&wire.publisher);
@@ -197,32 +197,32 @@ impl Record {
         })
     }
 
-    /// Who states it.
+    /// Returns the publisher that signed the record.
     pub fn publisher(&self) -> PeerId {
         self.publisher
     }
 
-    /// The key it stands under.
+    /// Returns the key under which the record is stored.
     pub fn key(&self) -> &[u8] {
         &self.wire.key
     }
 
-    /// Which of the publisher's statements under the key.
+    /// Returns the subkey, which distinguishes the publisher's records under one key.
     pub fn subkey(&self) -> &[u8] {
         &self.wire.subkey
     }
 
-    /// What is stated; `None` if an earlier statement is taken back.
+    /// Returns the value; `None` if the record withdraws an earlier one.
     pub fn value(&self) -> Option<&[u8]> {
         (!self.wire.removed).then_some(&self.wire.value)
     }
 
-    /// Higher than that of the publisher's earlier statements under key and subkey.
+    /// Returns the sequence number, which is higher than in the publisher's earlier records under this key and subkey.
     pub fn sequence(&self) -> u64 {
         self.wire.sequence
     }
 
-    /// How long it still holds; zero once it has expired.
+    /// Returns the time until the record expires; zero once it has expired.
     pub fn remaining(&self) -> Duration {
         let until = UNIX_EPOCH + Duration::from_millis(self.wire.expires_at);
         until
@@ -230,7 +230,7 @@ impl Record {
             .unwrap_or(Duration::ZERO)
     }
 
-    /// When it expires, in milliseconds since 1970.
+    /// Returns the expiry, in milliseconds since 1970.
     pub(crate) fn expires_at(&self) -> u64 {
         self.wire.expires_at
     }
@@ -240,13 +240,13 @@ impl Record {
         self.publisher == *publisher && self.wire.subkey == subkey
     }
 
-    /// Whether this is to replace `other`, which is about the same thing. Equal sequences are ordered by signature, so that all nodes
-    /// keep the same one.
+    /// Returns true if this record replaces `other`, which has the same key, publisher and subkey. Equal sequence
+    /// numbers are ordered by signature, so that all nodes keep the same record.
     pub(crate) fn supersedes(&self, other: &Self) -> bool {
         (self.wire.sequence, &self.wire.signature) > (other.wire.sequence, &other.wire.signature)
     }
 
-    /// Bytes it takes in a set: a tag and a length of at most three bytes, and the statement.
+    /// Returns the bytes that the record takes in a set: a tag, a length of at most three bytes, and the record.
     pub(crate) fn size(&self) -> usize {
         size_of(&self.wire)
     }
@@ -256,13 +256,13 @@ impl Record {
     }
 }
 
-/// Bytes that a statement takes in a set.
+/// Returns the bytes that a record takes in a set.
 pub(crate) fn size_of(wire: &wire::SignedRecord) -> usize {
     use prost::Message;
     wire.encoded_len() + 4
 }
 
-/// Checks everything of a statement but its signature: the sizes, the key under which it was sent, and its time.
+/// Checks everything in a record except its signature: the sizes, the key under which it was sent, and the expiry.
 pub(crate) fn check_claims(
     wire: &wire::SignedRecord,
     key: &[u8],
@@ -282,13 +282,12 @@ pub(crate) fn check_claims(
     Ok(())
 }
 
-/// Returns the peer that a statement names as its publisher; nothing is proven by that. `None` if it names no Ed25519
-/// key.
+/// Returns the peer that a record names as its publisher, or `None` if it names no Ed25519 key. The name is unverified.
 pub(crate) fn claimed_publisher(wire: &wire::SignedRecord) -> Option<PeerId> {
     if wire.publisher.len() != PUBLISHER || !wire.publisher.starts_with(&ED25519) {
         return None;
     }
-    // So short a key is its own hash: the multihash is "identity", a length, and the key.
+    // A key this short is its own hash: the multihash is "identity", a length, and the key.
     let mut hash = vec![0, PUBLISHER as u8];
     hash.extend_from_slice(&wire.publisher);
     PeerId::from_bytes(&hash).ok()
@@ -309,7 +308,8 @@ fn check_sizes(wire: &wire::SignedRecord) -> Result<(), RecordError> {
     Ok(())
 }
 
-/// The domain, then each field: variable ones behind their length, numbers little-endian.
+/// Returns the signed data: the domain, then each field. Fields of variable length follow their length; numbers are
+/// little-endian.
 fn signed_bytes(wire: &wire::SignedRecord) -> Vec<u8> {
     let mut bytes = DOMAIN.to_vec();
     for field in [&wire.key, &wire.subkey, &wire.value, &wire.publisher] {
@@ -385,7 +385,7 @@ mod tests {
             change(&mut wire);
             assert_eq!(Record::verify(wire, b"k"), Err(RecordError::Signature));
         }
-        // Bytes moved from one field to the next.
+        // Bytes that are moved from one field to the next.
         let mut wire = record.as_wire().clone();
         wire.subkey = (&b""[..]).into();
         wire.value = (&b"sv"[..]).into();

@@ -1,6 +1,7 @@
-//! What look-ups have found out lately: which nodes are near a key, and so near its neighbours.
+//! Remembers the results of recent lookups: the nodes near a key, which are near its neighbors as well.
 //!
-//! Whoever says ten thousand things again, in the order of their places, needs no look-up for each: one finds the nodes of a part of the key space.
+//! A publisher that renews ten thousand records in the order of their positions does not need a lookup for each. One
+//! lookup finds the nodes of a region of the key space.
 
 use std::{
     collections::VecDeque,
@@ -11,13 +12,13 @@ use libp2p::{PeerId, kad::KBucketKey};
 
 use crate::lookup::{Candidate, WIDTH};
 
-/// How long what was found is used.
+/// Time for which a result is used.
 const FRESH: Duration = Duration::from_secs(600);
 
-/// Parts that are remembered.
+/// Most regions that are remembered.
 const MAX_REGIONS: usize = 64;
 
-/// Nodes near a key that must be known for sure to do without a look-up.
+/// Number of nodes near a key that must be known for certain to skip the lookup.
 const SURE: usize = WIDTH / 2;
 
 #[derive(Debug)]
@@ -28,12 +29,13 @@ struct Region {
 }
 
 impl Region {
-    /// Whether the nodes nearest to a target are among these.
+    /// Returns true if this region contains the nodes nearest to `target`.
     ///
-    /// All nodes that are nearer to the key than the farthest of these are known, and so all that have as many bits in common with it as make them nearer in any case.
-    /// A target that has these bits as well is nearest to the same nodes.
+    /// All nodes nearer to the region's key than the farthest known one are known. Therefore all nodes that share more
+    /// leading bits with the key than the farthest node are known. A target that shares these bits too has the same
+    /// nearest nodes.
     fn covers(&self, target: &KBucketKey<Vec<u8>>) -> bool {
-        // The look-up has found everybody.
+        // In a mesh this small, the lookup has found all nodes.
         if self.nodes.len() < WIDTH {
             return true;
         }
@@ -45,12 +47,12 @@ impl Region {
     }
 }
 
-/// The parts of the key space that are known.
+/// The regions of the key space that are known.
 #[derive(Debug, Default)]
 pub(crate) struct Regions(VecDeque<Region>);
 
 impl Regions {
-    /// A look-up towards `key` has ended with these nodes.
+    /// Adds the result of a lookup for `key`.
     pub(crate) fn learn(&mut self, key: &[u8], nodes: &[Candidate], now: Instant) {
         self.0.retain(|region| now < region.found + FRESH);
         if self.0.len() >= MAX_REGIONS {
@@ -66,7 +68,7 @@ impl Regions {
         });
     }
 
-    /// The nodes near `key`, the nearest first, if they are known.
+    /// Returns the nodes near `key`, nearest first, if they are known.
     pub(crate) fn near(&self, key: &[u8], now: Instant) -> Option<Vec<Candidate>> {
         let target = KBucketKey::new(key.to_vec());
         let fresh = self.0.iter().rev().filter(|r| now < r.found + FRESH);
@@ -78,7 +80,7 @@ impl Regions {
         Some(nodes.into_iter().map(|(_, node)| node).collect())
     }
 
-    /// A node has been met: where it is one of the nearest, what was found holds no more.
+    /// Notes a newly met node: regions in which it is one of the nearest are outdated.
     pub(crate) fn met(&mut self, peer: PeerId) {
         let node = KBucketKey::from(peer);
         self.0.retain(|region| {
@@ -92,9 +94,9 @@ impl Regions {
         });
     }
 
-    /// A node is gone, or does not take what it is given.
+    /// Notes a node that is gone or refuses records.
     pub(crate) fn forget(&mut self, peer: PeerId) {
-        // Then others are nearest.
+        // Other nodes are then the nearest.
         let is_of_it = |region: &Region| region.nodes.iter().any(|(_, node)| node.peer == peer);
         self.0.retain(|region| !is_of_it(region));
     }
@@ -107,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_of_a_key_are_stored_where_they_are_looked_for() {
+    fn records_of_neighboring_keys_are_stored_at_the_nodes_that_a_lookup_finds() {
         let key = |n: u16| {
             let mut secret = [0; 32];
             secret[..2].copy_from_slice(&n.to_le_bytes());
@@ -117,7 +119,7 @@ mod tests {
             peer: key(n).to_peer_id(),
             addresses: Vec::new(),
             networks: Vec::new(),
-            again: false,
+            redial: false,
             suspect: false,
         });
         let nodes: Vec<_> = nodes.collect();
@@ -149,7 +151,7 @@ mod tests {
         }
         assert!(least >= SURE, "{least}");
         assert!(looked_up <= 250, "{looked_up}");
-        // In time it is forgotten, and with a node that is gone what was known of its neighbours.
+        // A region is forgotten after a time, or when one of its nodes is gone.
         let key = b"key 1";
         regions.learn(key, &nearest(key), now);
         assert!(regions.near(key, now).is_some());
@@ -157,7 +159,7 @@ mod tests {
         let before = regions.0.len();
         regions.forget(nearest(key)[3].peer);
         assert!(regions.0.len() < before);
-        // Of a mesh that is small, everything is known, until there is another.
+        // In a small mesh all nodes are known, until another one joins.
         regions.0.clear();
         regions.learn(key, &nodes[..5], now);
         assert_eq!(regions.near(b"another", now).unwrap().len(), 5);
@@ -165,7 +167,7 @@ mod tests {
         assert!(regions.near(b"another", now).is_some());
         regions.met(nodes[5].peer);
         assert!(regions.near(b"another", now).is_none());
-        // In a large one, only where it is near.
+        // In a large mesh, a new node matters only near the key.
         let near = nearest(key);
         regions.learn(key, &near, now);
         let far = nodes

@@ -1,10 +1,12 @@
-//! The records that this node keeps for the DHT, as Kademlia's store.
+//! The records that this node stores for the DHT, as a store for libp2p-kad.
 //!
-//! One Kademlia record holds the set of all publishers' statements under a key. Storing merges sets; reading returns what still holds, or a part of it where
-//! that is more than an answer takes. libp2p-kad's own provider records are not used: they carry no addresses and no signature.
+//! One Kademlia record holds the set of all publishers' records under a key. Storing merges sets. Reading returns the
+//! records that have not expired, or a part of them if they do not fit into an answer. libp2p-kad's own provider
+//! records are not used: they carry neither addresses nor a signature.
 //!
-//! What others have us keep is limited for each publisher, for each network that it comes from, for each key, and in all. Where there is no more room in all, or
-//! under a key, what is new takes the place of something chosen at random: who floods us loses to it as all others do, and keeps nobody out for long.
+//! Records of other publishers are limited for each publisher, for each network group that they come from, for each
+//! key, and in all. If the store or a set is full, a new record replaces one chosen at random. A flood therefore
+//! displaces its own records as well as those of others, and keeps no publisher out for long.
 
 use std::{
     borrow::Cow,
@@ -31,69 +33,72 @@ use weft_proto::wire;
 
 use crate::{Disk, Record, record};
 
-/// Keys held.
+/// Most keys with records.
 const MAX_KEYS: usize = 32_768;
 
-/// Bytes of statements held for others.
+/// Most bytes of records stored for other publishers.
 const MAX_BYTES: usize = 64 << 20;
 
-/// Of these, statements of one publisher, and such as have come from one public network (an IPv4 network of 24 bits, an IPv6 network of 48).
+/// Most bytes, of [`MAX_BYTES`], in records of one publisher, and in records from one public network group (an IPv4 /24
+/// or an IPv6 /48).
 const MAX_OF_PUBLISHER: usize = MAX_BYTES / 8;
 const MAX_OF_NETWORK: usize = MAX_BYTES / 4;
 
-/// Statements under one key, their bytes, and those that have come from one public network.
+/// Most records under one key, most bytes of these, and most records from one public network group.
 const MAX_RECORDS: usize = 1024;
 const MAX_SET: usize = 512 << 10;
 const MAX_OF_NETWORK_IN_SET: usize = MAX_RECORDS / 8;
 
-/// Statements of one publisher under one key, and their bytes: one publisher must not fill the set, nor the answer.
+/// Most records of one publisher under one key, and most bytes of these, so that one publisher fills neither the set
+/// nor an answer.
 const MAX_PER_PUBLISHER: usize = 64;
 const MAX_PUBLISHER_BYTES: usize = MAX_ANSWER / 8;
 
-/// Bytes of statements that an answer carries. Kademlia's packets are limited to [`MAX_PACKET`], and closer peers take room as well.
+/// Most bytes of records in an answer. Kademlia's packets are limited to [`MAX_PACKET`], and the closer peers need room
+/// as well.
 const MAX_ANSWER: usize = 48 * 1024;
 
 /// The longest Kademlia message, in bytes.
 pub(crate) const MAX_PACKET: usize = 64 * 1024;
 
-/// Statements that one request to store may bring, and the bytes of the largest such request: a publisher sends one.
+/// Most records in one request to store, and the most bytes of such a request. A publisher sends one record at a time.
 const MAX_PUT: usize = 4;
 const MAX_PUT_BYTES: usize = MAX_PUT * record::MAX_SIZE;
 
-/// This node's own statements that have expired are kept out of sight for so long after a start: a machine may start
-/// with a clock that is ahead, until it has asked for the time.
+/// Time after a start for which this node's own expired records are kept but not returned. A machine may start with a
+/// clock that is ahead, until it has synchronized.
 const CLOCK_GRACE: Duration = Duration::from_secs(600);
 
-/// Time between two looks at which statements under a key have expired.
-const LOOK: Duration = Duration::from_secs(1);
+/// Shortest time between two searches for expired records under a key.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Keys whose changes are watched here.
+/// Most keys whose changes are watched on this node.
 const MAX_WATCHED: usize = 4096;
 
-/// Statements that a look-up gathers, and their bytes.
+/// Most records that a lookup collects, and their most bytes.
 const MAX_FOUND: usize = 4096;
 const MAX_FOUND_BYTES: usize = 4 << 20;
 
-/// Where a statement has come from.
+/// The network group from which a record has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Origin(u64);
 
 impl Origin {
-    /// From here, or from a network that is not public: whoever is there is no stranger.
-    pub(crate) const NEAR: Self = Self(0);
+    /// This node itself, or a network that is not public and thus has no strangers.
+    pub(crate) const LOCAL: Self = Self(0);
 
-    /// From behind a relay: any stranger gets a place on any public relay, so that all who are relayed count as one
-    /// network, and not as their relays'.
+    /// All peers behind relays, as one network group. Any peer can get a reservation on any public relay, so the
+    /// network group of the relay means nothing.
     pub(crate) const RELAYED: Self = Self(1 << 60);
 
-    /// From a peer that is seen at this address.
+    /// Returns the network group of a peer that is seen at this address.
     pub(crate) fn of(seen_at: &Multiaddr) -> Self {
-        // First: the address begins with the relay's, which says nothing of the peer behind it.
+        // Check for relays first: a relayed address begins with that of the relay, which says nothing about the peer.
         if weft_net::is_relayed(seen_at) {
             return Self::RELAYED;
         }
         if !weft_net::is_outside(seen_at) {
-            return Self::NEAR;
+            return Self::LOCAL;
         }
         let ip = seen_at.iter().find_map(|part| match part {
             Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
@@ -103,19 +108,19 @@ impl Origin {
         match ip {
             Some(IpAddr::V4(ip)) => Self(1 << 63 | u64::from(u32::from(ip) >> 8)),
             Some(IpAddr::V6(ip)) => Self(1 << 62 | (u128::from(ip) >> 80) as u64),
-            // Within this process; and names, which may lead anywhere: they count as one network.
+            // Peers in this process are local. Names may lead anywhere, so they count as one network group.
             None if seen_at
                 .iter()
                 .any(|part| matches!(part, Protocol::Memory(_))) =>
             {
-                Self::NEAR
+                Self::LOCAL
             }
             None => Self(1 << 61),
         }
     }
 
-    /// Returns true if a peer at this address is of this network, as [`of`](Self::of) has it. An address that begins
-    /// with an IP address of another network is not parsed: a routing table has hundreds.
+    /// Returns true if a peer at this address is in this network group, as [`of`](Self::of) determines. An address that
+    /// begins with an IP address of another group is not parsed, because a routing table has hundreds of addresses.
     pub(crate) fn is_of(self, address: &Multiaddr) -> bool {
         /// The codes of `/ip4` and `/ip6`.
         const IP4: u8 = 4;
@@ -131,20 +136,20 @@ impl Origin {
     }
 
     pub(crate) fn is_public(self) -> bool {
-        self != Self::NEAR
+        self != Self::LOCAL
     }
 }
 
-/// What a node keeps for the DHT.
+/// The size of the records that a node stores for the DHT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
-    /// Statements, others' and its own.
+    /// Stored records, including this node's own.
     pub records: usize,
-    /// Keys that they are under, and how many those of others may be.
+    /// Keys with records, and the limit for those of other publishers.
     pub keys: (usize, usize),
-    /// Bytes of them, and how many those of others may be.
+    /// Total size of the records in bytes, and the limit for those of other publishers.
     pub bytes: (usize, usize),
-    /// Statements that were refused because of a quota since the start.
+    /// Records refused because of a quota since the start.
     pub refused: u64,
 }
 
@@ -153,72 +158,72 @@ struct Kept {
     record: Record,
     size: usize,
     origin: Origin,
-    /// Counts what has come, so that it is known what is fresh.
+    /// Number of records that had come before this one, to tell which records are fresh.
     arrival: u64,
-    /// It is kept until then even if it has expired by the clock, which may be wrong for a while.
+    /// Time until which the record is kept even if it has expired by the clock, which may be wrong for a while.
     until: Instant,
 }
 
 impl Kept {
-    /// By the clock, which shows so many milliseconds since 1970.
+    /// Returns true if the record has not expired at `now`, in milliseconds since 1970.
     fn holds(&self, now: u64) -> bool {
         self.record.expires_at() > now
     }
 }
 
-/// Statements under one key.
+/// The records under one key.
 #[derive(Debug)]
 struct Set {
     kept: Vec<Kept>,
     bytes: usize,
-    /// None of them is to be dropped before then.
-    look: Instant,
+    /// Time of the next search for expired records; none is dropped before.
+    next_check: Instant,
 }
 
-/// Why a statement is not kept.
+/// The reason for which a record is not stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// A newer one of the same publisher is there, of this sequence number.
+    /// The store has a newer record of the same publisher, with this sequence number.
     Superseded(u64),
-    /// It is over a quota.
+    /// The record is over a quota.
     Quota,
-    /// No node that follows the protocol sends this.
+    /// No node that follows the protocol sends such a record.
     Offence,
-    /// It has expired, or claims to live for longer than allowed: the clock of one of both is wrong.
+    /// The record has expired, or claims to live longer than allowed. The clock of one of the two nodes is wrong.
     Time,
 }
 
-/// The position of a record in its set.
+/// The slot for a record in its set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    /// It is there.
+enum Slot {
+    /// The record is already stored.
     Same,
-    /// In place of this one of its set.
+    /// The record replaces the one at this index.
     Of(usize),
-    /// Beside the others.
+    /// The record is added to the set.
     New,
 }
 
-/// In memory, and on disk as well if there is one.
+/// The record store, in memory and optionally on disk.
 #[derive(Debug)]
 pub(crate) struct Store {
-    /// Whose statements are kept whatever strangers send.
+    /// This node. Its own records are subject to no limit.
     local: PeerId,
     sets: IndexMap<RecordKey, Set>,
-    /// Statements, and their bytes: in all, by publisher and by network.
+    /// Number of records, and their bytes: in all, by publisher and by network group.
     count: usize,
     bytes: usize,
     by_publisher: HashMap<PeerId, usize>,
     by_network: HashMap<Origin, usize>,
     arrivals: u64,
-    /// Statements over a quota.
+    /// Records refused because of a quota.
     refused: u64,
-    /// The highest sequence number of this node's own statements that was seen, also of expired ones.
+    /// Highest sequence number seen in this node's own records, including expired ones.
     newest_own: u64,
-    /// Keys whose changes somebody here waits for.
+    /// Keys whose changes are watched on this node.
     watched: HashMap<RecordKey, watch::Sender<()>>,
     disk: Option<Disk>,
-    /// SplitMix64 (Steele, Lea, Flood 2014); it only has to be unknown to strangers.
+    /// State of SplitMix64 (Steele, Lea, Flood 2014). The numbers only have to be unpredictable to other peers.
     random: AtomicU64,
 }
 
@@ -248,7 +253,7 @@ impl Store {
                     store.newest_own = store.newest_own.max(record.sequence());
                 }
                 let holds = is_own || record::check_claims(wire, record.key(), now).is_ok();
-                // The limits may be lower than they were.
+                // The limits may be lower than at the last run.
                 holds && store.take(record, origin).is_ok()
             });
             if !taken {
@@ -272,12 +277,12 @@ impl Store {
         self.disk.as_ref()
     }
 
-    /// Returns the highest sequence number of this node's own statements that the store has seen.
+    /// Returns the highest sequence number that the store has seen in this node's own records.
     pub(crate) fn newest_own(&self) -> u64 {
         self.newest_own
     }
 
-    /// Tells of changes under a key from now on. `None` if too many keys are watched.
+    /// Returns a receiver that is notified of changes under a key, or `None` if too many keys are watched.
     pub(crate) fn watch(&mut self, key: &RecordKey) -> Option<watch::Receiver<()>> {
         if self.watched.len() >= MAX_WATCHED {
             self.watched.retain(|_, sender| sender.receiver_count() > 0);
@@ -289,7 +294,7 @@ impl Store {
         Some(sender.or_insert_with(|| watch::channel(()).0).subscribe())
     }
 
-    /// What this node states, or has taken back, under keys that begin like this.
+    /// Returns this node's own unexpired records under keys with this prefix, including withdrawals.
     pub(crate) fn own(&self, prefix: &[u8]) -> Vec<Record> {
         let now = record::now();
         let sets = self.sets.iter();
@@ -300,23 +305,23 @@ impl Store {
             .collect()
     }
 
-    /// Drops what has expired.
+    /// Drops expired records.
     pub(crate) fn sweep(&mut self) {
         let (clock, now) = (record::now(), Instant::now());
-        // From the end: what takes the place of a set that is gone has been looked at.
+        // Go backwards: the set that replaces a removed one was already checked.
         for at in (0..self.sets.len()).rev() {
             self.drop_expired(at, clock, now);
         }
         self.watched.retain(|_, sender| sender.receiver_count() > 0);
     }
 
-    /// Drops what has expired both by the clock and by the time that has passed here: a clock that jumps ahead and back
-    /// loses nothing.
+    /// Drops records that have expired both by the clock and by the time that has passed on this node. A clock that
+    /// jumps ahead and back thus loses no record.
     fn drop_expired(&mut self, at: usize, clock: u64, now: Instant) {
         let Some((_, set)) = self.sets.get_index_mut(at) else {
             return;
         };
-        if now < set.look {
+        if now < set.next_check {
             return;
         }
         let mut gone = Vec::new();
@@ -330,8 +335,8 @@ impl Store {
         }
         set.bytes -= gone.iter().map(|one| one.size).sum::<usize>();
         let soonest = set.kept.iter().map(|one| one.until).min();
-        // One that still holds by the clock is looked at again, but not at each request.
-        set.look = soonest.map_or(now, |soonest| soonest.max(now + LOOK));
+        // A record that is still valid by the clock is checked again, but not at each request.
+        set.next_check = soonest.map_or(now, |soonest| soonest.max(now + CHECK_INTERVAL));
         if set.kept.is_empty() {
             self.sets.swap_remove_index(at);
         }
@@ -340,7 +345,7 @@ impl Store {
         }
     }
 
-    /// It is in no set any more.
+    /// Updates the sums for a record that has left its set.
     fn forget(&mut self, kept: &Kept) {
         self.count -= 1;
         self.bytes -= kept.size;
@@ -365,8 +370,8 @@ impl Store {
         }
     }
 
-    /// Reads what a stranger wants stored, without a check of any signature. Returns the statements that are worth one:
-    /// not those that are there, have been superseded, or are over a quota. If all are there, there is none.
+    /// Decodes a peer's request to store records without a signature check. Returns the records to check: those that
+    /// are neither stored already, nor superseded, nor over a quota. Returns an empty list if all are stored already.
     pub(crate) fn consider(
         &mut self,
         key: &RecordKey,
@@ -389,8 +394,8 @@ impl Store {
                 continue;
             }
             let publisher = record::claimed_publisher(&wire).ok_or(Refusal::Offence)?;
-            match self.place(key, &publisher, &wire, origin) {
-                Ok(Place::Same) => outcome = Ok(()),
+            match self.slot(key, &publisher, &wire, origin) {
+                Ok(Slot::Same) => outcome = Ok(()),
                 Ok(_) => worth.push(wire),
                 Err(refusal) => {
                     self.refused += u64::from(refusal == Refusal::Quota);
@@ -404,15 +409,14 @@ impl Store {
         }
     }
 
-    /// Returns the position of this publisher's record in its set, or an error if the record has been superseded or is
-    /// over a quota.
-    fn place(
+    /// Returns the slot of a record in its set, or an error if the record has been superseded or is over a quota.
+    fn slot(
         &self,
         key: &RecordKey,
         publisher: &PeerId,
         wire: &wire::SignedRecord,
         origin: Origin,
-    ) -> Result<Place, Refusal> {
+    ) -> Result<Slot, Refusal> {
         let set = self.sets.get(key).map_or(&[][..], |set| &set.kept);
         let (mut known, mut count, mut bytes, mut of_network_here) = (None, 0, 0, 0);
         for (at, kept) in set.iter().enumerate() {
@@ -427,17 +431,17 @@ impl Store {
         }
         if let Some(before) = known.map(|at| set[at].record.as_wire()) {
             if before == wire {
-                return Ok(Place::Same);
+                return Ok(Slot::Same);
             }
             if (before.sequence, &before.signature) >= (wire.sequence, &wire.signature) {
                 return Err(Refusal::Superseded(before.sequence));
             }
         }
-        let place = known.map_or(Place::New, Place::Of);
+        let slot = known.map_or(Slot::New, Slot::Of);
         if *publisher == self.local {
-            return Ok(place);
+            return Ok(slot);
         }
-        // The record that is replaced makes room wherever it is counted: with its publisher, and with its network.
+        // The replaced record frees quota of its publisher and of its network group.
         let (size, before) = (record::size_of(wire), known.map(|at| &set[at]));
         let freed = before.map_or(0, |before| before.size);
         let freed_of_network = before.filter(|before| before.origin == origin);
@@ -453,32 +457,32 @@ impl Store {
         {
             return Err(Refusal::Quota);
         }
-        Ok(place)
+        Ok(slot)
     }
 
-    /// Keeps a statement whose signature was checked, if it says something new and there is room. This node's own count
-    /// as from here, whoever brings them.
+    /// Stores a record with a verified signature if it is new and there is room. This node's own records count as
+    /// local, even if another peer sends them.
     pub(crate) fn take(&mut self, record: Record, origin: Origin) -> Result<(), Refusal> {
         let (now, clock) = (Instant::now(), record::now());
         let is_own = record.publisher() == self.local;
-        let origin = if is_own { Origin::NEAR } else { origin };
+        let origin = if is_own { Origin::LOCAL } else { origin };
         let key = RecordKey::new(&record.key());
         if let Some(at) = self.sets.get_index_of(&key) {
             self.drop_expired(at, clock, now);
         }
-        let place = self
-            .place(&key, &record.publisher(), record.as_wire(), origin)
+        let slot = self
+            .slot(&key, &record.publisher(), record.as_wire(), origin)
             .inspect_err(|refusal| self.refused += u64::from(*refusal == Refusal::Quota))?;
-        let replaced = match place {
-            Place::Same => return Ok(()),
-            Place::Of(at) => {
+        let replaced = match slot {
+            Slot::Same => return Ok(()),
+            Slot::Of(at) => {
                 let set = self.sets.get_mut(&key).expect("it was found there");
                 let old = set.kept.swap_remove(at);
                 set.bytes -= old.size;
                 self.forget(&old);
                 Some(old)
             }
-            Place::New => None,
+            Slot::New => None,
         };
         let size = record.size();
         if !is_own && !self.make_room(&key, size) {
@@ -512,22 +516,22 @@ impl Store {
         Ok(())
     }
 
-    /// Puts a record into its set and counts it.
+    /// Adds a record to its set and updates the sums.
     fn keep(&mut self, key: RecordKey, kept: Kept) {
         self.remember(&kept.record, kept.size, kept.origin);
         let set = self.sets.entry(key).or_insert_with(|| Set {
             kept: Vec::new(),
             bytes: 0,
-            look: kept.until,
+            next_check: kept.until,
         });
         set.bytes += kept.size;
-        set.look = set.look.min(kept.until);
+        set.next_check = set.next_check.min(kept.until);
         set.kept.push(kept);
     }
 
-    /// Drops others' statements, chosen at random, until this fits.
+    /// Drops randomly chosen records of other publishers until there is room. Returns false if there is none.
     fn make_room(&mut self, key: &RecordKey, size: usize) -> bool {
-        // Under the key.
+        // Make room under the key.
         for _ in 0..MAX_RECORDS {
             let Some(at) = self.sets.get_index_of(key) else {
                 break;
@@ -540,7 +544,7 @@ impl Store {
                 return false;
             }
         }
-        // In all. Sets that are nothing but our own are passed over.
+        // Make room in the whole store. Sets with only this node's own records are skipped.
         for _ in 0..MAX_RECORDS {
             let fits = self.bytes + size <= MAX_BYTES
                 && (self.sets.len() < MAX_KEYS || self.sets.contains_key(key));
@@ -552,8 +556,7 @@ impl Store {
         false
     }
 
-    /// Drops one statement of others from a set, chosen at random: the first that is not our own from a random place
-    /// on.
+    /// Drops one record of another publisher from a set: the first one at or after a random index.
     fn drop_some(&mut self, at: usize) -> bool {
         let Some((_, set)) = self.sets.get_index(at) else {
             return false;
@@ -573,13 +576,14 @@ impl Store {
         true
     }
 
-    /// Returns the records that an answer for this key contains.
+    /// Returns the records in an answer for this key.
     pub(crate) fn answer(&self, key: &RecordKey) -> Vec<&Record> {
         let set = self.sets.get(key);
         set.map(|set| self.sample(&set.kept)).unwrap_or_default()
     }
 
-    /// What an answer says of a set: our own, and of a set that is too large one half the freshest and one half any.
+    /// Orders the records of a set for an answer. If the set is too large for one answer, half of the answer consists
+    /// of this node's own and the freshest records, and the other half is chosen at random.
     fn sample<'a>(&'a self, set: &'a [Kept]) -> Vec<&'a Record> {
         let now = record::now();
         let mut live: Vec<_> = set.iter().filter(|kept| kept.holds(now)).collect();
@@ -595,7 +599,7 @@ impl Store {
                 half <= MAX_ANSWER / 2
             });
             let fresh = fresh.count();
-            // Fisher and Yates, of the rest.
+            // Fisher-Yates shuffle of the rest.
             for at in (fresh + 1..live.len()).rev() {
                 live.swap(at, fresh + self.random(at - fresh + 1));
             }
@@ -603,7 +607,7 @@ impl Store {
         live.into_iter().map(|kept| &kept.record).collect()
     }
 
-    /// What anybody states under keys that begin like this, as far as it is kept here; at most so many.
+    /// Returns at most `most` records of any publisher that are stored here under keys with this prefix.
     pub(crate) fn seen(&self, prefix: &[u8], most: usize) -> Vec<Record> {
         let now = record::now();
         let sets = self.sets.iter();
@@ -633,7 +637,7 @@ fn subtract<K: std::hash::Hash + Eq>(sums: &mut HashMap<K, usize>, key: K, size:
     }
 }
 
-/// Under what a statement is on disk: key, publisher and subkey.
+/// Returns the key of a record on disk: its key, publisher and subkey.
 fn row_key(record: &Record) -> Vec<u8> {
     let mut bytes = Vec::new();
     for part in [record.key(), &record.publisher().to_bytes()] {
@@ -657,7 +661,7 @@ fn of_row(row: &[u8]) -> Option<(Record, Origin)> {
     Some((record, Origin(u64::from_le_bytes(*origin))))
 }
 
-/// Statements as a Kademlia record's value, as many as fit.
+/// Encodes records as the value of a Kademlia record, as many as fit.
 pub(crate) fn encode<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<u8> {
     let mut size = 0;
     let records = records
@@ -672,20 +676,20 @@ pub(crate) fn encode<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<u
     wire::RecordSet { records }.encode_to_vec()
 }
 
-/// What a look-up has gathered: of each publisher's statements under a subkey the newest.
+/// The records collected by a lookup: the newest for each publisher and subkey.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     records: HashMap<(Vec<u8>, Vec<u8>), Record>,
     bytes: usize,
-    /// Signatures that were checked, or wait for it: [`MAX_FOUND`] at most.
+    /// Signatures that were checked or wait for their check; at most [`MAX_FOUND`].
     checks: usize,
 }
 
 impl Found {
-    /// Reads an answer without a check of any signature: whether it holds statements that were found before, and those
-    /// whose signatures are to be checked, which is counted as done until [`Self::unchecked`]. Records that break other
-    /// rules are skipped, because a set comes from many publishers. An answer whose own form is wrong is `None`.
-    pub(crate) fn sort_out(
+    /// Decodes an answer without a signature check. Returns whether it has records that were found before, and the
+    /// records to check, which count as checked unless returned by [`Self::unchecked`]. Records that break other rules
+    /// are skipped, because a set comes from many publishers. Returns `None` if the answer itself is malformed.
+    pub(crate) fn decode_answer(
         &mut self,
         key: &[u8],
         value: &[u8],
@@ -713,16 +717,16 @@ impl Found {
         Some((any_known, unknown))
     }
 
-    /// Gives back the budget for so many statements of [`Self::sort_out`] whose signatures are not checked after all.
-    pub(crate) fn unchecked(&mut self, statements: usize) {
-        self.checks = self.checks.saturating_sub(statements);
+    /// Returns the budget for records of [`Self::decode_answer`] whose signatures are not checked after all.
+    pub(crate) fn unchecked(&mut self, records: usize) {
+        self.checks = self.checks.saturating_sub(records);
     }
 
     fn is_full(&self) -> bool {
         self.records.len() >= MAX_FOUND || self.bytes >= MAX_FOUND_BYTES
     }
 
-    /// Takes in statements whose signatures were checked.
+    /// Adds records with verified signatures.
     pub(crate) fn add(&mut self, records: impl IntoIterator<Item = Record>) {
         for record in records {
             let wire = record.as_wire();
@@ -763,16 +767,17 @@ impl RecordStore for Store {
         }))
     }
 
-    /// Takes nothing: what strangers send goes through [`Store::consider`], the check of its signature, and
-    /// [`Store::take`], so that no signature is checked in the swarm's task.
+    /// Stores nothing. Records of other peers go through [`Store::consider`], the signature check and [`Store::take`],
+    /// so that no signature is checked in the swarm's task.
     fn put(&mut self, _: KadRecord) -> StoreResult<()> {
         Err(Error::ValueTooLarge)
     }
 
-    /// Kademlia calls this for records it takes for expired; statements expire one by one, in [`Self::sweep`].
+    /// Does nothing. Kademlia calls this for a whole set it considers expired; records expire one by one in
+    /// [`Self::sweep`].
     fn remove(&mut self, _: &RecordKey) {}
 
-    /// For replication by Kademlia, which is not used: publishers say again what still holds.
+    /// Returns nothing. Kademlia would replicate these records, but publishers renew their own.
     fn records(&self) -> Self::RecordsIter<'_> {
         iter::empty()
     }

@@ -1,4 +1,4 @@
-//! The database: its transactions, and opening it again after a fault.
+//! The database: its transactions, and reopening it after a fault.
 
 use std::{
     fmt, io,
@@ -17,26 +17,27 @@ use redb::{
 
 use crate::error::{Error, Failure, Fault};
 
-/// The first opening waits this long for another to close the database: a node of this process that is just stopping.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// Longest wait of the first opening for another user to close the database, such as a node of this process that is
+/// just stopping.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Opening it again waits this long for transactions that are still under way, which keep the old one open. All other
-/// transactions wait meanwhile.
-const PATIENCE_AGAIN: Duration = Duration::from_secs(1);
+/// Longest wait of a reopening for transactions in progress, which keep the old database open. All other transactions
+/// wait meanwhile.
+const REOPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The default of [`Options::pause`].
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Reading opens a database again at most so often within a pause. While the disk is full each write fails, and reads
-/// in between are not to wait; where a page cannot be read, requests of strangers are not to open it all the time.
+/// Most reopenings by reads within a pause. While the disk is full each write fails, and the reads in between should
+/// not wait. If a page cannot be read, requests of other peers should not cause constant reopening.
 const MAX_OPENED: u32 = 16;
 
-/// When a database may be opened.
+/// The circumstances in which a database is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Occasion {
-    /// It is opened for the first time, and made if it does not exist.
+    /// The first opening; the database is created if it does not exist.
     First,
-    /// It is opened again after a fault, and must exist.
+    /// A reopening after a fault; the database must exist.
     Again,
 }
 
@@ -46,16 +47,16 @@ type Open = Box<dyn Fn(Occasion) -> Result<redb::Database, DatabaseError> + Send
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Options {
-    /// What the database holds, for the log.
+    /// Name of the content, for the log.
     pub name: &'static str,
     /// The page cache, in bytes. redb's default of 1 GiB would be the whole budget of a node.
     pub cache: usize,
-    /// The time after a failed attempt to open the database again in which no other is made: 1 s.
+    /// Time after a failed reopening during which no other is attempted: 1 s by default.
     pub pause: Duration,
 }
 
 impl Options {
-    /// Settings with the default pause.
+    /// Creates settings with the default pause.
     pub fn new(name: &'static str, cache: usize) -> Self {
         Self {
             name,
@@ -64,7 +65,7 @@ impl Options {
         }
     }
 
-    /// Sets [`pause`](Self::pause); with zero, each transaction after a fault opens the database again.
+    /// Sets [`pause`](Self::pause). With zero, each transaction after a fault reopens the database.
     #[must_use]
     pub fn with_pause(mut self, pause: Duration) -> Self {
         self.pause = pause;
@@ -75,31 +76,31 @@ impl Options {
 /// The decision of [`Database::decide`] on its transaction.
 #[derive(Debug)]
 pub enum Outcome<T> {
-    /// The transaction is committed.
+    /// Commit the transaction.
     Commit(T),
-    /// The transaction is taken back.
+    /// Roll the transaction back.
     Abort(T),
 }
 
-/// A database that outlives its faults. It is shared by reference between threads. A transaction is not begun within
-/// another one: it could wait for itself.
+/// A database that survives disk faults. Threads share it by reference. Do not begin a transaction within another one:
+/// it could wait for itself.
 pub struct Database {
     options: Options,
     open: Open,
-    known: RwLock<Known>,
-    /// The last generation that has failed.
+    state: RwLock<State>,
+    /// The last generation that had a fault.
     failed: AtomicU64,
-    /// The last fault was a full disk.
+    /// True if the last fault was a full disk.
     full: AtomicBool,
 }
 
-struct Known {
-    /// `None` after a fault, until it could be opened again.
+struct State {
+    /// The open database; `None` after a fault, until it could be reopened.
     database: Option<redb::Database>,
-    /// The number of times that it was opened. A fault is reported with the generation that it concerns: an opening
-    /// since then has mended it.
+    /// Number of openings so far. A fault is reported with the generation that it concerns; a later opening has already
+    /// repaired it.
     generation: u64,
-    /// The begin of the current pause and the number of openings in it; `u32::MAX` after one that failed.
+    /// Start of the current pause and the number of openings in it; `u32::MAX` after a failed one.
     tried: Option<(Instant, u32)>,
 }
 
@@ -112,10 +113,10 @@ impl fmt::Debug for Database {
 }
 
 impl Database {
-    /// Opens the database in this file, or makes it. Blocks, up to three seconds while another has it open.
+    /// Opens the database in this file, or creates it. Blocks for up to three seconds while another user has it open.
     ///
     /// # Errors
-    /// [`Error`]; a file that is damaged is left as it is.
+    /// Returns [`Error`] if the database cannot be opened; a damaged file is left unchanged.
     pub fn open(path: &Path, options: Options) -> Result<Self, Error> {
         let (path, cache) = (path.to_owned(), options.cache);
         let open = move |occasion| {
@@ -123,19 +124,19 @@ impl Database {
             builder.set_cache_size(cache);
             match occasion {
                 Occasion::First => builder.create(&path),
-                // If it is gone, an empty one is not to be taken for what it held. redb decides with one call: between
-                // a look at the file and an opening that may make it, the file could go.
+                // A missing file must not be replaced by an empty database that looks like the lost one. redb decides
+                // this in one call: between a check and an opening that may create the file, the file could vanish.
                 Occasion::Again => builder.open(&path),
             }
         };
         Self::with(Box::new(open), options)
     }
 
-    /// Opens the database wherever `open` has it, as in memory. `open` is called again after each fault; the cache is
-    /// its own to set.
+    /// Opens a database with `open`, for example in memory. `open` is called again after each fault, and sets the cache
+    /// size itself.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the database cannot be opened.
     pub fn open_with(
         open: impl Fn() -> Result<redb::Database, DatabaseError> + Send + Sync + 'static,
         options: Options,
@@ -144,11 +145,12 @@ impl Database {
     }
 
     fn with(open: Open, options: Options) -> Result<Self, Error> {
-        let first = patiently(PATIENCE, || open(Occasion::First)).map_err(Error::of_opening)?;
+        let first =
+            open_with_retries(OPEN_TIMEOUT, || open(Occasion::First)).map_err(Error::of_opening)?;
         Ok(Self {
             options,
             open,
-            known: RwLock::new(Known {
+            state: RwLock::new(State {
                 database: Some(first),
                 generation: 1,
                 tried: None,
@@ -158,18 +160,18 @@ impl Database {
         })
     }
 
-    /// Returns what `look` finds in a snapshot. `look` is called twice if the fault of another transaction came in
+    /// Returns the result of `look` on a snapshot. `look` is called twice if another transaction had a fault in
     /// between.
     ///
     /// # Errors
-    /// The errors of `look`, and [`Error`] if the database cannot be read.
+    /// Returns the error of `look`, or [`Error`] if the database cannot be read.
     pub fn read<T, E: Failure>(
         &self,
         look: impl Fn(&ReadTransaction) -> Result<T, E>,
     ) -> Result<T, E> {
         let once = || {
             let (generation, txn) = self.begin(ReadableDatabase::begin_read, MAX_OPENED)?;
-            // A read that fails makes redb refuse everything, too.
+            // A failed read also makes redb refuse all transactions.
             look(&txn).inspect_err(|error| self.note(generation, error.fault()))
         };
         match once() {
@@ -178,21 +180,21 @@ impl Database {
         }
     }
 
-    /// Begins a read transaction for a caller that keeps it. A fault that is met with it is not noticed here: that
-    /// caller has to [`reopen`](Self::reopen) the database.
+    /// Begins a read transaction that the caller keeps. The database does not notice faults of this transaction, so the
+    /// caller has to [`reopen`](Self::reopen) it after one.
     ///
     /// # Errors
-    /// [`Error`] if the database cannot be read.
+    /// Returns [`Error`] if the database cannot be read.
     pub fn begin_read(&self) -> Result<ReadTransaction, Error> {
         let (_, txn) = self.begin(ReadableDatabase::begin_read, MAX_OPENED)?;
         Ok(txn)
     }
 
-    /// Makes a change. When it returns, the change survives a crash and a loss of power.
+    /// Makes a change. Once this returns, the change survives a crash and a power loss.
     ///
     /// # Errors
-    /// The errors of `change`, after which nothing is changed, and [`Error`] if the database cannot be written. If the
-    /// fault came while the change was committed, it may be on disk or not.
+    /// Returns the error of `change`, after which nothing is changed, or [`Error`] if the database cannot be written.
+    /// If the fault occurred during the commit, the change may be on disk or not.
     pub fn write<T, E: Failure>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<T, E>,
@@ -200,20 +202,20 @@ impl Database {
         self.decide(|txn| change(txn).map(Outcome::Commit))
     }
 
-    /// As [`write`](Self::write), for a change that may turn out not to be wanted.
+    /// Makes a change like [`write`](Self::write), unless `change` decides to roll it back.
     ///
     /// # Errors
-    /// As [`write`](Self::write).
+    /// The same as for [`write`](Self::write).
     pub fn decide<T, E: Failure>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<Outcome<T>, E>,
     ) -> Result<T, E> {
-        // A writer is not held up by how often readers had it opened.
+        // Reopenings by reads do not delay a write.
         let (generation, mut txn) = self.begin(redb::Database::begin_write, u32::MAX)?;
-        // Opening after a crash otherwise walks the whole database.
+        // Without this, opening after a crash walks the whole database.
         txn.set_quick_repair(true);
-        // Quick repair implies it. It is stated because all callers rely on it: content comes from strangers, who could
-        // make checksums that fit; and after a sync that failed, the next opening must not trust pages that only the
+        // Quick repair implies this, but all callers rely on it, so it is explicit. Content comes from strangers, who
+        // could make checksums that fit. And after a failed sync, the next opening must not trust pages that only the
         // cache of the system holds.
         txn.set_two_phase_commit(true);
         let decided = change(&txn).and_then(|outcome| match outcome {
@@ -229,61 +231,61 @@ impl Database {
         decided.inspect_err(|error| self.note(generation, error.fault()))
     }
 
-    /// Opens the database again now, for a caller that has met a fault with a transaction of its own. If that fails,
-    /// the next transaction tries it again.
+    /// Reopens the database now, for a caller that had a fault in a transaction of its own. If that fails, the next
+    /// transaction tries again.
     ///
     /// # Errors
-    /// [`Error`] if it cannot be opened, or could not within the last [`pause`](Options::pause).
+    /// Returns [`Error`] if the database cannot be opened, or could not within the last [`pause`](Options::pause).
     pub fn reopen(&self) -> Result<(), Error> {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        let generation = known.generation;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let generation = state.generation;
         self.failed.fetch_max(generation, Ordering::AcqRel);
-        self.open_again(&mut known, u32::MAX)
+        self.open_again(&mut state, u32::MAX)
     }
 
-    /// A transaction of this generation failed: after a fault, the next transaction opens the database again.
+    /// Notes that a transaction of this generation failed. After a fault, the next transaction reopens the database.
     fn note(&self, generation: u64, fault: Option<Fault>) {
         match fault {
             Some(Fault::Full) => self.full.store(true, Ordering::Release),
             Some(Fault::Io) => self.full.store(false, Ordering::Release),
-            // It says nothing about the disk.
+            // These faults say nothing about the disk.
             Some(Fault::Unsound | Fault::Refused) => {}
             None => return,
         }
         self.failed.fetch_max(generation, Ordering::AcqRel);
     }
 
-    /// Begins a transaction, and returns it with its generation. `most`: as in [`open_again`](Self::open_again).
+    /// Begins a transaction, and returns it with its generation. `most` is as in [`open_again`](Self::open_again).
     fn begin<T>(
         &self,
         begin: impl Fn(&redb::Database) -> Result<T, BeginError>,
         most: u32,
     ) -> Result<(u64, T), Error> {
         {
-            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(open) = &known.database
-                && self.failed.load(Ordering::Acquire) < known.generation
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(open) = &state.database
+                && self.failed.load(Ordering::Acquire) < state.generation
             {
                 match begin(open).map_err(Error::of) {
-                    Ok(begun) => return Ok((known.generation, begun)),
-                    Err(error) => self.note(known.generation, error.fault()),
+                    Ok(begun) => return Ok((state.generation, begun)),
+                    Err(error) => self.note(state.generation, error.fault()),
                 }
             }
         }
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        // Another may have opened it meanwhile.
-        if known.database.is_none() || self.failed.load(Ordering::Acquire) >= known.generation {
-            self.open_again(&mut known, most)?;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have reopened it meanwhile.
+        if state.database.is_none() || self.failed.load(Ordering::Acquire) >= state.generation {
+            self.open_again(&mut state, most)?;
         }
-        let generation = known.generation;
-        let open = known.database.as_ref().expect("it was just opened");
+        let generation = state.generation;
+        let open = state.database.as_ref().expect("it was just opened");
         Ok((generation, begin(open).map_err(Error::of)?))
     }
 
-    /// Opens the database again, unless that has failed within the last pause, or was done `most` times in it.
-    fn open_again(&self, known: &mut Known, most: u32) -> Result<(), Error> {
+    /// Reopens the database, unless that failed within the last pause or has happened `most` times in it.
+    fn open_again(&self, state: &mut State, most: u32) -> Result<(), Error> {
         let pause = self.options.pause;
-        let tried = known.tried.filter(|(since, _)| since.elapsed() < pause);
+        let tried = state.tried.filter(|(since, _)| since.elapsed() < pause);
         let (since, count) = tried.unwrap_or((Instant::now(), 0));
         if count >= most {
             return Err(Error::of(match self.full.load(Ordering::Acquire) {
@@ -291,30 +293,30 @@ impl Database {
                 false => redb::Error::PreviousIo,
             }));
         }
-        if count == 0 && known.database.is_some() {
+        if count == 0 && state.database.is_some() {
             tracing::warn!(
                 database = self.options.name,
-                "a database is opened again after a fault"
+                "reopening a database after a fault"
             );
         }
-        // Closed first: redb opens nothing twice.
-        known.database = None;
-        let opened = patiently(PATIENCE_AGAIN, || (self.open)(Occasion::Again));
-        known.tried = Some(match opened {
+        // Close the database first: redb does not open a file twice.
+        state.database = None;
+        let opened = open_with_retries(REOPEN_TIMEOUT, || (self.open)(Occasion::Again));
+        state.tried = Some(match opened {
             Ok(_) => (since, count.saturating_add(1)),
             Err(_) => (Instant::now(), u32::MAX),
         });
         let opened = opened
             .map_err(Error::of_opening)
-            .inspect_err(|error| self.note(known.generation, error.fault()))?;
-        known.database = Some(opened);
-        known.generation += 1;
+            .inspect_err(|error| self.note(state.generation, error.fault()))?;
+        state.database = Some(opened);
+        state.generation += 1;
         Ok(())
     }
 }
 
-/// Opens a database, waiting so long while another has it open.
-fn patiently(
+/// Opens a database, waiting up to `patience` while another user has it open.
+fn open_with_retries(
     patience: Duration,
     open: impl Fn() -> Result<redb::Database, DatabaseError>,
 ) -> Result<redb::Database, DatabaseError> {

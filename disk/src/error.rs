@@ -1,4 +1,4 @@
-//! Errors of a database, and which of them are faults of its disk.
+//! Errors of a database, and their classification as faults of its disk.
 
 use std::io;
 
@@ -9,10 +9,10 @@ pub enum Error {
     /// Another process, or another part of this one, has the database open.
     #[error("another process has the database open")]
     InUse,
-    /// The disk, or the quota of the user on it, is full.
+    /// The disk is full, or the user's quota on it.
     #[error("the disk is full")]
     Full,
-    /// The file holds no sound database. Only opening returns this; the file is left as it is.
+    /// The file is not a valid database. Only opening returns this error; the file is left unchanged.
     #[error("the database is damaged: {0}")]
     Damaged(#[source] Box<redb::Error>),
     /// Another error of redb or of the disk.
@@ -30,8 +30,8 @@ impl Error {
         }
     }
 
-    /// Wraps an error that redb returned when it opened the database. An error of the disk says nothing about the
-    /// content; anything else, but for the lock of another process, does.
+    /// Wraps an error that redb returned when it opened the database. An I/O error says nothing about the content. Any
+    /// other error means damage, except for the lock of another process.
     pub(crate) fn of_opening(error: redb::DatabaseError) -> Self {
         match error.into() {
             redb::Error::Io(source) if source.kind() != io::ErrorKind::InvalidData => {
@@ -49,7 +49,7 @@ impl Error {
     }
 }
 
-/// Returns true for the errors of a disk that is full, or of a quota that is used up.
+/// Returns true if the error means a full disk or an exhausted quota.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -57,21 +57,22 @@ pub fn is_full(error: &io::Error) -> bool {
     )
 }
 
-/// A reason for which a database has to be opened again.
+/// A fault after which a database has to be reopened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The disk was full.
     Full,
     /// The disk could not be read or written.
     Io,
-    /// redb found its own state unsound. Some faults of a commit are reported so, and opening it again mends them.
+    /// redb found its own state inconsistent. Some faults of a commit are reported this way, and reopening repairs
+    /// them.
     Unsound,
     /// redb refused the transaction because of an earlier fault.
     Refused,
 }
 
 impl Fault {
-    /// Returns the fault that an error of redb stands for; none if the database is still usable.
+    /// Returns the fault that a redb error stands for, or `None` if the database is still usable.
     pub fn of(error: &redb::Error) -> Option<Self> {
         match error {
             redb::Error::Io(source) if is_full(source) => Some(Self::Full),
@@ -85,9 +86,9 @@ impl Fault {
     }
 }
 
-/// An error of the work within a transaction, of which some are faults of the database.
+/// An error of the work within a transaction, which may be a fault of the database.
 pub trait Failure: From<Error> {
-    /// Returns the fault of the database that this error stands for, if it stands for one.
+    /// Returns the fault of the database that this error stands for, if any.
     fn fault(&self) -> Option<Fault>;
 }
 

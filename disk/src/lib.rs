@@ -1,14 +1,18 @@
-//! A redb database that outlives faults of its disk.
+//! A redb database that survives faults of its disk.
 //!
-//! redb refuses every transaction after a read or a write of the disk that failed, until the database is closed and
-//! opened again. A [`Database`] does that: the next transaction after a fault opens it again, so that a disk that was
-//! full and has room again, or was away and is back, needs no restart of the node.
+//! After a failed read or write, redb refuses every transaction until the database is closed and opened again. A
+//! [`Database`] does that: the next transaction after a fault reopens it. A disk that was full or unavailable for a
+//! while thus needs no restart of the node.
 //!
-//! It promises: a transaction that [`Database::write`] acknowledges survives a crash and a loss of power; a file that
-//! is gone is not made anew, because an empty database would be taken for what it held; a fault that lasts costs one
-//! attempt a second to open the database, or sixteen where it opens and cannot be read, however many ask. It leaves
-//! out: tables and rows, which belong to the callers, and repair of damaged files, which is reported
-//! ([`Error::Damaged`]) and decided by the caller.
+//! The crate guarantees:
+//!
+//! - A transaction that [`Database::write`] acknowledges survives a crash and a power loss.
+//! - A missing file is not created again, because an empty database would look like the lost one.
+//! - A lasting fault costs one attempt per second to open the database, or sixteen if it opens but cannot be read,
+//!   however many callers there are.
+//!
+//! Tables and rows belong to the callers. Damage to a file is reported as [`Error::Damaged`], and the caller decides
+//! about repair.
 
 mod database;
 mod error;

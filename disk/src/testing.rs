@@ -1,4 +1,4 @@
-//! A disk in memory that fails on demand, for tests: it fills up, cannot be read, stops, and loses power.
+//! A disk in memory that fails on demand, for tests: it can fill up, become unreadable, stop, and lose power.
 
 use std::{
     io,
@@ -7,10 +7,10 @@ use std::{
 
 use redb::StorageBackend;
 
-/// Bytes that a disk writes whole or not at all, if it keeps its word.
+/// Bytes that a disk writes completely or not at all, if it works as specified.
 const SECTOR: usize = 512;
 
-/// A disk that outlives the databases on it. Clones are handles on the same disk.
+/// A disk that outlives the databases on it. Clones are handles to the same disk.
 #[derive(Debug, Clone, Default)]
 pub struct Disk(Arc<Mutex<Platter>>);
 
@@ -19,9 +19,9 @@ struct Platter {
     now: Vec<u8>,
     /// The content at the last sync.
     synced: Vec<u8>,
-    /// The changes since then, in order.
+    /// Changes since the last sync, in order.
     unsynced: Vec<Change>,
-    /// Writes and syncs until it stops.
+    /// Remaining writes and syncs before the disk stops.
     left: Option<u64>,
     full: bool,
     unreadable: bool,
@@ -53,7 +53,7 @@ impl Platter {
     fn operate(&mut self) -> io::Result<()> {
         self.operations += 1;
         match &mut self.left {
-            Some(0) => return Err(io::Error::other("the power is gone")),
+            Some(0) => return Err(io::Error::other("the disk has stopped")),
             Some(left) => *left -= 1,
             None => {}
         }
@@ -72,34 +72,34 @@ impl Platter {
 }
 
 impl Disk {
-    /// Returns a disk with the content that this one has now, and no faults.
+    /// Returns a disk with the current content of this one, and no faults.
     #[must_use]
     pub fn copy(&self) -> Self {
         Self::of(self.lock().now.clone())
     }
 
-    /// From now on it is full, or has room.
+    /// Makes the disk full, or gives it room again.
     pub fn fill(&self, full: bool) {
         self.lock().full = full;
     }
 
-    /// From now on it cannot be read, or can.
+    /// Makes the disk unreadable, or readable again.
     pub fn fail_reads(&self, fails: bool) {
         self.lock().unreadable = fails;
     }
 
-    /// It stops after so many writes and syncs; `None`: it works.
+    /// Stops the disk after this many writes and syncs. With `None`, it works.
     pub fn fail_in(&self, operations: Option<u64>) {
         self.lock().left = operations;
     }
 
-    /// Returns the number of writes and syncs so far, failed ones included.
+    /// Returns the number of writes and syncs so far, including failed ones.
     pub fn operations(&self) -> u64 {
         self.lock().operations
     }
 
-    /// Returns the disk as a loss of power leaves it: of each write since the last sync all, nothing, its beginning, or
-    /// any of its sectors. `random` returns a number below its argument.
+    /// Returns the disk as a power loss leaves it. Of each write since the last sync, it has everything, nothing, the
+    /// beginning, or any of the sectors. `random` returns a number below its argument.
     #[must_use]
     pub fn lose_power(&self, random: &mut dyn FnMut(usize) -> usize) -> Self {
         let platter = self.lock();
@@ -132,7 +132,7 @@ impl Disk {
     }
 }
 
-/// Sectors are aligned on the disk, and not in the bytes of a write.
+/// Writes some of the sectors. Sectors are aligned on the disk, not within the bytes of a write.
 fn put_some_sectors(
     content: &mut Vec<u8>,
     offset: usize,

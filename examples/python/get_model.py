@@ -3,7 +3,7 @@
     pip install grpcio grpcio-tools grpcio-status
     python get_model.py HOME NAME FOLDER
 
-HOME is the node's home (`weft status` prints it), NAME a model's name, id or ticket, FOLDER where its files are to go.
+HOME is the node's home, which `weft status` prints. NAME is a model's name, id or ticket. The files go to FOLDER.
 """
 
 import os
@@ -17,12 +17,12 @@ from grpc_tools import protoc
 
 
 def load_api():
-    """Generates the client from the schema that comes with Weft. A project of its own would do this once."""
+    """Generates the client from the schema of Weft, and loads it. A real project would generate it once."""
     schema = os.path.join(os.path.dirname(__file__), "..", "..", "proto", "schema")
     out = tempfile.mkdtemp()
     arguments = ["protoc", f"-I{schema}", f"--python_out={out}", f"--grpc_python_out={out}"]
     if protoc.main(arguments + ["weft/api/v1/api.proto"]) != 0:
-        sys.exit("the schema does not compile")
+        sys.exit("cannot compile the schema")
     sys.path.insert(0, out)
     from weft.api.v1 import api_pb2, api_pb2_grpc
 
@@ -32,10 +32,11 @@ def load_api():
 def main():
     home, name, folder = sys.argv[1:]
     api, services = load_api()
-    # The socket is for its owner alone. Over TCP, at the address in `api/address`, send the metadata
+    # Only the owner can use the socket. To use TCP instead, connect to the address in `api/address` and send the
+    # metadata
     # ("authorization", "Bearer " + the token in `api/token`) with every call.
     socket = f"unix:{os.path.realpath(home)}/api/weft.sock"
-    # By default grpcio names the socket's path as the host, in a form that other HTTP/2 servers refuse.
+    # By default, grpcio uses the socket's path as the host name, in a form that other HTTP/2 servers refuse.
     channel = grpc.insecure_channel(socket, options=[("grpc.default_authority", "localhost")])
 
     status = services.NodeStub(channel).Status(api.StatusRequest())

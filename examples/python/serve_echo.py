@@ -1,10 +1,10 @@
-"""Answers calls from other machines, in Python: the service of examples/schema/echo.proto, through a running Weft node.
+"""Offers the service of examples/schema/echo.proto to other machines, through a running Weft node.
 
     pip install grpcio grpcio-tools
     python serve_echo.py HOME
 
-HOME is the node's home (`weft status` prints it). From another node: `weft call example.echo.v1.Echo Say --data '{"text": "hello"}'`,
-which finds whoever offers the service, or `weft call PEER ...` for one in particular.
+HOME is the node's home, which `weft status` prints. On another node, `weft call example.echo.v1.Echo Say
+--data '{"text": "hello"}'` finds a peer that offers the service and calls it; `weft call PEER ...` calls one peer.
 """
 
 import os
@@ -19,7 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def load():
-    """Generates what is needed from the schemas. A project of its own would do this once."""
+    """Generates the client and the descriptors from the schemas, and loads them. A real project would do this once."""
     out = tempfile.mkdtemp()
     schemas = os.path.join(out, "schemas.bin")
     for include, files, arguments in [
@@ -27,7 +27,7 @@ def load():
         (os.path.join(HERE, "..", "schema"), ["echo.proto"], [f"--descriptor_set_out={schemas}"]),
     ]:
         if protoc.main(["protoc", f"-I{include}", f"--python_out={out}"] + arguments + files) != 0:
-            sys.exit("a schema does not compile")
+            sys.exit("cannot compile a schema")
     sys.path.insert(0, out)
     import echo_pb2
     from weft.api.v1 import api_pb2, api_pb2_grpc
@@ -41,7 +41,7 @@ def main():
     socket = f"unix:{os.path.realpath(sys.argv[1])}/api/weft.sock"
     channel = grpc.insecure_channel(socket, options=[("grpc.default_authority", "localhost")])
 
-    # What goes to the node, in the order in which it is put.
+    # Messages to the node, in the order of the queue.
     out = queue.SimpleQueue()
     out.put(api.ServeRequest(begin=api.ServeBegin(services=["example.echo.v1.Echo"], schemas=schemas)))
     for event in services.CallsStub(channel).Serve(iter(out.get, None)):

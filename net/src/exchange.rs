@@ -1,4 +1,4 @@
-//! Exchanges of messages over a stream, each within a time-out: what the protocols of this crate have in common.
+//! Exchanges of messages over a stream, each with a timeout. The protocols of this crate share them.
 
 use std::{io, time::Duration};
 
@@ -9,7 +9,7 @@ use tokio::{
 };
 use weft_proto::frame::{self, FrameError};
 
-/// Why an exchange of messages failed.
+/// The reason that an exchange of messages failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExchangeError {
     #[error(transparent)]
@@ -18,11 +18,11 @@ pub(crate) enum ExchangeError {
     Io(#[from] io::Error),
     #[error("no answer in time")]
     TimedOut,
-    #[error("the other side hung up")]
+    #[error("the peer closed the stream before its answer")]
     Ended,
 }
 
-/// Sends a message of at most `limit` bytes, and all that was written before it.
+/// Sends a message of at most `limit` bytes, and flushes all that was written before it.
 pub(crate) async fn send<M, S>(
     stream: &mut S,
     message: &M,
@@ -37,7 +37,7 @@ where
     Ok(())
 }
 
-/// Receives a message of at most `limit` bytes. The end of the stream is an error: a message is due.
+/// Receives a message of at most `limit` bytes. The end of the stream is an error, because a message is expected.
 pub(crate) async fn receive<M, S>(stream: &mut S, limit: usize) -> Result<M, ExchangeError>
 where
     M: Message + Default,

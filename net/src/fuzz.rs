@@ -1,8 +1,8 @@
-//! Entrances for the fuzzers in `tests/fuzz`, which are built with the feature `fuzz`: parsers of strangers' bytes are
-//! private otherwise. The unit tests run each entrance on its first inputs, so that a parser cannot change without
-//! them.
+//! Entry points for the fuzzers in `tests/fuzz`, which are built with the feature `fuzz`; the parsers of unverified
+//! bytes are private otherwise. The unit tests run each entry point on its first inputs, so that a change of a parser
+//! cannot leave them behind.
 //!
-//! Each function panics if a parser breaks its promise; that is what a fuzzer looks for.
+//! Each function panics if a parser breaks a promise; a fuzzer looks for that.
 
 use std::{
     cell::RefCell,
@@ -35,7 +35,7 @@ use crate::{
     },
 };
 
-/// A peer that sends these bytes, so many at a time, and takes whatever it is sent.
+/// A peer that sends these bytes in chunks, and accepts all data.
 struct ScriptedPeer<'a> {
     bytes: &'a [u8],
     chunk: usize,
@@ -73,12 +73,12 @@ impl AsyncWrite for ScriptedPeer<'_> {
     }
 }
 
-/// The result of work on bytes that are all there.
+/// Runs work that never has to wait, and returns its result.
 fn at_once<T>(work: impl Future<Output = T>) -> T {
     work.now_or_never().expect("nothing has to be waited for")
 }
 
-/// First inputs for [`head`].
+/// Returns the first inputs for [`head`].
 pub fn heads() -> Vec<Vec<u8>> {
     [
         &b"\x07GET /weft HTTP/1.1\r\nHost: a\r\nOrigin: https://b\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\nX-Forwarded-For: 10.0.0.1, [2001:db8::7]:99\r\n\r\n\x82\x01a"[..],
@@ -89,7 +89,7 @@ pub fn heads() -> Vec<Vec<u8>> {
     .to_vec()
 }
 
-/// The head of a WebSocket, on both sides. The first byte is the size of the packets in which it comes.
+/// Parses the head of a WebSocket, on both sides. The first byte is the size of the chunks in which it arrives.
 pub fn head(bytes: &[u8]) {
     let Some((chunk, bytes)) = bytes.split_first() else {
         return;
@@ -105,7 +105,7 @@ pub fn head(bytes: &[u8]) {
             assert_eq!(head, &bytes[..head.len()]);
             let values = header(head, "origin").chain(header(head, "x-forwarded-for"));
             values.for_each(|value| assert!(!value.contains('\n') && value.len() < head.len()));
-            // Any answer will do.
+            // Any answer is valid.
             let _ = proxied::forwarded_for(head);
             let mut all = Vec::new();
             at_once(stream.read_to_end(&mut all)).expect("it ends");
@@ -118,12 +118,12 @@ pub fn head(bytes: &[u8]) {
         assert!(complete.is_some());
         let _ = request.key();
     }
-    // The key of the request is random: nothing can accept it.
+    // The key of the request is random, so no response can accept it.
     let mut client = Client::new(peer(), "host", "/");
     let _ = at_once(client.handshake());
 }
 
-/// First inputs for [`proxy`].
+/// Returns the first inputs for [`proxy`].
 pub fn proxies() -> Vec<Vec<u8>> {
     let v2 = |family: u8, rest: &[u8]| {
         let length = (rest.len() as u16).to_be_bytes();
@@ -137,18 +137,18 @@ pub fn proxies() -> Vec<Vec<u8>> {
     ]
 }
 
-/// The header that a proxy sends, of either version.
+/// Parses the header that a proxy sends, of either version.
 pub fn proxy(bytes: &[u8]) {
     let mut stream = futures::io::Cursor::new(bytes);
     let read = at_once(proxied::read(&mut stream));
-    // The longer one: 16 bytes and as many as its length allows.
+    // The longer version: 16 bytes and as many as its length field allows.
     assert!(stream.position() <= 16 + 2048);
     if let Ok(Some(at)) = read {
         assert_eq!(at.ip(), at.ip().to_canonical());
     }
 }
 
-/// First inputs for [`clocks`].
+/// Returns the first inputs for [`clocks`].
 pub fn clock_answers() -> Vec<Vec<u8>> {
     let answer = |place: u8, millis: u64| [&[place][..], &millis.to_le_bytes()].concat();
     let now = 1_800_000_000_000_u64;
@@ -160,7 +160,8 @@ pub fn clock_answers() -> Vec<Vec<u8>> {
     ]
 }
 
-/// Answers to a question for the clock: a place and a time each; the same bytes as an answer to a ping.
+/// Evaluates answers about the clock, each with a byte for the network and a time. The same bytes are also parsed as an
+/// answer to a ping.
 pub fn clocks(bytes: &[u8]) {
     if let Some(answer) = bytes.first_chunk() {
         let _ = ping::told(&ping::question([7; 16]), answer);
@@ -198,7 +199,7 @@ pub fn clocks(bytes: &[u8]) {
         near |= place == 0;
     }
     let told = clocks.difference(clock, now);
-    // A stranger alone has no voice.
+    // A single unknown peer does not count.
     assert!(networks.len() > 1 || near || told.is_none());
     if let Some(told) = told {
         assert!(told.peers <= 16);
@@ -207,7 +208,7 @@ pub fn clocks(bytes: &[u8]) {
     }
 }
 
-/// First inputs for [`messages`].
+/// Returns the first inputs for [`messages`].
 pub fn first_messages() -> Vec<Vec<u8>> {
     let at = ["/ip4/198.51.100.7/udp/5/quic-v1", "/ip4/198.51.100.7/tcp/5"];
     let at = at.map(|at| at.parse::<Multiaddr>().expect("an address"));
@@ -249,7 +250,7 @@ thread_local! {
     static SELF: RefCell<PeerId> = RefCell::new(PeerId::random());
 }
 
-/// Messages of the protocols between peers and relays. The first byte says which.
+/// Parses messages of the protocols between peers and relays. The first byte selects the protocol.
 pub fn messages(bytes: &[u8]) {
     let Some((kind, bytes)) = bytes.split_first() else {
         return;
@@ -306,7 +307,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parsers_of_strangers_bytes_keep_their_promises_on_the_first_inputs() {
+    fn parsers_of_unverified_bytes_keep_their_promises_on_the_first_inputs() {
         heads().iter().for_each(|bytes| head(bytes));
         proxies().iter().for_each(|bytes| proxy(bytes));
         clock_answers().iter().for_each(|bytes| clocks(bytes));

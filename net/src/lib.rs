@@ -1,22 +1,29 @@
-//! One libp2p swarm: transports, paths, streams, limits.
+//! The network layer of a Weft node: one libp2p swarm with its transports, paths, streams and limits.
 //!
-//! [`Network::spawn`] starts it; the handle dials peers and opens streams to them by protocol name, and hands out the streams that
-//! peers open. The other crates see [`Stream`]s (tokio's `AsyncRead + AsyncWrite`), [`PeerInfo`] and [`Path`], and not the swarm. A
-//! behaviour of their own, such as the DHT's, rides in the same swarm as its *extension*.
+//! [`Network::spawn`] starts it. The returned handle dials peers, opens streams to them by protocol name, and accepts
+//! streams that peers open. The other crates use [`Stream`] (tokio's `AsyncRead + AsyncWrite`), [`PeerInfo`] and
+//! [`Path`], and do not see the swarm. A crate can add a behaviour of its own to the swarm as the *extension*; the DHT
+//! does.
 //!
-//! It promises: a peer's identity is proven before anything else happens; a stream goes over the best path there is; what
-//! strangers can make us hold (connections, streams, queues) is bounded by [`Limits`], and what is refused is reset, so
-//! that the other side knows; dropping the last handle stops everything.
+//! Guarantees:
 //!
-//! A node that others cannot reach has its gateway forward its ports, or holds reservations on relays; every relayed connection is punched into a
-//! direct one where the NATs on both sides allow it, after a search for the port where one of them is symmetric; a stream can ask to
-//! [yield](Stream::yield_to_better_path) to the better path. Bulk between peers that reach each other by TCP gets a connection of its own, a *lane*.
+//! - A peer's identity is proven before anything else happens.
+//! - A stream uses the best path to its peer.
+//! - The resources that unknown peers can take (connections, streams, queues) are limited by [`Limits`]. A refused
+//!   stream is reset, so that the remote side knows.
+//! - Dropping the last handle stops everything.
 //!
-//! It leaves out: closed networks by a shared key, for which there are lists of peers ([`Access`]) so far, and anything that knows what the bytes on a stream mean.
+//! A node that peers cannot reach asks its gateway for port mappings, or holds reservations on relays. Hole punching
+//! turns every relayed connection into a direct one if the NATs on both sides allow it, with a search for the port if
+//! one of them is symmetric. A stream can ask to [yield](Stream::yield_to_better_path) to the better path. A bulk
+//! stream between peers that reach each other by TCP gets a TCP connection of its own, a *lane*.
 //!
-//! The modules are groups, and each group imports only groups named before it: `address`, `exchange` and `span`; `policy` (who and how much)
-//! and `topics`; `nat` and `transport`; `streams`; `ping` and `relay`; `driver`, the one task that owns the swarm;
-//! `network`, the handle to it.
+//! Closed networks with a shared key are not supported; lists of peers ([`Access`]) can be used instead. The content of
+//! streams is left to the protocols on them.
+//!
+//! The modules form groups, and each group imports only groups before it in this list: `address`, `exchange` and
+//! `span`; `policy` (access lists and limits) and `topics`; `nat` and `transport`; `streams`; `ping` and `relay`;
+//! `driver`, the one task that owns the swarm; `network`, the handle to it.
 
 mod address;
 mod driver;

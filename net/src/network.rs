@@ -21,7 +21,7 @@ use crate::{
     topics::Topics,
 };
 
-/// Requests to the swarm that may wait.
+/// Most requests that wait for the driver.
 const COMMANDS: usize = 256;
 
 /// A running network. Cheap to clone; dropping the last clone stops it.
@@ -36,17 +36,19 @@ pub struct Network {
 }
 
 impl Network {
-    /// Starts the network with `extension` riding in its swarm; returns once it listens.
+    /// Starts the network, with `extension` as a behaviour in its swarm. Returns once it listens.
     ///
     /// # Errors
-    /// [`SpawnError`]. An address given in [`Config::listen`] that cannot be used is an error; a default one is done without.
+    ///
+    /// Returns [`SpawnError`]. An address in [`Config::listen`] that cannot be used is an error; a default address that
+    /// cannot be used is left out.
     pub async fn spawn<E>(config: Config, extension: E) -> Result<Self, SpawnError>
     where
         E: NetworkBehaviour<ToSwarm = Infallible> + Send,
         libp2p::swarm::THandler<E>: Send,
         libp2p::swarm::THandlerInEvent<E>: Send,
     {
-        // gossipsub and records number what they say by the clock.
+        // gossipsub and records derive their sequence numbers from the clock.
         if SystemTime::now() < SystemTime::UNIX_EPOCH {
             return Err(SpawnError::Clock);
         }
@@ -68,25 +70,26 @@ impl Network {
         })
     }
 
-    /// Returns the limits that were lowered at the start because this process may open too few files; `None`: the
+    /// Returns the limits that were lowered at the start because this process may open too few files. `None`: the
     /// limits of [`Config::limits`] hold.
     pub fn lowered_limits(&self) -> Option<&LoweredLimits> {
         self.lowered.as_ref()
     }
 
-    /// Our own id.
+    /// Returns this node's PeerId.
     pub fn local_peer(&self) -> PeerId {
         self.local
     }
 
-    /// Connects to `peer` at any of these addresses (without `/p2p`), or, if there are none, where the DHT has seen it.
-    /// Returns the best path at once if there is one.
+    /// Connects to `peer` at any of these addresses (without `/p2p`), or, if there are none, at the addresses that the
+    /// DHT knows. If there is a connection, returns its path at once.
     ///
-    /// A `Vec<Multiaddr>` holds addresses that the user has given; they are dialled as they are. Addresses that
-    /// anybody else has stated come as [`Heard`](crate::Heard) and are dialled as far as the rules for hearsay admit.
+    /// A `Vec<Multiaddr>` holds addresses that the user has given; they are dialed without checks. Unverified addresses
+    /// are passed as [`Heard`](crate::Heard), and dialed if the address gate admits them.
     ///
     /// # Errors
-    /// [`ConnectError`], after 15 s at the latest.
+    ///
+    /// Returns [`ConnectError`], after 15 s at the latest.
     pub async fn connect(
         &self,
         peer: PeerId,
@@ -111,7 +114,8 @@ impl Network {
     /// Opens a stream to a connected peer.
     ///
     /// # Errors
-    /// [`OpenError`], after 10 s at the latest.
+    ///
+    /// Returns [`OpenError`], after 10 s at the latest.
     pub async fn open(
         &self,
         peer: PeerId,
@@ -128,90 +132,95 @@ impl Network {
             })
             .await
             .map_err(|_| OpenError::Stopped)?;
-        // A dropped reply means that the connection closed on the way.
+        // A dropped reply means that the connection closed before the stream was open.
         answer.await.unwrap_or(Err(OpenError::NotConnected(peer)))
     }
 
-    /// Opens a lane to a connected peer: a TCP connection of its own for one stream. `None` if there can be none.
+    /// Opens a lane to a connected peer: a TCP connection of its own for one stream. Returns `None` if no lane can be
+    /// opened.
     ///
     /// # Errors
-    /// [`OpenError`], after 10 s at the latest.
+    ///
+    /// Returns [`OpenError`], after 10 s at the latest.
     pub async fn open_lane(
         &self,
         peer: PeerId,
         protocol: StreamProtocol,
     ) -> Result<Option<Stream>, OpenError> {
         let stream = self.open(peer, protocol, Class::Bulk).await?;
-        // Of another the peer has not heard: nothing was sent on it.
+        // Any other stream is dropped. The peer has not noticed it, because nothing was sent on it.
         Ok(stream.is_lane().then_some(stream))
     }
 
     /// Accepts the streams that peers open for `protocol`.
     ///
     /// # Errors
-    /// [`AcceptError`] if it is being accepted already.
+    ///
+    /// Returns [`AcceptError`] if the protocol is already being accepted.
     pub fn accept(&self, protocol: StreamProtocol) -> Result<Incoming, AcceptError> {
         self.protocols.accept(protocol)
     }
 
-    /// Publishing to and subscribing to topics.
+    /// Returns the handle for publishing and subscribing to topics.
     pub fn topics(&self) -> &Topics {
         &self.topics
     }
 
-    /// Everyone we are connected to. Empty once the network has stopped.
+    /// Returns all connected peers. Empty once the network has stopped.
     pub async fn peers(&self) -> Vec<PeerInfo> {
         self.ask(Command::Peers).await.unwrap_or_default()
     }
 
-    /// Every limit, and what it comes to. Empty once the network has stopped.
+    /// Returns all limits with their use. Empty once the network has stopped.
     pub async fn limits(&self) -> Vec<LimitUse> {
         self.ask(Command::Limits).await.unwrap_or_default()
     }
 
-    /// Whom this node has to do with; `None` once the network has stopped.
+    /// Returns the allow and block lists; `None` once the network has stopped.
     pub async fn access(&self) -> Option<Access> {
         self.ask(Command::Access).await
     }
 
-    /// Changes whom this node has to do with, until it stops. Connections that are open and should not be are closed.
+    /// Replaces the allow and block lists until the network stops. Open connections that they do not admit are closed.
     pub async fn set_access(&self, access: Access) {
-        // A network that has stopped has to do with nobody.
+        // A stopped network has no connections.
         let _ = self.ask(|reply| Command::SetAccess(access, reply)).await;
     }
 
-    /// Our own addresses.
+    /// Returns this node's own addresses.
     pub fn addresses(&self) -> Addresses {
         self.addresses.borrow().clone()
     }
 
-    /// The same, to be told when they change: a relay is found or lost, an interface comes or goes. Closed once the network has stopped.
+    /// Returns this node's own addresses, to be watched for changes: a relay is found or lost, an interface comes or
+    /// goes. Closed once the network has stopped.
     pub fn watch_addresses(&self) -> watch::Receiver<Addresses> {
         self.addresses.clone()
     }
 
-    /// What is known of how others reach this node; `None` once the network has stopped.
+    /// Returns the reachability of this node; `None` once the network has stopped.
     pub async fn reachability(&self) -> Option<Reachability> {
         self.ask(Command::Reachability).await
     }
 
-    /// The peers that this node was told to stay connected to, and why they cannot be reached. Empty once the network has
-    /// stopped.
+    /// Returns the peers that this node was told to stay connected to, with the reasons why they cannot be reached.
+    /// Empty once the network has stopped.
     pub async fn bootstrap(&self) -> Vec<BootstrapPeer> {
         self.ask(Command::Bootstrap).await.unwrap_or_default()
     }
 
-    /// Returns how this machine's clock compares with those of the connected peers: the median over several networks.
-    /// `None` if there are too few of them to tell, or once the network has stopped. Peers are asked when they connect,
-    /// and every ten minutes.
+    /// Returns how this machine's clock compares with those of the connected peers, as the median over several
+    /// networks. `None` if there are too few of them, or once the network has stopped. Peers are asked when they
+    /// connect, and every ten minutes.
     pub async fn clock(&self) -> Option<ClockDifference> {
         self.ask(Command::Clock).await.flatten()
     }
 
-    /// Measures the round trip to a connected peer over the best path, after the stream for it is open.
+    /// Measures the round trip to a connected peer over the best path. The time to open the stream is not included.
     ///
     /// # Errors
-    /// [`PingError`], after 10 s at the latest.
+    ///
+    /// Returns [`PingError`], after 10 s at the latest.
     pub async fn ping(&self, peer: PeerId) -> Result<(Duration, Path), PingError> {
         let ping = async {
             let mut stream = self.open(peer, ping::PING_PROTOCOL, Class::Control).await?;
@@ -221,17 +230,17 @@ impl Network {
         timeout(PING, ping).await.map_err(|_| PingError::TimedOut)?
     }
 
-    /// Has every connection to `peer` show that it still works, and closes those that carry nothing for `patience`:
-    /// some seconds, or more on a slow link, where packets that are lost in a row keep everything back for that long.
-    /// Without a check, a path that was cut is noticed after half a minute.
+    /// Checks every connection to `peer`, and closes those on which nothing arrives for `patience`. A few seconds
+    /// suffice, except on a slow link, where consecutive lost packets can delay all others for longer. Without a check,
+    /// a broken path is noticed after half a minute.
     pub async fn check(&self, peer: PeerId, patience: Duration) {
-        // A network that has stopped has no connections.
+        // A stopped network has no connections.
         let _ = self.commands.send(Command::Check(peer, patience)).await;
     }
 
-    /// Closes all connections in order and stops.
+    /// Closes all connections in order and stops the network.
     pub async fn stop(&self) {
-        // No answer means that it has stopped already.
+        // No answer means that the network has stopped already.
         let _ = self.ask(Command::Stop).await;
     }
 

@@ -1,8 +1,8 @@
 //! Spans that group log lines: one for each peer, one for each connection, and one for each handshake.
 //!
-//! The name and the fields of a span stand before each line that is logged within it, so that the lines of one peer or
-//! one connection can be found among the others. None has a parent: what a peer's connection sets off at another peer
-//! is logged with that peer.
+//! The name and the fields of a span precede each line that is logged within it, so that the lines of one peer or one
+//! connection can be found. Spans have no parent: work for another peer that a connection causes is logged with that
+//! other peer.
 
 use std::{fmt::Display, future::Future};
 
@@ -10,18 +10,18 @@ use libp2p::{PeerId, swarm::ConnectionId};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, Span, debug_span, info_span};
 
-/// Work for one peer, on no connection in particular.
+/// Returns the span for work for one peer, on no connection in particular.
 pub(crate) fn peer(peer: PeerId) -> Span {
     info_span!(parent: None, "peer", %peer)
 }
 
-/// Work on one connection to a peer.
+/// Returns the span for work on one connection to a peer.
 pub(crate) fn connection(peer: PeerId, id: ConnectionId) -> Span {
     info_span!(parent: None, "connection", %peer, %id)
 }
 
-/// A connection that is being secured; the peer is not proven yet. Strangers can begin many: without debug lines, the
-/// span costs nothing.
+/// Returns the span for a connection that is being secured; the peer is not proven yet. Unknown peers can begin many
+/// handshakes, so the span is only active with debug logging.
 pub(crate) fn handshake(address: &dyn Display) -> Span {
     debug_span!(parent: None, "handshake", %address)
 }

@@ -1,4 +1,4 @@
-//! The command line's way to a running node.
+//! The client of a running node's API, for the commands.
 
 use std::{
     error::Error,
@@ -25,11 +25,11 @@ use weft_proto::api::{
 
 use crate::{api::ApiFiles, exit::Failure, reason::Reason};
 
-/// The longest answer accepted, in bytes: a manifest of its greatest size, with room for the text form of hashes.
+/// Largest accepted answer, in bytes: a manifest of the greatest size, with room for the text form of hashes.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
-/// The time for which a node may be silent before it is asked whether it is alive, and the time that its answer may
-/// take. This tells a suspended node from one that works for long.
+/// Time without traffic after which the client sends a keep-alive ping, and the longest wait for its answer. The ping
+/// distinguishes a suspended node from one that is busy for long.
 const ALIVE: Duration = Duration::from_secs(10);
 
 /// A connection to the node of a home.
@@ -38,7 +38,7 @@ pub(crate) struct Client {
     channel: InterceptedService<Channel, Token>,
 }
 
-/// Sends the token with every call; none over the socket.
+/// Adds the token to each request over TCP. Requests over the socket have no token.
 #[derive(Debug, Clone)]
 struct Token(Option<MetadataValue<Ascii>>);
 
@@ -54,13 +54,14 @@ impl Interceptor for Token {
 }
 
 impl Client {
-    /// Connects to the node that runs on `home`: by its socket, or by TCP where the home's path is too long for one.
+    /// Connects to the node that runs on `home`: by its socket, or by TCP if the home's path is too long for a socket.
     pub(crate) async fn connect(home: &Path) -> Result<Self, Failure> {
         let failed = |error: &io::Error| unreachable(home, error);
-        // The node writes them at the real path, and the socket's path has a limit.
+        // The node uses the canonical path, and the length of a socket's path is limited.
         let home = home.canonicalize().map_err(|error| failed(&error))?;
         let files = ApiFiles::of(&home);
-        // A node has its socket whenever it can. Without one, whoever listens at the address is not to get the token.
+        // A node has a socket whenever the path allows it. If the socket exists, TCP is not tried: another program may
+        // listen at the address, and would get the token.
         match files.socket.symlink_metadata() {
             Ok(_) => return Self::connect_socket(&home, files.socket).await,
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -84,7 +85,7 @@ impl Client {
         })
     }
 
-    /// Connects through a socket. Its path may have any bytes, which a URI may not.
+    /// Connects through the socket. A connector is needed because the path may have bytes that a URI may not.
     async fn connect_socket(home: &Path, socket: PathBuf) -> Result<Self, Failure> {
         let connector = tower::service_fn(move |_| {
             let socket = socket.clone();
@@ -142,7 +143,7 @@ impl Client {
     }
 }
 
-/// Explains why the transport did not connect, by the error of the system that lies at its bottom.
+/// Explains why the transport did not connect, by the system error at the end of the chain of sources.
 fn not_connected(home: &Path, error: &tonic::transport::Error) -> Failure {
     let mut source: Option<&(dyn Error + 'static)> = Some(error);
     while let Some(cause) = source {
@@ -155,10 +156,10 @@ fn not_connected(home: &Path, error: &tonic::transport::Error) -> Failure {
         Reason::NotRunning,
         format!("cannot connect to the node on {}: {error}", home.display()),
     )
-    .hint("It may be a node of another version: stop it and start it again with `weft up`.")
+    .hint("The node may have another version: stop it and start it again with `weft up`.")
 }
 
-/// Explains an error that a file of the home or its socket gave.
+/// Explains an error on a file of the home or on its socket.
 fn unreachable(home: &Path, error: &io::Error) -> Failure {
     match error.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::NotADirectory => not_running(home),
@@ -167,19 +168,19 @@ fn unreachable(home: &Path, error: &io::Error) -> Failure {
             format!("this user may not use the node on {}: {error}", home.display()),
         )
         .hint(
-            "Run the command as the user who started the node, or start a node of your own: `weft --home DIR up`.",
+            "Run the command as the user who started the node, or start your own node: `weft --home DIR up`.",
         ),
         _ => Failure::new(
             Reason::NotRunning,
             format!("cannot connect to the node on {}: {error}", home.display()),
         )
-        .hint("If the node hangs or has no files left to open, stop it and start it again with `weft up`."),
+        .hint("If the node hangs or has no free file descriptors, stop it and start it again with `weft up`."),
     }
 }
 
 fn damaged(file: &Path) -> Failure {
     Failure::other(format!("{} is damaged", file.display()))
-        .hint("Stop the node and start it again with `weft up`: it writes the file anew.")
+        .hint("Stop the node and start it again with `weft up`, which writes the file again.")
 }
 
 fn not_running(home: &Path) -> Failure {

@@ -1,8 +1,9 @@
-//! `weft demo`: publishes, finds, fetches and checks a model, on one machine.
+//! `weft demo`: publishes, resolves, fetches and checks a model on one machine.
 //!
-//! Three nodes in this process talk over real sockets on loopback. One has a model, one fetches it by name, and these two
-//! know only the third. Each phase is named on standard error when it begins, and shows its progress while it goes on;
-//! the result is printed last. The rate counts verified bytes from the folder of one node to the folder of another.
+//! Three nodes in this process use real sockets on loopback. The publisher has a model, the receiver fetches it by
+//! name, and both know only the third node. Each phase prints a line on standard error when it begins, and then its
+//! progress; the result is printed last. The rate counts verified bytes from one node's folder to the other node's
+//! folder.
 
 use std::{
     fs::{self, File},
@@ -30,36 +31,36 @@ use crate::{
     },
 };
 
-/// Bytes of the demo's own model: the transfer takes more than a second on loopback, so that its start does not count
-/// much.
+/// Size of the generated model, in bytes. The transfer takes more than a second on loopback, so that its start has
+/// little effect on the rate.
 const SIZE: u64 = 1 << 30;
 
-/// The least that the demo chooses by itself where the disk has no room for [`SIZE`].
+/// Smallest size, in bytes, that the demo chooses by itself if the disk has no room for [`SIZE`].
 const MIN_SIZE: u64 = 64 << 20;
 
-/// Copies of the model on disk at once, source and result, and half a copy of room to spare.
+/// Returns the space that the demo needs: two copies of the model, source and result, and half a copy to spare.
 const fn room(size: u64) -> u64 {
     size.saturating_mul(5) / 2
 }
 
-/// The tensors of the demo's own model: a transformer of layers of 8 MiB.
+/// The tensors of one layer of the generated model, 8 MiB in all.
 const TENSORS: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
 const ROWS: usize = 1024;
 const COLUMNS: usize = 1024;
-/// bf16.
+/// Size of a bf16 element, in bytes.
 const ELEMENT: usize = 2;
 const TENSOR: u64 = (ROWS * COLUMNS * ELEMENT) as u64;
 const LAYER: u64 = TENSORS.len() as u64 * TENSOR;
 
 const NAME: &str = "demo/model";
 
-/// The longest time for which the removal of the demo's folder is tried.
+/// Longest time for which removing the demo's folder is retried.
 const REMOVE: Duration = Duration::from_secs(10);
 
-/// The pause between two looks at how far the writing of the model is.
+/// Time between two updates of the progress of writing the model.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// What is shown, and printed with `--json`.
+/// The result of the demo.
 struct Outcome {
     got: Got,
     announced_to: usize,
@@ -85,11 +86,11 @@ pub(crate) async fn run(options: cli::Demo, as_json: bool) -> Result<(), Failure
     if outcome.is_ok() {
         phases.begin("stopping the nodes and removing their folders");
     }
-    // The node that the others know last: they would miss it, and say so.
+    // The bootstrap node stops last: the others would log warnings if it were gone.
     while let Some(node) = nodes.pop() {
         node.shutdown().await;
     }
-    // Before the table: what it ends with is the last that happens.
+    // The folder is removed before the result is printed, so that the result is the last output.
     let removed = remove(&folder).await;
     let outcome = outcome?;
     removed?;
@@ -97,11 +98,13 @@ pub(crate) async fn run(options: cli::Demo, as_json: bool) -> Result<(), Failure
     if outcome.verified {
         Ok(())
     } else {
-        Err(Failure::other("what arrived is not what was sent"))
+        Err(Failure::other(
+            "the received model differs from the published model",
+        ))
     }
 }
 
-/// Numbers the phases, and says which one begins.
+/// Numbers the phases, and prints a line when a phase begins.
 struct Phases {
     begun: usize,
     count: usize,
@@ -118,7 +121,7 @@ impl Phases {
     }
 }
 
-/// Removes the demo's folder. Threads that were told to stop may still be writing there for a moment.
+/// Removes the demo's folder. Retries, because threads that have been asked to stop may still write there for a moment.
 async fn remove(folder: &TempDir) -> Result<(), Failure> {
     let begin = Instant::now();
     loop {
@@ -156,7 +159,7 @@ async fn play(
             path
         }
     };
-    phases.begin("starting three nodes: one to meet at, one with the model, one without");
+    phases.begin("starting three nodes: a bootstrap node, a publisher and a receiver");
     let meeting = node(&folder.path().join("meeting"), None).await?;
     nodes.push(meeting.clone());
     let publisher = node(&folder.path().join("publisher"), Some(&meeting)).await?;
@@ -167,13 +170,13 @@ async fn play(
         met(node).await?;
     }
 
-    phases.begin(&format!("adding the model at its publisher as {NAME}"));
+    phases.begin(&format!("adding the model on the publisher as {NAME}"));
     let added = add(&publisher, &source).await?;
-    phases.begin(&format!("getting {NAME} at the node that has nothing"));
+    phases.begin(&format!("fetching {NAME} on the receiver"));
     let target = folder.path().join("received");
     let got = get(&receiver, &target).await?;
     let peers = receiver.peers().await;
-    phases.begin("reading the files that arrived");
+    phases.begin("checking the received files");
     let verified = read_back(&receiver, &target).await?.model.id == added.model.id;
     Ok(Outcome {
         got,
@@ -218,7 +221,7 @@ async fn get(node: &Node, target: &Path) -> Result<Got, Failure> {
     Ok(got)
 }
 
-/// Hashes the files that arrived with other code than that which received them.
+/// Adds the received files as a model. Hashing them again checks them with other code than the code that received them.
 async fn read_back(node: &Node, folder: &Path) -> Result<Added, Failure> {
     let add = node.models().add(folder);
     show(add.start(), "hashing", |progress| {
@@ -227,7 +230,7 @@ async fn read_back(node: &Node, folder: &Path) -> Result<Added, Failure> {
     .await
 }
 
-/// Shows the progress of an operation until it is done, as bytes done of a total.
+/// Shows the progress of an operation, in bytes done of a total, until the operation ends.
 async fn show<P, T: Unpin>(
     mut operation: Operation<P, T>,
     text: &str,
@@ -243,7 +246,7 @@ async fn show<P, T: Unpin>(
     Ok(operation.await?)
 }
 
-/// A node on loopback that knows at most one other.
+/// Starts a node on loopback, with at most one bootstrap node.
 async fn node(home: &Path, bootstrap: Option<&Node>) -> Result<Node, Failure> {
     let loopback = ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"];
     let mut builder = Node::builder().home(home).mdns(false);
@@ -256,7 +259,7 @@ async fn node(home: &Path, bootstrap: Option<&Node>) -> Result<Node, Failure> {
     Ok(builder.spawn().await?)
 }
 
-/// Waits until `node` is in the mesh.
+/// Waits until `node` has another node in its routing table.
 async fn met(node: &Node) -> Result<(), Failure> {
     let wait = async {
         loop {
@@ -269,13 +272,14 @@ async fn met(node: &Node) -> Result<(), Failure> {
     tokio::time::timeout(Duration::from_secs(15), wait)
         .await
         .map_err(|_| {
-            Failure::other("the nodes did not meet on 127.0.0.1 within 15 s")
-                .hint("A firewall may stop programs from connecting on this machine; run it again with WEFT_LOG=weft=debug to see.")
+            Failure::other("the nodes did not connect on 127.0.0.1 within 15 s").hint(
+                "A firewall may block connections on this machine; run the demo again with WEFT_LOG=weft=debug to see.",
+            )
         })?
 }
 
-/// Returns the size of the model to write, in whole layers: as asked for, or [`SIZE`], or less if the disk has no room
-/// for that.
+/// Returns the size of the model to generate, in whole layers: the requested size, or [`SIZE`], or less if the disk has
+/// no room for [`SIZE`].
 fn choose_size(folder: &Path, asked: Option<u64>) -> Result<u64, Failure> {
     let free = rustix::fs::statvfs(folder)
         .map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize))
@@ -286,14 +290,14 @@ fn choose_size(folder: &Path, asked: Option<u64>) -> Result<u64, Failure> {
     size_for(asked, free).ok_or_else(|| {
         let needed = room(asked.unwrap_or(MIN_SIZE));
         let text = format!(
-            "the disk that holds {} is full: the demo takes {}, and {} are free",
+            "the disk with {} is full: the demo needs {}, and {} are free",
             folder.display(),
             output::bytes(needed),
             output::bytes(free)
         );
         Failure::new(Reason::DiskFull, text).hint(
-            "Make room there and run the same command again, choose a smaller model with --size, or set TMPDIR to a folder\n\
-             on another disk.",
+            "Free space on that disk and run the same command again, choose a smaller model with --size, or set\n\
+             TMPDIR to a folder on another disk.",
         )
     })
 }
@@ -310,14 +314,14 @@ fn size_for(asked: Option<u64>, free: u64) -> Option<u64> {
     }
 }
 
-/// The progress of the thread that writes the model. The thread ends early if this is dropped.
+/// The state shared with the thread that writes the model: its progress, and whether it must stop early.
 #[derive(Debug, Default)]
 struct Writing {
     bytes: AtomicU64,
     is_stopped: AtomicBool,
 }
 
-/// Stops the thread that writes when the command is interrupted.
+/// Stops the thread that writes the model when the command is interrupted.
 struct StopOnDrop(Arc<Writing>);
 
 impl Drop for StopOnDrop {
@@ -326,7 +330,7 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// Writes the demo's model and shows the progress.
+/// Writes the generated model and shows the progress.
 async fn write(folder: &Path, size: u64) -> Result<(), Failure> {
     let writing = Arc::new(Writing::default());
     let _stop = StopOnDrop(Arc::clone(&writing));
@@ -348,7 +352,7 @@ async fn write(folder: &Path, size: u64) -> Result<(), Failure> {
         .map_err(|error| Failure::other(format!("cannot write a model: {error}")))
 }
 
-/// Writes a valid safetensors file with a configuration beside it: the same bytes for a size every time.
+/// Writes a valid safetensors file and a configuration. The same size always gives the same bytes.
 fn write_model(folder: &Path, size: u64, writing: &Writing) -> io::Result<()> {
     let layers = size / LAYER;
     fs::create_dir_all(folder)?;
@@ -363,7 +367,11 @@ fn write_model(folder: &Path, size: u64, writing: &Writing) -> io::Result<()> {
         for part in TENSORS {
             header.insert(
                 format!("model.layers.{layer}.self_attn.{part}.weight"),
-                json!({ "dtype": "BF16", "shape": [ROWS, COLUMNS], "data_offsets": [offset, offset + TENSOR] }),
+                json!({
+                    "dtype": "BF16",
+                    "shape": [ROWS, COLUMNS],
+                    "data_offsets": [offset, offset + TENSOR],
+                }),
             );
             offset += TENSOR;
         }
@@ -372,7 +380,7 @@ fn write_model(folder: &Path, size: u64, writing: &Writing) -> io::Result<()> {
     let mut file = BufWriter::new(File::create(folder.join("model.safetensors"))?);
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(header.as_bytes())?;
-    // xorshift64 (Marsaglia, 2003): bytes that no layer below can compress.
+    // xorshift64 (Marsaglia, 2003): bytes that no file system can compress.
     let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
     for _ in 0..layers * TENSORS.len() as u64 {
         if writing.is_stopped.load(Ordering::Relaxed) {
@@ -420,7 +428,7 @@ fn print(outcome: &Outcome, as_json: bool) {
     let rows = [
         row("peers of the receiver", outcome.peers.len().to_string()),
         row("path", paths.clone()),
-        row("look-up", output::duration(got.lookup)),
+        row("lookup", output::duration(got.lookup)),
         row("received", output::bytes(got.bytes_moved)),
         row("in", output::duration(got.elapsed)),
         row("rate", output::rate(got.bytes_moved, got.elapsed)),
@@ -435,14 +443,12 @@ fn print(outcome: &Outcome, as_json: bool) {
         ),
     ];
     out!("{}", output::table(&rows));
-    out!(
-        "The rate counts verified bytes, from the folder of one node to the folder of another, over"
-    );
-    out!("{paths}: from the call of `get` with the name until the last file was in place.");
+    out!("The rate counts verified bytes from one node's folder to the other node's folder, over");
+    out!("{paths}, from the start of `get` until the last file was in place.");
     out!();
-    out!("Now on two machines:");
+    out!("Next, on two machines:");
     out!("  weft up                                    on both; on the second, with --bootstrap");
-    out!("                                             and an address that the first one prints");
+    out!("                                             and an address that the first node prints");
     out!("  weft add ./my-model --name me/my-model     on the first, in another terminal");
     out!("  weft get me/my-model                       on the second");
 }
@@ -452,7 +458,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_size_is_as_asked_for_or_what_the_disk_has_room_for() {
+    fn the_model_has_the_requested_size_or_the_largest_that_fits_the_disk() {
         for (asked, free, size) in [
             (None, u64::MAX, Some(SIZE)),
             (None, room(SIZE), Some(SIZE)),

@@ -1,4 +1,4 @@
-//! How the program ends: what it says when it fails, and the code it ends with.
+//! Failures of a command: the message, the hint and the exit code.
 //!
 //! The table of reasons, with their exit codes and hints, is in [`reason`](crate::reason).
 
@@ -12,20 +12,20 @@ use crate::{
     terminal::output::{err, out},
 };
 
-/// The message of a failed command, and the code that the program ends with.
+/// The message of a failed command, and the exit code of the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) code: u8,
-    /// The name of a [`Reason`], of gRPC's code if another node has answered a call with it, or of a reason that only
+    /// The name of a [`Reason`]; of a gRPC code, if another node answered a call with it; or of a reason that only
     /// another version of the node knows.
     pub(crate) reason: String,
     pub(crate) message: String,
-    /// What to do next.
+    /// The next step for the user.
     pub(crate) hint: Option<String>,
 }
 
 impl Failure {
-    /// Makes a failure with the exit code and the hint of its reason.
+    /// Creates a failure with the exit code and the hint of its reason.
     pub(crate) fn new(reason: Reason, message: impl Into<String>) -> Self {
         Self {
             code: reason.exit_code(),
@@ -47,7 +47,7 @@ impl Failure {
         Self::new(Reason::Interrupted, message)
     }
 
-    /// A call that another node has answered with a failure: the reason is gRPC's name of the code.
+    /// Creates the failure of a call that another node answered with an error. The reason is gRPC's name of the code.
     pub(crate) fn answered(code: rpc::Code, message: &str) -> Self {
         Self {
             code: FAILED,
@@ -57,7 +57,7 @@ impl Failure {
         }
     }
 
-    /// The node has ended a stream that goes on until the client leaves it; `left` of `count` events have not come.
+    /// Creates the failure of a stream that the node ended before the client did. `left` of `count` events are missing.
     pub(crate) fn ended(count: Option<u64>, left: u64) -> Self {
         let text = match count {
             Some(count) => format!(
@@ -67,10 +67,10 @@ impl Failure {
             None => "the node ended the stream".to_owned(),
         };
         Self::new(Reason::Stopped, text)
-            .hint("It is stopping, or has restarted: check `weft status`, and run this again.")
+            .hint("The node is stopping, or has restarted: check `weft status`, and run the command again.")
     }
 
-    /// Nothing is left to say: the result that was printed says it.
+    /// Creates a failure that prints nothing, because the printed result explains it.
     pub(crate) fn silent(reason: Reason) -> Self {
         Self::new(reason, "")
     }
@@ -89,8 +89,8 @@ impl Failure {
         }})
     }
 
-    /// Prints the failure: for people on standard error, with `--json` as an object on standard output, or on standard
-    /// error if standard output `is_content`, such as the bytes of a file.
+    /// Prints the failure to standard error as text, or with `--json` to standard output as an object. If standard
+    /// output `is_content`, such as the bytes of a file, the object goes to standard error too.
     pub(crate) fn print(&self, json: bool, is_content: bool) {
         if self.message.is_empty() {
             return;
@@ -103,7 +103,7 @@ impl Failure {
             }
             return;
         }
-        // It may quote a peer, whose text does not start a line; `err!` escapes the rest.
+        // The text may quote a peer, and a peer's text must not start a line; `err!` escapes the rest.
         let indented = |text: &str| text.replace('\n', "\n  ");
         err!("weft: {}", indented(&self.message));
         if let Some(hint) = &self.hint {
@@ -112,7 +112,7 @@ impl Failure {
     }
 }
 
-/// Joins the lines of a text that is wrapped for people: a program that shows it wraps it as it likes.
+/// Joins the lines of a text that is wrapped for a terminal.
 fn one_line(text: &str) -> String {
     text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
 }
@@ -134,19 +134,19 @@ impl From<Status> for Failure {
     }
 }
 
-/// Explains a status without a reason. Every error of the node itself has one, so this is the connection's.
+/// Explains a status without a reason. Every error of the node itself has a reason, so the connection has failed.
 fn without_reason(status: &Status) -> Failure {
     match status.code() {
         Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Internal => {
-            // The transport's own words are about its frames.
+            // The transport's message is about HTTP/2 frames, which does not help the user.
             tracing::debug!(%status, "the connection to the node was lost");
             Failure::new(Reason::NotRunning, "the connection to the node was lost")
         }
         Code::Unauthenticated => Failure::other(status.message()).hint(
-            "The node makes a new token at each start: read the home's api/token again, and check that --home is right.",
+            "The node creates a new token at each start: read the home's api/token again, and check --home.",
         ),
         Code::Unimplemented => Failure::other(status.message()).hint(
-            "The running node is of another version than this program. Restart it with this one.",
+            "The running node has another version than this program: stop the node, and start it with this program.",
         ),
         _ => Failure::other(status.message()),
     }
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_without_a_reason_is_the_connections_and_one_with_an_unknown_reason_the_nodes() {
+    fn a_status_without_a_reason_means_a_lost_connection_and_an_unknown_reason_is_kept() {
         let lost = Failure::from(Status::unavailable("h2 protocol error"));
         assert_eq!((lost.code, lost.reason.as_str()), (6, "NOT_RUNNING"));
         let token = Failure::from(Status::unauthenticated("the token is wrong"));

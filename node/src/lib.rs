@@ -1,11 +1,12 @@
 //! The `weft` program: the daemon, its local gRPC API, and the command line that talks to it.
 //!
-//! - `daemon` runs a node ([`weft::Node`]) and serves the API; `api` is that API over the SDK.
-//! - `commands` are the subcommands; all but `up` and `demo` are clients of the API of a running daemon.
+//! - `daemon` runs a node ([`weft::Node`]) and serves the API; `api` implements that API with the SDK.
+//! - `commands` holds the subcommands; all but `up` and `demo` are clients of the API of a running daemon.
 //! - `demo` runs three nodes in this process and moves a model between them.
 //!
-//! It promises: whatever the program does, an embedding process can do through the SDK, and any language through the API; every command
-//! takes `--json`; errors say what happened and what to do next, and end with the exit codes of [`reason`].
+//! It promises: whatever the program does, an embedding process can do through the SDK, and any language through the
+//! API; every command takes `--json`; errors say what happened and what to do next, and end with the exit codes of
+//! [`reason`].
 //!
 //! It leaves out: everything a node does by itself, which is in the SDK and below.
 
@@ -29,7 +30,7 @@ use crate::{cli::Cli, exit::Failure};
 /// Runs the program with these arguments, the first of which is its name. Blocks until it is done.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
-    // Asked for although the rest makes no sense.
+    // Respected even if the rest of the command line is invalid.
     let json = arguments.iter().any(|argument| argument == "--json");
     let is_content = cli::writes_content(&arguments);
     let cli = match Cli::try_parse_from(arguments) {
@@ -41,7 +42,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 Failure::usage(message).hint(hint).print(true, is_content);
                 return ExitCode::from(reason::USAGE);
             }
-            // Help goes to standard output, mistakes to standard error; a closed one is no reason to fail differently.
+            // Help goes to standard output, an error to standard error. The exit code is the same if it cannot be
+            // written.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { reason::USAGE } else { 0 });
         }
@@ -55,7 +57,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         .map_err(|error| Failure::other(format!("cannot start: {error}")))
         .and_then(|runtime| {
             let result = runtime.block_on(terminal::stop::race(commands::run(cli)));
-            // Threads that still hash or sync have been told to stop.
+            // Threads that still hash or sync have been asked to stop.
             runtime.shutdown_timeout(std::time::Duration::from_secs(5));
             result
         });
@@ -63,7 +65,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         None => Ok(()),
         Some(error) => Err(
             Failure::other(format!("cannot write to standard output: {error}"))
-                .hint("The command itself is done; only its output is incomplete."),
+                .hint("The command itself succeeded; only its output is incomplete."),
         ),
     });
     match result {
@@ -75,7 +77,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Splits what clap says of a mistake into the message and what to do next.
+/// Splits the text of an error of clap into the message and the hint.
 fn usage(text: &str) -> (&str, &str) {
     let text = text.strip_prefix("error: ").unwrap_or(text).trim();
     match text.split_once("\n\n") {

@@ -1,7 +1,7 @@
-//! The log of the program: the filter that `$WEFT_LOG` sets, and a limit on how often one line repeats.
+//! The log of the program: the filter that `$WEFT_LOG` sets, and a limit on repeated lines.
 //!
-//! Peers decide how often some lines are due: libp2p's crates warn about malformed messages. So no call site writes
-//! more than [`BURST`] lines a minute, and the lines that were left out are counted in the log.
+//! Peers can cause some lines as often as they like: libp2p's crates warn about malformed messages. So each call site
+//! writes at most [`BURST`] lines a minute, and the log says how many lines were left out.
 
 use std::{
     collections::HashMap,
@@ -17,15 +17,15 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-/// The filter unless `$WEFT_LOG` says otherwise. Kademlia warns of being alone, which is how every first node begins.
+/// The filter if `$WEFT_LOG` is not set. Kademlia warns when it knows no peer, which is normal for the first node.
 /// gossipsub logs an error for each malformed message of a peer.
 const LOG: &str = "warn,libp2p_kad=error,libp2p_gossipsub=off";
 
-/// Lines of one call site within [`WINDOW`]: enough to see a fault begin and go on, and a megabyte a day at most.
+/// Most lines of one call site within [`WINDOW`]: enough to see a fault begin and go on, and at most a megabyte a day.
 const BURST: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// The target of the lines that count what was left out; they are not limited themselves.
+/// The target of the lines that say how many lines were left out. These lines are not limited.
 const TARGET: &str = "weft::log";
 
 /// Installs the log on standard error, unless the embedding process has installed one.
@@ -41,26 +41,26 @@ pub(crate) fn init() {
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .with_filter(Limit::default());
-    // Fails only if a subscriber is set already, by whoever embeds this.
+    // Fails only if the embedding process has already installed a subscriber.
     let _ = tracing_subscriber::registry()
         .with(filter)
         .with(lines)
         .try_init();
     if let Some((directives, error)) = invalid {
         tracing::warn!(
-            "WEFT_LOG={directives:?} is ignored: {error}; write for example WEFT_LOG=weft=debug,info"
+            "WEFT_LOG={directives:?} is ignored: {error}; a valid value is WEFT_LOG=weft=debug,info"
         );
     }
 }
 
-/// Lets so many lines of each call site through. Debug and trace lines are asked for, and are not limited.
+/// A filter that limits the lines of each call site. Debug and trace lines are not limited: the user has enabled them.
 #[derive(Debug, Default)]
 struct Limit {
     /// Bounded by the number of call sites in the program.
     sites: Mutex<HashMap<Identifier, Site>>,
 }
 
-/// A call site's current minute.
+/// The lines of a call site in its current window.
 #[derive(Debug, Clone, Copy)]
 struct Site {
     began: Instant,
@@ -68,11 +68,11 @@ struct Site {
     left_out: u64,
 }
 
-/// The verdict on one line.
+/// The decision on one line.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Write,
-    /// Write it, and say that so many were left out before it.
+    /// Write the line, after a line that says how many were left out.
     WriteAfter(u64),
     LeaveOut,
 }
@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_that_peers_can_cause_is_written_ten_times_a_minute_and_then_counted() {
+    fn a_call_site_writes_ten_lines_a_minute_and_further_lines_are_counted() {
         // Without a subscriber, spans have no metadata.
         tracing::subscriber::with_default(tracing_subscriber::registry(), || {
             let a = tracing::span!(Level::WARN, "a");

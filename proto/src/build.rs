@@ -1,7 +1,7 @@
-//! For build scripts: Rust from `.proto` files, services included.
+//! Generates Rust from `.proto` files, services included. For build scripts.
 //!
-//! A service `Echo` becomes `EchoClient`, which calls by way of any [`Caller`](crate::rpc::Caller), a trait `Echo` to be implemented, and
-//! `EchoServer`, which a [`Router`](crate::rpc::Router) takes. No `protoc` is needed.
+//! A service `Echo` becomes three types: `EchoClient`, which makes calls through any [`Caller`](crate::rpc::Caller); a
+//! trait `Echo` to implement; and `EchoServer`, to add to a [`Router`](crate::rpc::Router). No `protoc` is needed.
 //!
 //! ```no_run
 //! // build.rs
@@ -15,11 +15,14 @@ use std::{env, error::Error, fmt::Write, fs, path::PathBuf};
 use prost::Message;
 use prost_build::{Config, Method, Service, ServiceGenerator};
 
-/// Generates Rust for these files, found in `includes`, into `$OUT_DIR`: one file `<package>.rs` for each package, to be included with `include!`, and
-/// `descriptors.bin`, the schemas themselves.
+/// The path of the types that generated code uses.
+const RPC: &str = "::weft_proto::rpc";
+
+/// Generates Rust for `files` in the folders `includes`, and writes it to `$OUT_DIR`: one file `<package>.rs` for each
+/// package, to be included with `include!`, and the encoded schemas as `descriptors.bin`.
 ///
 /// # Errors
-/// What is wrong with the files, or that `$OUT_DIR` cannot be written.
+/// Returns an error if a file is missing or invalid, or if `$OUT_DIR` cannot be written.
 pub fn compile(files: &[&str], includes: &[&str]) -> Result<(), Box<dyn Error>> {
     for include in includes {
         println!("cargo::rerun-if-changed={include}");
@@ -34,7 +37,7 @@ pub fn compile(files: &[&str], includes: &[&str]) -> Result<(), Box<dyn Error>> 
     Ok(())
 }
 
-/// Writes clients and servers. For [`Config::service_generator`], where [`compile`] does not do.
+/// Generates clients and servers. For [`Config::service_generator`], if [`compile`] is not enough.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Generator;
 
@@ -62,7 +65,7 @@ fn docs(comments: &prost_build::Comments, indent: &str, otherwise: &str) -> Stri
     }
 }
 
-/// As it is called on the wire.
+/// Returns the name of a service on the wire: `package.Service`.
 fn full_name(service: &Service) -> String {
     match service.package.is_empty() {
         true => service.proto_name.clone(),
@@ -71,7 +74,7 @@ fn full_name(service: &Service) -> String {
 }
 
 fn is_idempotent(method: &Method) -> bool {
-    // IDEMPOTENCY_UNKNOWN is 0; NO_SIDE_EFFECTS and IDEMPOTENT are the others.
+    // IDEMPOTENCY_UNKNOWN is 0; the other values are NO_SIDE_EFFECTS and IDEMPOTENT.
     method.options.idempotency_level.unwrap_or_default() != 0
 }
 
@@ -89,28 +92,36 @@ fn write_client(service: &Service, to: &mut String) -> std::fmt::Result {
         "pub struct {name}Client<C>(::weft_proto::rpc::Client<C>);"
     )?;
     writeln!(to, "impl<C: ::weft_proto::rpc::Caller> {name}Client<C> {{")?;
-    writeln!(to, "    /// Calls by way of `caller`.")?;
+    writeln!(
+        to,
+        "    /// Creates a client that makes calls through `caller`."
+    )?;
     writeln!(
         to,
         "    pub fn new(caller: C) -> Self {{ Self(::weft_proto::rpc::Client::new(caller)) }}"
     )?;
-    writeln!(to, "    /// Ends every call after this time.")?;
-    writeln!(to, "    #[must_use]")?;
     writeln!(
         to,
-        "    pub fn with_timeout(mut self, timeout: ::std::time::Duration) -> Self {{ self.0.options_mut().timeout = Some(timeout); self }}"
+        "    /// Sets the deadline of every call, from its start."
     )?;
-    writeln!(to, "    /// Says this beside every call.")?;
     writeln!(to, "    #[must_use]")?;
     writeln!(
         to,
-        "    pub fn with_metadata(mut self, metadata: ::weft_proto::rpc::Metadata) -> Self {{ self.0.options_mut().metadata = metadata; self }}"
+        "    pub fn with_timeout(mut self, timeout: ::std::time::Duration) -> Self {{ \
+         self.0.options_mut().timeout = Some(timeout); self }}"
+    )?;
+    writeln!(to, "    /// Sets the metadata of every call.")?;
+    writeln!(to, "    #[must_use]")?;
+    writeln!(
+        to,
+        "    pub fn with_metadata(mut self, metadata: ::weft_proto::rpc::Metadata) -> Self {{ \
+         self.0.options_mut().metadata = metadata; self }}"
     )?;
     for method in &service.methods {
         let (i, o) = (&method.input_type, &method.output_type);
         let call = &method.name;
         let info = format!(
-            "::weft_proto::rpc::Method {{ name: ::std::borrow::Cow::Borrowed(\"{full}/{}\"), idempotent: {} }}",
+            "{RPC}::Method {{ name: ::std::borrow::Cow::Borrowed(\"{full}/{}\"), idempotent: {} }}",
             method.proto_name,
             is_idempotent(method)
         );
@@ -125,25 +136,34 @@ fn write_client(service: &Service, to: &mut String) -> std::fmt::Result {
         )?;
         writeln!(to, "    ///")?;
         writeln!(to, "    /// # Errors")?;
-        writeln!(to, "    /// How the call has ended, if not well.")?;
-        match (method.client_streaming, method.server_streaming) {
-            (false, false) => writeln!(
-                to,
-                "    pub async fn {call}(&self, request: impl Into<::weft_proto::rpc::Attached<{i}>>) -> Result<::weft_proto::rpc::Attached<{o}>, ::weft_proto::rpc::Status> {{ self.0.unary({info}, request.into()).await }}"
-            )?,
-            (false, true) => writeln!(
-                to,
-                "    pub async fn {call}(&self, request: impl Into<::weft_proto::rpc::Attached<{i}>>) -> Result<::weft_proto::rpc::Messages<{o}>, ::weft_proto::rpc::Status> {{ self.0.server_streaming({info}, request.into()).await }}"
-            )?,
-            (true, false) => writeln!(
-                to,
-                "    pub async fn {call}(&self) -> Result<(::weft_proto::rpc::Sink<{i}>, ::weft_proto::rpc::Answer<{o}>), ::weft_proto::rpc::Status> {{ self.0.client_streaming({info}).await }}"
-            )?,
-            (true, true) => writeln!(
-                to,
-                "    pub async fn {call}(&self) -> Result<(::weft_proto::rpc::Sink<{i}>, ::weft_proto::rpc::Messages<{o}>), ::weft_proto::rpc::Status> {{ self.0.streaming({info}).await }}"
-            )?,
-        }
+        writeln!(to, "    /// The status of the call, if it failed.")?;
+        let request = format!("request: impl Into<{RPC}::Attached<{i}>>");
+        let (takes, gives, body) = match (method.client_streaming, method.server_streaming) {
+            (false, false) => (
+                format!("&self, {request}"),
+                format!("{RPC}::Attached<{o}>"),
+                format!("self.0.unary({info}, request.into()).await"),
+            ),
+            (false, true) => (
+                format!("&self, {request}"),
+                format!("{RPC}::Messages<{o}>"),
+                format!("self.0.server_streaming({info}, request.into()).await"),
+            ),
+            (true, false) => (
+                "&self".to_owned(),
+                format!("({RPC}::Sink<{i}>, {RPC}::Answer<{o}>)"),
+                format!("self.0.client_streaming({info}).await"),
+            ),
+            (true, true) => (
+                "&self".to_owned(),
+                format!("({RPC}::Sink<{i}>, {RPC}::Messages<{o}>)"),
+                format!("self.0.streaming({info}).await"),
+            ),
+        };
+        writeln!(
+            to,
+            "    pub async fn {call}({takes}) -> Result<{gives}, {RPC}::Status> {{ {body} }}"
+        )?;
     }
     writeln!(to, "}}")
 }
@@ -164,9 +184,7 @@ fn write_trait(service: &Service, to: &mut String) -> std::fmt::Result {
                 format!("::weft_proto::rpc::Attached<{o}>"),
             ),
             (false, true) => (
-                format!(
-                    "request: ::weft_proto::rpc::Attached<{i}>, responses: ::weft_proto::rpc::Sink<{o}>"
-                ),
+                format!("request: {RPC}::Attached<{i}>, responses: {RPC}::Sink<{o}>"),
                 "()".to_owned(),
             ),
             (true, false) => (
@@ -174,9 +192,7 @@ fn write_trait(service: &Service, to: &mut String) -> std::fmt::Result {
                 format!("::weft_proto::rpc::Attached<{o}>"),
             ),
             (true, true) => (
-                format!(
-                    "requests: ::weft_proto::rpc::Messages<{i}>, responses: ::weft_proto::rpc::Sink<{o}>"
-                ),
+                format!("requests: {RPC}::Messages<{i}>, responses: {RPC}::Sink<{o}>"),
                 "()".to_owned(),
             ),
         };
@@ -191,7 +207,8 @@ fn write_trait(service: &Service, to: &mut String) -> std::fmt::Result {
         )?;
         writeln!(
             to,
-            "    fn {}(&self, context: ::weft_proto::rpc::Context, {takes}) -> impl ::std::future::Future<Output = Result<{gives}, ::weft_proto::rpc::Status>> + Send;",
+            "    fn {}(&self, context: {RPC}::Context, {takes}) -> \
+             impl ::std::future::Future<Output = Result<{gives}, {RPC}::Status>> + Send;",
             method.name
         )?;
     }
@@ -202,12 +219,12 @@ fn write_server(service: &Service, to: &mut String) -> std::fmt::Result {
     let name = &service.name;
     writeln!(
         to,
-        "/// Serves a [`{name}`]; for a [`Router`](::weft_proto::rpc::Router)."
+        "/// Serves a [`{name}`], to add to a [`Router`](::weft_proto::rpc::Router)."
     )?;
     writeln!(to, "#[derive(Debug)]")?;
     writeln!(to, "pub struct {name}Server<T>(::std::sync::Arc<T>);")?;
     writeln!(to, "impl<T: {name}> {name}Server<T> {{")?;
-    writeln!(to, "    /// Serves this.")?;
+    writeln!(to, "    /// Creates a server for an implementation.")?;
     writeln!(
         to,
         "    pub fn new(service: T) -> Self {{ Self(::std::sync::Arc::new(service)) }}"
@@ -224,7 +241,8 @@ fn write_server(service: &Service, to: &mut String) -> std::fmt::Result {
     )?;
     writeln!(
         to,
-        "    fn call(&self, method: &str, context: ::weft_proto::rpc::Context, streams: ::weft_proto::rpc::Streams) -> Option<::weft_proto::rpc::Ended> {{"
+        "    fn call(&self, method: &str, context: {RPC}::Context, streams: {RPC}::Streams) -> \
+         Option<{RPC}::Ended> {{"
     )?;
     writeln!(
         to,
@@ -235,16 +253,20 @@ fn write_server(service: &Service, to: &mut String) -> std::fmt::Result {
         let call = &method.name;
         let body = match (method.client_streaming, method.server_streaming) {
             (false, false) => format!(
-                "let (request, respond) = streams.unary().await?; respond.with(service.{call}(context, request).await).await"
+                "let (request, respond) = streams.unary().await?; \
+                 respond.with(service.{call}(context, request).await).await"
             ),
             (false, true) => format!(
-                "let (request, responses) = streams.server_streaming().await?; service.{call}(context, request, responses).await"
+                "let (request, responses) = streams.server_streaming().await?; \
+                 service.{call}(context, request, responses).await"
             ),
             (true, false) => format!(
-                "let (requests, respond) = streams.client_streaming(); respond.with(service.{call}(context, requests).await).await"
+                "let (requests, respond) = streams.client_streaming(); \
+                 respond.with(service.{call}(context, requests).await).await"
             ),
             (true, true) => format!(
-                "let (requests, responses) = streams.streaming(); service.{call}(context, requests, responses).await"
+                "let (requests, responses) = streams.streaming(); \
+                 service.{call}(context, requests, responses).await"
             ),
         };
         writeln!(

@@ -5,10 +5,10 @@ use std::io;
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// The longest length prefix accepted: five bytes carry 35 bits, more than any limit here.
+/// Longest accepted length prefix, in bytes: five bytes have 35 bits, enough for every limit in this project.
 const MAX_PREFIX: usize = 5;
 
-/// Why a message could not be read or written.
+/// An error while reading or writing a message.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FrameError {
@@ -31,10 +31,10 @@ pub enum FrameError {
     Decode(#[from] prost::DecodeError),
 }
 
-/// Reads one message of at most `limit` bytes; `None` when the stream ended cleanly before its first byte.
+/// Reads one message of at most `limit` bytes. Returns `None` if the stream ended before the first byte.
 ///
 /// # Errors
-/// [`FrameError`]; the stream is not usable afterwards.
+/// [`FrameError`]. The stream must not be used afterwards.
 pub async fn read<M, R>(reader: &mut R, limit: usize) -> Result<Option<M>, FrameError>
 where
     M: Message + Default,
@@ -46,10 +46,10 @@ where
     }
 }
 
-/// Reads the bytes of one message; as [`read()`], which also decodes them.
+/// Reads the bytes of one message without decoding them. Otherwise the same as [`read()`].
 ///
 /// # Errors
-/// [`FrameError`]; the stream is not usable afterwards.
+/// [`FrameError`]. The stream must not be used afterwards.
 pub async fn read_bytes<R>(reader: &mut R, limit: usize) -> Result<Option<Vec<u8>>, FrameError>
 where
     R: AsyncRead + Unpin,
@@ -103,7 +103,7 @@ where
     Ok(())
 }
 
-/// Writes the bytes of one message; as [`write()`], for one that is encoded already. Does not flush.
+/// Writes a message that is already encoded. Does not flush.
 ///
 /// # Errors
 /// [`FrameError::TooLarge`] before anything is written, or [`FrameError::Io`].
@@ -117,7 +117,7 @@ where
     }
     let mut framed = Vec::with_capacity(MAX_PREFIX + message.len());
     prost::encode_length_delimiter(message.len(), &mut framed)
-        .expect("a vector grows as far as memory goes");
+        .expect("writing to a vector does not fail");
     framed.extend_from_slice(message);
     writer.write_all(&framed).await?;
     Ok(())

@@ -1,11 +1,12 @@
-//! What goes on the wire.
+//! Schemas, framing and calls: the wire formats of Weft.
 //!
-//! The `.proto` schemas under `schema/` are the contract between nodes ([`wire`]) and between a node and the programs beside it
-//! ([`api`]); [`frame`] puts messages on a byte stream; [`rpc`] is calls over one.
+//! The `.proto` schemas under `schema/` define the messages between nodes ([`wire`]) and between a node and local
+//! programs ([`api`]). [`frame`] writes messages to a byte stream; [`rpc`] makes calls over one.
 //!
-//! It promises: every decoder here bounds what it reads before it allocates, and refuses with an error that names the limit.
+//! Every decoder in this crate checks a limit before it allocates, and its error names the limit.
 //!
-//! It leaves out: any transport (streams come from `weft-net`) and the meaning of messages (`weft-dht`, `weft-blobs`).
+//! The crate has no transport (streams come from `weft-net`) and does not interpret messages (`weft-dht` and
+//! `weft-blobs` do).
 
 #[cfg(feature = "build")]
 pub mod build;

@@ -1,4 +1,4 @@
-//! Calls over a pipe in memory: what goes well, and what a peer may try.
+//! Calls over a pipe in memory: calls that succeed, failures, and peers that violate the protocol.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,7 +24,7 @@ use weft_proto::rpc::{
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Counts the handlers that are at work, and all that have begun.
+/// Counts the running handlers, and all that have begun.
 #[derive(Default)]
 struct Service {
     working: Arc<AtomicUsize>,
@@ -37,7 +37,8 @@ struct Working(Arc<AtomicUsize>);
 impl Working {
     fn new(service: &Service) -> Self {
         service.working.fetch_add(1, Ordering::SeqCst);
-        // Only now: whoever sees that it has begun is not to take it for one that has ended.
+        // Counted after `working`, so that a test that sees the new count does not mistake the handler for an ended
+        // one.
         service.begun.fetch_add(1, Ordering::SeqCst);
         Self(Arc::clone(&service.working))
     }
@@ -65,7 +66,7 @@ impl Handler for Service {
                     let message = requests.next().await?.unwrap();
                     responses.send_last(message).await
                 }
-                // Each message as it comes.
+                // Answers each message when it arrives.
                 "test.Test/Echoes" => {
                     while let Some(message) = requests.next().await? {
                         responses.send(message).await?;
@@ -100,14 +101,14 @@ impl Handler for Service {
                     sleep(Duration::from_secs(3600)).await;
                     Ok(())
                 }
-                // Answers, and takes no more.
+                // Answers, and reads nothing more.
                 "test.Test/First" => {
                     drop(requests);
                     responses.send(message(0)).await?;
                     sleep(Duration::from_millis(300)).await;
                     responses.send_last(message(1)).await
                 }
-                // Hears nothing for as long as `blocked` is locked.
+                // Does not respond while `blocked` is locked.
                 "test.Test/Block" => {
                     tokio::task::block_in_place(|| drop(blocked.read().unwrap()));
                     sleep(Duration::from_secs(3600)).await;
@@ -178,7 +179,7 @@ async fn calls_of_all_kinds_are_answered_and_the_session_ends_in_order() {
             message(size)
         );
     }
-    // Many at a time.
+    // Many calls at the same time.
     let mut calls = tokio::task::JoinSet::new();
     for n in 0..2000 {
         let session = pair.session.clone();
@@ -198,7 +199,7 @@ async fn calls_of_all_kinds_are_answered_and_the_session_ends_in_order() {
     }
     sender.close().await;
     assert_eq!(receiver.next().await.unwrap(), None);
-    // Nothing at all.
+    // A call without messages.
     let call = pair.session.call("test.Test/Echoes", Options::default());
     let (sender, mut receiver) = call.await.unwrap();
     drop(sender);
@@ -213,7 +214,7 @@ async fn calls_of_all_kinds_are_answered_and_the_session_ends_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn attachments_come_as_they_were() {
+async fn attachments_arrive_unchanged() {
     let pair = usual();
     let attachment = |size: usize| Attachment {
         dtype: "BF16".to_owned(),
@@ -250,7 +251,7 @@ async fn attachments_come_as_they_were() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failures_come_back_with_all_that_they_say() {
+async fn a_failure_returns_its_code_message_and_details() {
     let pair = usual();
     let call = |method: &'static str| {
         let session = pair.session.clone();
@@ -280,7 +281,7 @@ async fn failures_come_back_with_all_that_they_say() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_over_a_limit_fails_and_says_which() {
+async fn a_message_over_a_limit_fails_and_the_error_names_the_limit() {
     let pair = usual();
     let too_long = echo(&pair.session, message((4 << 20) + 1))
         .await
@@ -301,7 +302,7 @@ async fn what_is_over_a_limit_fails_and_says_which() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_is_dropped_or_late_ends_its_handler() {
+async fn dropping_a_call_or_passing_its_deadline_ends_the_handler() {
     let pair = usual();
     let options = |timeout| Options {
         timeout,
@@ -320,7 +321,7 @@ async fn a_call_that_is_dropped_or_late_ends_its_handler() {
         .await;
     assert_eq!(late.unwrap_err().code, Code::DeadlineExceeded);
     until("its end", || pair.working.load(Ordering::SeqCst) == 0).await;
-    // The future alone is dropped.
+    // Only the future is dropped.
     let call = pair
         .session
         .unary("test.Test/Sleep", message(1), options(None));
@@ -330,7 +331,7 @@ async fn a_call_that_is_dropped_or_late_ends_its_handler() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_receiver_that_takes_nothing_holds_up_no_other_and_little_memory() {
+async fn a_receiver_that_reads_nothing_delays_no_other_call_and_uses_little_memory() {
     let pair = usual();
     let mut idle = Vec::new();
     for _ in 0..50 {
@@ -344,7 +345,7 @@ async fn a_receiver_that_takes_nothing_holds_up_no_other_and_little_memory() {
     }
     let echoes_end = || pair.working.load(Ordering::SeqCst) == 50;
     until("the echoes' end", echoes_end).await;
-    // What it takes later has not been lost.
+    // The messages that it reads later have not been lost.
     let (_, receiver) = &mut idle[0];
     for _ in 0..100 {
         assert_eq!(receiver.next().await.unwrap().unwrap().bytes.len(), 50_000);
@@ -354,7 +355,7 @@ async fn a_receiver_that_takes_nothing_holds_up_no_other_and_little_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn more_than_may_be_held_ends_one_call_and_no_other() {
+async fn exceeding_the_budget_ends_only_one_call() {
     let small = Limits {
         max_buffered: 4 << 20,
         ..Limits::default()
@@ -374,7 +375,7 @@ async fn more_than_may_be_held_ends_one_call_and_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_session_says_whether_a_call_was_seen() {
+async fn a_lost_session_reports_if_a_call_was_seen() {
     let pair = usual();
     let session = pair.session.clone();
     let asleep = tokio::spawn(async move {
@@ -408,7 +409,7 @@ async fn a_lost_session_says_whether_a_call_was_seen() {
     until("their end", || pair.working.load(Ordering::SeqCst) == 0).await;
 }
 
-/// What a caller sends for a few calls.
+/// Returns the bytes that a caller sends for a few calls.
 async fn recorded() -> Vec<u8> {
     let (near, mut far) = duplex(1 << 20);
     let (session, driver) = Session::client(near, Limits::default());
@@ -434,7 +435,7 @@ async fn recorded() -> Vec<u8> {
         .unwrap();
     other.send(message(1)).await.unwrap();
     drop((other, cancelled));
-    // Up to what cancels the second call, which is written last.
+    // Up to the cancellation of the second call, which is written last.
     let (mut bytes, cancel) = (Vec::new(), frame(6, 0, 2, &[]));
     let read = async {
         while !bytes.ends_with(&cancel) {
@@ -474,7 +475,7 @@ fn mutate(seed: u64, bytes: &[u8]) -> Vec<u8> {
 }
 
 async fn feed(mut stream: DuplexStream, bytes: &[u8]) {
-    // It may have hung up by now.
+    // The session may have ended.
     let _ = stream.write_all(bytes).await;
     let _ = stream.shutdown().await;
     let mut answer = Vec::new();
@@ -482,14 +483,14 @@ async fn feed(mut stream: DuplexStream, bytes: &[u8]) {
     assert!(answer.len() < 1 << 20);
 }
 
-/// What a server sends to two calls of [`client`].
+/// Returns the bytes that a server sends in answer to two calls.
 async fn recorded_answers() -> Vec<u8> {
     let (near, mut far) = duplex(1 << 20);
     let service = Arc::new(Service::default());
     let serving = Session::serve(near, Limits::default(), "x".into(), service);
     let serving = tokio::spawn(serving);
     let calls = recorded().await;
-    // All but what cancels the second call.
+    // All but the cancellation of the second call.
     far.write_all(&calls[..calls.len() - 10]).await.unwrap();
     let mut bytes = Vec::new();
     let read = async {
@@ -504,7 +505,8 @@ async fn recorded_answers() -> Vec<u8> {
     bytes
 }
 
-/// The bytes that are kept, each file one side's of a session: `caller-*` is what a caller sends, `answer-*` what comes back.
+/// Reads the corpus. Each file has the bytes of one side of a session: of the caller (`caller-*`) or the called side
+/// (`answer-*`).
 fn corpus(side: &str) -> Vec<(String, Vec<u8>)> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
     let mut kept: Vec<_> = std::fs::read_dir(folder)
@@ -521,7 +523,7 @@ fn corpus(side: &str) -> Vec<(String, Vec<u8>)> {
     kept
 }
 
-/// Where bytes that have broken something go, to be kept.
+/// Saves bytes that made a test fail, so that they can be added to the corpus.
 fn broken(side: &str, seed: u64, bytes: &[u8], how: &str) -> ! {
     let path = format!("{}/{side}-{seed}.bin", env!("CARGO_TARGET_TMPDIR"));
     std::fs::write(&path, bytes).unwrap();
@@ -556,7 +558,7 @@ async fn answer_with(seed: u64, bytes: &[u8]) {
     }
     let taken = calls.into_iter().map(|(mut sender, mut receiver)| {
         tokio::spawn(async move {
-            // Whatever becomes of it, it ends.
+            // The call must end, with any result.
             let _ = sender.send(message(3)).await;
             while let Ok(Some(_)) = receiver.next().await {}
         })
@@ -624,14 +626,14 @@ async fn writes_the_corpus() {
             value: vec![1, 2, 3].into(),
         }];
     });
-    // Many that are begun and given up at once, and credit for some that are not.
+    // Many calls that are begun and cancelled at once, and credit for some calls that do not exist.
     let mut storm = hello();
     for id in 1..60 {
         storm.extend(request(id, "test.Test/Sleep", |_| ()));
         storm.extend(frame(6, 0, id, &[]));
         storm.extend(frame(5, 0, id + 1, &1000_u32.to_le_bytes()));
     }
-    // A caller that says what only the called side may, with calls before and after it.
+    // A caller that sends a shutdown, which only the called side may, with calls before and after it.
     let mut shutdown = hello();
     for id in 1..4 {
         shutdown.extend(request(id, "test.Test/Sleep", |_| ()));
@@ -651,7 +653,7 @@ async fn writes_the_corpus() {
     }
 }
 
-/// A frame, as docs/protocols.md says.
+/// Encodes a frame, as in docs/protocols.md.
 fn frame(kind: u8, flags: u8, call: u32, bytes: &[u8]) -> Vec<u8> {
     let mut frame = vec![kind, flags];
     frame.extend(call.to_le_bytes());
@@ -678,7 +680,7 @@ fn request(call: u32, method: &str) -> Vec<u8> {
     frame(1, 0, call, &request.encode_to_vec())
 }
 
-/// A session that is answered, and a peer that says what it likes.
+/// Starts the called side of a session. Returns the raw stream of its caller.
 fn raw() -> (
     DuplexStream,
     Arc<AtomicUsize>,
@@ -691,13 +693,13 @@ fn raw() -> (
     (far, working, tokio::spawn(session))
 }
 
-/// What ends the session, and what it says.
+/// Checks that the frames end the session with an error that contains `says`.
 async fn refused(frames: Vec<u8>, says: &str) {
     let (mut peer, working, session) = raw();
     let (mut reader, mut writer) = tokio::io::split(&mut peer);
     let mut answers = Vec::new();
     let write = async {
-        // It may have hung up by now.
+        // The session may have ended.
         let _ = writer.write_all(&[hello(), frames].concat()).await;
     };
     let both = async { tokio::join!(write, reader.read_to_end(&mut answers)) };
@@ -732,18 +734,12 @@ async fn each_violation_ends_the_session_and_is_named() {
             "attachments of",
         ),
         (with(frame(5, 0, 1, &[1])), "credit"),
-        (
-            with(frame(7, 0, 1, &[])),
-            "a status from the side that calls",
-        ),
+        (with(frame(7, 0, 1, &[])), "a status from the caller"),
         (with(frame(6, 0, 1, &[1])), "a cancellation of 1"),
-        (
-            with(frame(8, 0, 0, &[])),
-            "a shutdown from the side that calls",
-        ),
+        (with(frame(8, 0, 0, &[])), "a shutdown from the caller"),
         (
             [request(1, "test.Test/Sleep"), much].concat(),
-            "what was sent without credit",
+            "data sent without credit",
         ),
         (
             with([frame(2, 2, 1, b"last"), frame(2, 0, 1, b"more")].concat()),
@@ -753,12 +749,12 @@ async fn each_violation_ends_the_session_and_is_named() {
             (1..2000)
                 .flat_map(|n| request(n, "test.Test/Sleep"))
                 .collect(),
-            "calls open",
+            "a number of open calls",
         ),
     ] {
         refused(frames, says).await;
     }
-    // No hello at all.
+    // The peer sends no hello.
     let (mut peer, _, session) = raw();
     peer.write_all(&begin).await.unwrap();
     let error = timeout(PATIENCE, session)
@@ -766,13 +762,13 @@ async fn each_violation_ends_the_session_and_is_named() {
         .unwrap()
         .unwrap()
         .unwrap_err();
-    assert!(error.to_string().contains("no hello"), "{error}");
+    assert!(error.to_string().contains("not a hello"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn peers_that_misbehave_hold_up_nobody_else() {
+async fn misbehaving_peers_do_not_delay_others() {
     let mut bad = Vec::new();
-    // One that never reads what it asks for.
+    // A peer that never reads the answers.
     let (mut peer, _, session) = raw();
     peer.write_all(&hello()).await.unwrap();
     for call in 1..500 {
@@ -781,14 +777,14 @@ async fn peers_that_misbehave_hold_up_nobody_else() {
             .unwrap();
     }
     bad.push((peer, session));
-    // One that stops in the middle of a frame.
+    // A peer that stops in the middle of a frame.
     let (mut peer, _, session) = raw();
     peer.write_all(&hello()).await.unwrap();
     peer.write_all(&request(1, "test.Test/Echo")[..15])
         .await
         .unwrap();
     bad.push((peer, session));
-    // One that begins calls and cancels them at once, without end.
+    // A peer that begins calls and cancels them at once, without end.
     let (peer, working, session) = raw();
     let (mut reader, mut writer) = tokio::io::split(peer);
     let cancelling = tokio::spawn(async move {
@@ -806,7 +802,7 @@ async fn peers_that_misbehave_hold_up_nobody_else() {
     let begin = Instant::now();
     for _ in 0..200 {
         echo(&pair.session, message(1000)).await.unwrap();
-        // One that is cancelled counts until somebody has polled it.
+        // A cancelled call counts until it has been polled.
         let few = || working.load(Ordering::SeqCst) < 5000;
         until("the end of those cancelled", few).await;
     }
@@ -818,7 +814,7 @@ async fn peers_that_misbehave_hold_up_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_nobody_takes_is_not_held() {
+async fn messages_that_no_handler_reads_are_not_held() {
     let small = Limits {
         max_buffered: 8 << 20,
         ..Limits::default()
@@ -831,12 +827,12 @@ async fn what_nobody_takes_is_not_held() {
         }],
         ..Message::default()
     };
-    // Three times as much as may be held at a time.
+    // Three times as much as the budget.
     for _ in 0..3 {
         let call = pair.session.call("test.Test/First", Options::default());
         let (mut sender, mut receiver) = call.await.unwrap();
         sender.send(message(1)).await.unwrap();
-        // From here on, nobody takes what is sent.
+        // From here on, the handler reads nothing.
         let answer = timeout(PATIENCE, receiver.next()).await.unwrap();
         assert_eq!(answer.unwrap().unwrap(), message(0));
         let sending = tokio::spawn(async move { sender.send(much()).await });
@@ -860,15 +856,15 @@ async fn a_handler_that_panics_ends_its_call() {
     echo(&pair.session, message(1)).await.unwrap();
 }
 
-/// The clock goes on only when nothing else can: what has been sent by then is all that there is room for.
+/// The clock advances only when no task can run, so by then the message fills the window.
 #[tokio::test(start_paused = true)]
-async fn a_message_that_is_dropped_on_its_way_gives_the_call_up() {
+async fn dropping_a_message_that_is_sent_in_part_cancels_the_call() {
     let pair = usual();
     let call = pair.session.call("test.Test/Sleep", Options::default());
     let (mut sender, mut receiver) = call.await.unwrap();
     sender.send(message(1)).await.unwrap();
     until("a handler", || pair.working.load(Ordering::SeqCst) == 1).await;
-    // More than the window, and nobody takes it.
+    // More than the window, and the handler reads nothing.
     let much = Message {
         attachments: vec![Attachment {
             bytes: message(6 << 20).bytes,
@@ -885,10 +881,10 @@ async fn a_message_that_is_dropped_on_its_way_gives_the_call_up() {
     echo(&pair.session, message(1)).await.unwrap();
 }
 
-/// The clock goes on only when nothing else can: the caller has said all that it can without an answer.
+/// The clock advances only when no task can run, so by then the caller has sent all that it can without a hello.
 #[tokio::test(start_paused = true)]
-async fn the_first_message_may_be_as_large_as_any() {
-    // The other side says what it takes only after a while.
+async fn the_first_message_may_have_the_largest_size() {
+    // The other side's hello arrives only after a while.
     let (near, far) = duplex(64 * 1024);
     let (session, driver) = Session::client(near, Limits::default());
     tokio::spawn(driver);
@@ -900,7 +896,7 @@ async fn the_first_message_may_be_as_large_as_any() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_came_before_the_end_of_a_session_can_still_be_taken() {
+async fn messages_received_before_the_end_of_a_session_can_still_be_read() {
     let pair = usual();
     let call = pair.session.call("test.Test/Echoes", Options::default());
     let (mut sender, mut receiver) = call.await.unwrap();
@@ -908,7 +904,7 @@ async fn what_came_before_the_end_of_a_session_can_still_be_taken() {
         sender.send(message(n)).await.unwrap();
     }
     sender.close().await;
-    // All of it has come before what is asked after it, and nobody has taken it.
+    // All messages have arrived before the answer to the later call, and none has been read.
     let ended = || {
         let begun = pair.begun.load(Ordering::SeqCst);
         begun >= 1 && pair.working.load(Ordering::SeqCst) == 0
@@ -925,9 +921,9 @@ async fn what_came_before_the_end_of_a_session_can_still_be_taken() {
     assert_eq!(receiver.next().await.unwrap(), None);
 }
 
-/// A number that is used again does not orphan the call that has it now.
+/// Reusing a number must not orphan the call that has the number now.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_number_used_again_is_one_call() {
+async fn a_reused_call_number_is_one_call() {
     let (mut peer, working, session) = raw();
     let mut frames = hello();
     for _ in 0..200 {
@@ -943,7 +939,7 @@ async fn a_number_used_again_is_one_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_cannot_shut_down_what_it_calls() {
+async fn a_caller_cannot_shut_down_the_called_side() {
     let (near, mut far) = duplex(1 << 20);
     let service = Service::default();
     let working = Arc::clone(&service.working);
@@ -952,21 +948,18 @@ async fn a_caller_cannot_shut_down_what_it_calls() {
     far.write_all(&hello()).await.unwrap();
     for _ in 0..5 {
         for n in 1..=1000 {
-            // The session may have ended by now, as it should.
+            // The session may have ended, as it should.
             let _ = far.write_all(&request(n, "test.Test/Sleep")).await;
         }
         let _ = far.write_all(&frame(8, 0, 0, &[])).await;
     }
     let ended = timeout(PATIENCE, serving).await.unwrap().unwrap();
     let error = ended.unwrap_err().to_string();
-    assert!(
-        error.contains("a shutdown from the side that calls"),
-        "{error}"
-    );
+    assert!(error.contains("a shutdown from the caller"), "{error}");
     assert_eq!(working.load(Ordering::SeqCst), 0);
 }
 
-/// With few calls allowed: a peer that says what it likes, and the handlers at work.
+/// Starts the called side of a session with a low limit on calls. Returns the raw stream of its caller.
 fn raw_few(service: Service) -> (DuplexStream, JoinHandle<Result<(), SessionError>>) {
     let (near, far) = duplex(1 << 20);
     let few = Limits {
@@ -977,7 +970,7 @@ fn raw_few(service: Service) -> (DuplexStream, JoinHandle<Result<(), SessionErro
     (far, tokio::spawn(session))
 }
 
-/// Has those block that do so, until what this returns is dropped.
+/// Makes the handlers of `Block` block until the returned sender is dropped.
 async fn block(service: &Service) -> std::sync::mpsc::Sender<()> {
     let blocked = Arc::clone(&service.blocked);
     let (release, until_released) = std::sync::mpsc::channel::<()>();
@@ -992,11 +985,11 @@ async fn block(service: &Service) -> std::sync::mpsc::Sender<()> {
     release
 }
 
-/// Those that may be open, and those that have just ended.
+/// The limit on running handlers: open calls, and calls that have just ended.
 const MAY_LIVE: usize = 16 + 64;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_session_is_over_only_when_its_handlers_are() {
+async fn a_session_ends_only_when_its_handlers_have_ended() {
     let service = Service::default();
     let (working, begun) = (Arc::clone(&service.working), Arc::clone(&service.begun));
     let release = block(&service).await;
@@ -1009,7 +1002,7 @@ async fn a_session_is_over_only_when_its_handlers_are() {
     far.write_all(&frames.concat()).await.unwrap();
     until("the handlers", || begun.load(Ordering::SeqCst) == 2).await;
     drop(far);
-    // It has seen the end: it has dropped the handler that waits, and cannot drop the one that runs.
+    // The session has seen the end: it has dropped the handler that waits, and cannot drop the handler that runs.
     until("the end", || working.load(Ordering::SeqCst) == 1).await;
     sleep(Duration::from_millis(300)).await;
     assert!(!session.is_finished(), "its handler runs");
@@ -1019,7 +1012,7 @@ async fn a_session_is_over_only_when_its_handlers_are() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_cancelled_handlers_run_on_new_calls_are_refused_and_open_ones_go_on() {
+async fn while_cancelled_handlers_run_new_calls_are_refused_and_open_calls_go_on() {
     let service = Service::default();
     let (begun, working) = (Arc::clone(&service.begun), Arc::clone(&service.working));
     let release = block(&service).await;
@@ -1050,9 +1043,9 @@ async fn while_cancelled_handlers_run_on_new_calls_are_refused_and_open_ones_go_
     };
     timeout(PATIENCE, read).await.unwrap();
     let text = String::from_utf8_lossy(&bytes);
-    let refusals = text.matches("calls that were cancelled still run here");
+    let refusals = text.matches("too many cancelled calls are still running");
     assert_eq!(refusals.count(), 2);
-    // Once they have ended, there is room again.
+    // After these handlers have ended, new calls are accepted again.
     drop(release);
     until("their end", || working.load(Ordering::SeqCst) <= 1).await;
     let again = [request(1003, "test.Test/Echo"), frame(2, 2, 1003, b"again")];
@@ -1067,7 +1060,7 @@ async fn while_cancelled_handlers_run_on_new_calls_are_refused_and_open_ones_go_
     timeout(PATIENCE, session).await.unwrap().unwrap().ok();
 }
 
-/// Quick limits.
+/// Limits with short times.
 fn hasty() -> Limits {
     Limits {
         patience: Duration::from_millis(100),
@@ -1076,7 +1069,7 @@ fn hasty() -> Limits {
     }
 }
 
-/// Two frames of an attachment that is longer.
+/// Encodes the first two frames of a longer attachment.
 fn begun_message(call: u32) -> Vec<u8> {
     use prost::Message;
     let announced = weft_proto::wire::RpcAttachment {
@@ -1089,20 +1082,19 @@ fn begun_message(call: u32) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_stops_coming_is_dropped_and_its_call_fails() {
+async fn a_stalled_message_is_dropped_and_its_call_fails() {
     let (near, mut far) = duplex(1 << 20);
     let all = Budget::new(8 << 20);
     let service = Arc::new(Service::default());
     let serving = Session::serve_within(all.clone(), near, hasty(), "x".into(), service);
     let serving = tokio::spawn(serving);
     let mut frames = [hello(), request(1, "test.Test/Count"), begun_message(1)].concat();
-    // One whose handler does not look is dropped as well.
+    // A message whose handler does not read is dropped too.
     frames.extend([request(2, "test.Test/Sleep"), begun_message(2)].concat());
     far.write_all(&frames).await.unwrap();
     until("what came", || all.used() > 200_000).await;
     let mut answers = Vec::new();
-    let stopped =
-        |bytes: &[u8]| String::from_utf8_lossy(bytes).contains("a message stopped coming");
+    let stopped = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains("a message stalled");
     let read = async {
         while !stopped(&answers) {
             assert_ne!(far.read_buf(&mut answers).await.unwrap(), 0);
@@ -1111,7 +1103,7 @@ async fn a_message_that_stops_coming_is_dropped_and_its_call_fails() {
     timeout(PATIENCE, read).await.unwrap();
     until("nothing to be held", || all.used() < 10_000).await;
     assert!(!serving.is_finished());
-    // A caller that sends nothing, and for which nothing is held, may be silent on a call for as long as it likes.
+    // A caller without an incomplete message may be silent on a call without a time limit.
     sleep(Duration::from_millis(500)).await;
     assert!(!serving.is_finished());
     drop(far);
@@ -1119,9 +1111,9 @@ async fn a_message_that_stops_coming_is_dropped_and_its_call_fails() {
     assert_eq!(all.used(), 0);
 }
 
-/// The clock goes on only when nothing else can: a second of it is ten times the patience with a message.
+/// The clock advances only when no task can run: one second is ten times the patience with a message.
 #[tokio::test(start_paused = true)]
-async fn an_answer_that_stops_coming_fails_and_a_sender_without_credit_is_waited_for() {
+async fn a_stalled_answer_fails_and_a_sender_without_credit_does_not() {
     let (near, mut far) = duplex(1 << 20);
     let all = Budget::new(8 << 20);
     let (session, driver) = Session::client_within(all.clone(), near, hasty());
@@ -1143,7 +1135,7 @@ async fn an_answer_that_stops_coming_fails_and_a_sender_without_credit_is_waited
     let failed = timeout(PATIENCE, calling).await.unwrap().unwrap();
     assert_eq!(failed.code, Code::Aborted);
     assert_eq!(all.used(), 0);
-    // Between two of ours: the receiver takes nothing, and so the sender may not go on.
+    // Between two Weft sessions: the receiver reads nothing, so the sender has no credit.
     let pair = pair(Limits::default(), hasty());
     let call = pair.session.call("test.Test/Echoes", Options::default());
     let (mut sender, mut receiver) = call.await.unwrap();
@@ -1155,7 +1147,7 @@ async fn an_answer_that_stops_coming_fails_and_a_sender_without_credit_is_waited
         Ok::<_, Status>(())
     });
     sleep(Duration::from_secs(1)).await;
-    assert!(!sending.is_finished(), "nobody takes the answers");
+    assert!(!sending.is_finished(), "the answers are not read");
     for _ in 0..20 {
         let answer = timeout(PATIENCE, receiver.next()).await.unwrap();
         assert_eq!(answer.unwrap().unwrap().bytes.len(), 1_000_000);
@@ -1165,12 +1157,12 @@ async fn an_answer_that_stops_coming_fails_and_a_sender_without_credit_is_waited
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_without_calls_is_ended_by_the_called_side_in_order() {
+async fn the_called_side_ends_an_idle_session_in_order() {
     let pair = pair(Limits::default(), hasty());
     let call = pair.session.call("test.Test/Echoes", Options::default());
     let (mut sender, mut receiver) = call.await.unwrap();
     sender.send(message(1)).await.unwrap();
-    // One with a call that is open is in use, however long nothing is said.
+    // A session with an open call is in use, even without traffic.
     sleep(Duration::from_secs(1)).await;
     sender.send(message(2)).await.unwrap();
     sender.close().await;
@@ -1184,14 +1176,14 @@ async fn a_session_without_calls_is_ended_by_the_called_side_in_order() {
         .unwrap()
         .unwrap()
         .unwrap();
-    // It can be made again on another.
+    // The call can be made again on another session.
     assert!(!pair.session.is_open());
     let late = echo(&pair.session, message(1)).await.unwrap_err();
     assert_eq!((late.code, late.seen), (Code::Unavailable, Some(Seen::No)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_count_among_what_is_held() {
+async fn requests_count_towards_the_budget() {
     use prost::Message;
     let (near, mut far) = duplex(1 << 20);
     let all = Budget::new(1 << 20);
@@ -1217,7 +1209,7 @@ async fn requests_count_among_what_is_held() {
     let mut answers = Vec::new();
     let refused = |bytes: &[u8]| {
         let text = String::from_utf8_lossy(bytes);
-        text.matches("of this peer or its network wait here")
+        text.matches("unread bytes for this peer or its network group")
             .count()
     };
     let read = async {
@@ -1226,7 +1218,7 @@ async fn requests_count_among_what_is_held() {
         }
     };
     timeout(PATIENCE, read).await.unwrap();
-    // The others have room for their shares.
+    // Other callers have room for their shares.
     assert!(all.used() <= 5 << 17, "{}", all.used());
     assert!(all.of(["another".to_owned()]).hold(100_000).is_some());
     drop(far);
@@ -1234,10 +1226,10 @@ async fn requests_count_among_what_is_held() {
     assert_eq!((all.used(), working.load(Ordering::SeqCst)), (0, 0));
 }
 
-/// The clock goes on only when nothing else can: a timeout means that the session is full, however slow the machine.
+/// The clock advances only when no task can run, so a timeout means that the session is full, even on a slow machine.
 #[tokio::test(start_paused = true)]
-async fn a_close_that_is_dropped_is_said_all_the_same() {
-    // The other side reads nothing yet, and so all that may wait to be written does.
+async fn a_dropped_close_is_sent_all_the_same() {
+    // The other side reads nothing yet, so the outbox is full.
     let (near, far) = duplex(1024);
     let (session, driver) = Session::client(near, Limits::default());
     tokio::spawn(driver);

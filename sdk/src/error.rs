@@ -1,4 +1,4 @@
-//! Why something did not work.
+//! Errors of the SDK.
 
 use std::{fmt, path::PathBuf};
 
@@ -15,23 +15,25 @@ use crate::{
     documents::peer_of,
 };
 
-/// Why an operation of the node failed.
+/// The error of an operation of the node.
+///
+/// The text says what failed, on what, and why. New variants may be added.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The home folder cannot be used.
     #[error(transparent)]
     Home(#[from] HomeError),
-    /// The network did not start.
+    /// The network did not start, for example because an address is in use.
     #[error(transparent)]
     Network(#[from] SpawnError),
-    /// The store failed.
+    /// The store failed, for example because its disk cannot be read.
     #[error(transparent)]
     Store(StoreError),
     /// A folder cannot be indexed.
     #[error(transparent)]
     Index(IndexError),
-    /// The DHT refused something.
+    /// The DHT refused a request.
     #[error(transparent)]
     Dht(DhtError),
     /// A name is malformed.
@@ -43,113 +45,124 @@ pub enum Error {
     /// An address is malformed.
     #[error("not an address: {0}")]
     Address(#[from] multiaddr::Error),
-    /// Nobody publishes the name.
-    #[error("nobody publishes the name {name}{}", with_publisher(.publisher))]
+    /// No publisher has a record of the name.
+    #[error("no peer publishes the name {name}{}", with_publisher(.publisher))]
     NoSuchName {
-        /// The name.
+        /// The name that was looked up.
         name: ModelName,
         /// The only publisher that would have been accepted, if one was given.
         publisher: Option<PeerId>,
     },
-    /// Several peers publish the name, and none of them is trusted.
-    #[error("{name} is published by {} peers, and as different models; choose one with --publisher PEERID", .publishers.len())]
+    /// Several peers publish the name as different models, and none of them is trusted.
+    #[error(
+        "{} peers publish the name {name} as different models; choose one with --publisher PEERID",
+        .publishers.len()
+    )]
     SeveralPublishers {
-        /// The name.
+        /// The name that was looked up.
         name: ModelName,
-        /// Who publishes what.
+        /// Each publisher, with the id of the model that it publishes under the name.
         publishers: Vec<(PeerId, Hash)>,
     },
     /// No provider was found, or none could be reached.
     #[error("no provider of {model} can be reached{}", list(.failures))]
     NoProvider {
-        /// The model.
+        /// Id of the model.
         model: Hash,
-        /// What each provider that was tried did last.
+        /// The last failure of each provider that was tried.
         failures: Vec<Failure>,
     },
-    /// Nothing was found, and this node is connected to nobody whom it could have asked.
-    #[error("connected to nobody: {}", bootstrap(.0))]
+    /// Nothing was found, and this node has no connected peer that it could have asked. Holds the given bootstrap
+    /// nodes and relays.
+    #[error("connected to no peer: {}", bootstrap(.0))]
     Disconnected(Vec<BootstrapPeer>),
-    /// This node holds no such model.
+    /// This node does not hold the model. Holds the name or id that was asked for.
     #[error("this node holds no model {0}")]
     NoSuchModel(String),
-    /// Files stand where the model is to go, with other content.
+    /// Files with other content exist in the folder where the model is to be written.
     #[error("{} exists with other content{}", .path.display(), more(.count))]
     TargetExists {
         /// The first such file.
         path: PathBuf,
-        /// How many there are.
+        /// Number of such files.
         count: usize,
     },
-    /// No room for the content.
+    /// The disk has no room for the content.
     #[error("the disk that holds {} is full{}", .path.display(), need(.needed, .free))]
     DiskFull {
-        /// Where the content was to go.
+        /// Path that the content was to be written to.
         path: PathBuf,
-        /// Bytes needed, when known.
+        /// Bytes needed, if known.
         needed: Option<u64>,
-        /// Bytes free, when known.
+        /// Bytes free, if known.
         free: Option<u64>,
     },
-    /// The quota leaves no room for the content, whatever were evicted.
+    /// The quota leaves no room for the content, even if everything that may be evicted were evicted.
     #[error(
-        "the quota of {quota} bytes leaves no room: {needed} bytes are needed, {used} are used, and what may be evicted is not enough"
+        "the quota of {quota} bytes leaves no room: {needed} bytes are needed, {used} are used, and evicting what \
+         may be evicted is not enough"
     )]
     QuotaExceeded {
         /// Bytes needed.
         needed: u64,
-        /// The quota.
+        /// The quota, in bytes.
         quota: u64,
-        /// Bytes that count against it now.
+        /// Bytes that count against the quota now.
         used: u64,
     },
-    /// Tags keep the model.
-    #[error("the model {model} is kept by its tags: {}; remove each with `weft tag rm TAG` first", .tags.join(", "))]
+    /// The model is pinned by tags, and so cannot be removed.
+    #[error(
+        "the model {model} is pinned by its tags: {}; remove each with `weft tag rm TAG` first",
+        .tags.join(", ")
+    )]
     Tagged {
-        /// The model.
+        /// Id of the model.
         model: Hash,
-        /// Its tags.
+        /// The tags that pin the model.
         tags: Vec<String>,
     },
-    /// The model is to be removed with its files by one of several names.
-    #[error("the model {model} has other names: {}; drop this one without its files, or remove the model by its id", .names.join(", "))]
+    /// The model has other names, so it cannot be removed with its files by this name.
+    #[error(
+        "the model {model} has other names: {}; drop this name without the files, or remove the model by its id",
+        .names.join(", ")
+    )]
     OtherNames {
-        /// The model.
+        /// Id of the model.
         model: Hash,
-        /// Its other names.
+        /// The other names of the model.
         names: Vec<String>,
     },
-    /// There is no such tag.
+    /// No tag has this name.
     #[error("there is no tag {0:?}")]
     NoSuchTag(String),
-    /// No tag can be called so, or it keeps another model, or there are too many.
+    /// A tag has a malformed name, pins another model already, or there are too many tags.
     #[error(transparent)]
     Tag(StoreError),
-    /// The same folder is being filled by another `get`.
+    /// Another `get` is writing to this folder.
     #[error("another `weft get` is writing to {}", .0.display())]
     Busy(PathBuf),
-    /// What a provider sent as a manifest is none that this node accepts.
+    /// A provider sent a manifest that breaks a rule, so the model is refused.
     #[error("the model {model} is refused: {reason}")]
     InvalidContent {
-        /// The model.
+        /// Id of the model.
         model: Hash,
-        /// Which rule it breaks.
+        /// The rule that the manifest breaks.
         reason: ManifestError,
     },
-    /// The model has no such file.
+    /// The model has no file at this path.
     #[error("the model {model} has no file {path:?}; it has {}", names(.files))]
     NoSuchFile {
-        /// The model.
+        /// Id of the model.
         model: Hash,
-        /// The path that was asked for.
+        /// Path that was asked for.
         path: String,
-        /// Some that it has.
+        /// Some of the model's paths.
         files: Vec<String>,
     },
-    /// The model has nothing of what is selected, or not so that it makes files.
+    /// Nothing in the model matches the selection, or the selected tensors cannot be put into files.
     #[error(transparent)]
     Selection(#[from] SelectionError),
-    /// The selected tensors do not make files.
+    /// The files of the selected tensors could not be written.
     #[error(transparent)]
     Result(ResultError),
     /// A pattern for files or tensors is malformed.
@@ -158,19 +171,19 @@ pub enum Error {
     /// A peer cannot be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// A peer does not answer.
+    /// A peer does not answer a ping.
     #[error(transparent)]
     Ping(#[from] PingError),
     /// A topic cannot be used.
     #[error(transparent)]
     Topic(TopicError),
-    /// A record breaks a rule.
+    /// A record breaks a rule, such as a limit on its size.
     #[error(transparent)]
     Record(RecordError),
     /// The records on this node's disk cannot be opened or written.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// A document cannot be used so.
+    /// A document cannot be read or changed as requested.
     #[error(transparent)]
     Document(DocumentError),
     /// This node may not write the document.
@@ -178,74 +191,78 @@ pub enum Error {
         "this node may not write document {document}; its owner, {owner}, can add it to the writers"
     )]
     NotWriter {
-        /// Which document.
+        /// Id of the document.
         document: DocumentId,
-        /// Who can change that.
+        /// The owner, which can add this node to the writers.
         owner: PeerId,
     },
-    /// Only the document's owner may do that.
+    /// Only the owner of the document may do this.
     #[error(
         "only the owner of document {document}, {owner}, may do that; run the command on the owner's node"
     )]
     NotOwner {
-        /// Which document.
+        /// Id of the document.
         document: DocumentId,
-        /// Who may.
+        /// The owner.
         owner: PeerId,
     },
-    /// A value is of another type than was asked for, or cannot be one of a document.
-    #[error("the value does not fit: {0}")]
+    /// A value in a document has another type than requested, or a value cannot be stored in a document.
+    #[error("the value has the wrong type, or cannot be stored in a document: {0}")]
     Value(#[from] serde_json::Error),
-    /// Documents know peers by their Ed25519 keys, and this one has another.
-    #[error("{0} has no Ed25519 key, and so can neither own, write nor read documents by name")]
+    /// The peer has no Ed25519 key, by which documents identify peers.
+    #[error(
+        "{0} has no Ed25519 key, so it cannot be the owner, a writer or a reader of a document"
+    )]
     NoKey(PeerId),
-    /// The registry is not followed.
+    /// This node does not follow the registry.
     #[error("this node does not follow registry {0}; follow it with `weft registry follow ID`")]
     NotFollowed(DocumentId),
-    /// The document is a registry that is followed.
+    /// The document is a registry that this node follows, so it cannot be removed as a document.
     #[error(
         "document {0} is a registry that this node follows; unfollow it with `weft registry unfollow ID`"
     )]
     Followed(DocumentId),
-    /// Only certain publishers may say what the name means, and what they say is not here.
+    /// A registry reserves the name for its publishers, and none of their lists on this node has the name.
     #[error(
-        "{name} is for a publisher of registry {registry} to say, and no list of theirs that is here has it: it is withdrawn or not published yet, or nobody who holds the newest list is connected"
+        "registry {registry} reserves the name {name} for its publishers, and their lists on this node do not have \
+         it: the name is withdrawn or not published yet, or no peer with the newest list is connected"
     )]
     NotListed {
-        /// The name.
+        /// The name that was looked up.
         name: ModelName,
-        /// Whose publishers they are.
+        /// The registry that reserves the name.
         registry: DocumentId,
     },
-    /// The document is something else.
+    /// The document is no registry of models, or too large to be read as one.
     #[error(
-        "document {0} is no registry of models, or so large that it is not read; then its owner can compact it"
+        "document {0} is not a registry of models, or is too large to be read; in that case its owner can compact it"
     )]
     NotRegistry(DocumentId),
-    /// Others publish such names.
+    /// The registry does not let this node publish the name.
     #[error(
-        "registry {registry} does not let this node publish {name}; its owner can with `weft registry publishers ID --add PEER=PATTERN`"
+        "registry {registry} does not let this node publish {name}; its owner can allow it with \
+         `weft registry publishers ID --add PEER=PATTERN`"
     )]
     NotPublisher {
-        /// Where.
+        /// Id of the registry.
         registry: DocumentId,
         /// The name.
         name: ModelName,
     },
-    /// This node may not say who publishes in the registry.
+    /// This node may not change the registry's publishers.
     #[error(
         "this node may not change the publishers of registry {registry}; its owner, {owner}, and its administrators may"
     )]
     NotAdministrator {
-        /// The registry.
+        /// Id of the registry.
         registry: DocumentId,
-        /// The registry's owner, who says who administers it.
+        /// The owner, which appoints the administrators.
         owner: PeerId,
     },
     /// A pattern of names is malformed.
     #[error(transparent)]
     Pattern(#[from] ParsePatternError),
-    /// A cache of huggingface_hub cannot be used as asked.
+    /// A Hugging Face cache cannot be used as requested.
     #[error(transparent)]
     HfCache(#[from] HfCacheError),
     /// The node has stopped.
@@ -257,7 +274,7 @@ impl From<DocumentError> for Error {
     fn from(error: DocumentError) -> Self {
         match &error {
             DocumentError::Stopped => return Self::Stopped,
-            // People know peers by their PeerIds.
+            // Users know peers by their PeerIds, not by their keys.
             DocumentError::NotWriter {
                 document, owner, ..
             } => {
@@ -298,12 +315,12 @@ impl From<DhtError> for Error {
     }
 }
 
-/// What went wrong with one provider.
+/// The failure of one provider; see [`Error::NoProvider`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     /// The provider.
     pub peer: PeerId,
-    /// What happened, in words.
+    /// Reason, as a text for people.
     pub reason: String,
 }
 
@@ -315,7 +332,7 @@ impl fmt::Display for Failure {
 
 fn list(failures: &[Failure]) -> String {
     if failures.is_empty() {
-        return ": no peer that could be asked says that it has it".to_owned();
+        return ": no reachable peer provides it".to_owned();
     }
     failures
         .iter()
@@ -331,8 +348,8 @@ fn bootstrap(peers: &[BootstrapPeer]) -> String {
     let all = peers.iter().map(|one| {
         let (address, peer) = (&one.address, one.peer);
         match &one.error {
-            Some(error) => format!("bootstrap {address}/p2p/{peer} failed: {error}"),
-            None => format!("bootstrap {address}/p2p/{peer} has not answered yet"),
+            Some(error) => format!("cannot reach bootstrap node {address}/p2p/{peer}: {error}"),
+            None => format!("bootstrap node {address}/p2p/{peer} has not answered yet"),
         }
     });
     all.collect::<Vec<_>>().join("; ")
@@ -409,7 +426,7 @@ impl From<PlanError> for Error {
             PlanError::TargetExists { first, count } => Self::TargetExists { path: first, count },
             PlanError::Store(error) => error.into(),
             PlanError::Check(error) => error.into(),
-            error => unreachable!("a new reason of this workspace: {error}"),
+            error => unreachable!("an error variant that this version does not know: {error}"),
         }
     }
 }

@@ -1,7 +1,9 @@
-//! A node of the mesh, in your process.
+//! Weft is a peer-to-peer substrate for AI. This crate runs a Weft node inside your process.
 //!
-//! A [`Node`] finds other nodes, publishes models from this machine's disk, and fetches models by name from whoever has them, checking
-//! every byte. It is what the `weft` program runs; embedding it gives an inference server the same node without a second process.
+//! A [`Node`] finds other nodes and exchanges models with them. It publishes models from the local disk, fetches
+//! models by name from the peers that provide them, and verifies every byte. It also offers calls to services
+//! ([`rpc`]), topics, signed records and replicated documents. The `weft` program is built on this crate: a program
+//! that embeds it, such as an inference server, needs no second process.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), weft::Error> {
@@ -14,11 +16,11 @@
 //!     .spawn()
 //!     .await?;
 //!
-//! // Publish a folder of weights. The files stay where they are.
+//! // Publish a folder of weights. The files stay in place.
 //! let added = node.models().add("/models/llama").name("acme/llama".parse()?).start().await?;
 //! println!("{} is {}", added.ticket, added.model.id);
 //!
-//! // Fetch one by name, with progress.
+//! // Fetch a model by name, and show progress.
 //! let mut get = node.models().get("acme/mistral".parse()?).to("/models/mistral").start();
 //! while let Some(progress) = get.next().await {
 //!     println!("{} of {} bytes", progress.bytes_done, progress.bytes_total);
@@ -28,13 +30,36 @@
 //! # }
 //! ```
 //!
-//! It promises: handles are cheap to clone, and dropping the last one stops the node; long operations ([`Operation`]) report progress as
-//! a stream and stop when dropped, keeping what is done; every error says what failed and why.
+//! # Overview
 //!
-//! It leaves out: the command line and the gRPC API, which the `weft` program builds on exactly this.
+//! [`Builder`] configures and starts a node, and the node hands out a handle to each of its parts:
 //!
-//! One effect is process-wide: documents install a panic hook, which silences panics that they catch and passes all
-//! others on to the hook before it. A program that has a hook of its own should install it before it starts a node.
+//! - [`Node::models`]: publish, fetch, open, verify and remove models.
+//! - [`Node::registries`] and [`Node::trust`]: decide which publishers' model names count.
+//! - [`Node::rpc`]: call services of other nodes, and offer services to them.
+//! - [`Node::topics`]: publish messages and subscribe to them.
+//! - [`Node::records`]: publish, read and watch small signed records in the DHT.
+//! - [`Node::docs`]: create, edit and watch replicated documents.
+//!
+//! # Handles and cancellation
+//!
+//! A [`Node`] and its handles are cheap to clone. Dropping the last of them stops the node; [`Node::shutdown`] stops it
+//! gracefully. A node runs in the Tokio runtime in which it was started.
+//!
+//! Long work is an [`Operation`]: a stream of progress and a future of the result. Dropping an operation stops the
+//! work. Content that was verified until then is kept, so the next attempt goes on from there.
+//!
+//! # Errors
+//!
+//! Methods return [`Error`]. Its text says what failed and why, and often what to do next.
+//!
+//! # Limits of this crate
+//!
+//! The command line and the gRPC API are not part of this crate; they are in the `weft` program.
+//!
+//! Documents install a panic hook for the whole process. The hook silences panics that documents catch, and passes
+//! all others to the hook that was installed before. A program with a panic hook of its own should install it before
+//! it starts a node.
 
 mod discovery;
 mod documents;
@@ -116,9 +141,12 @@ pub use self::{
     topics::{Subscription, Topics},
 };
 
-/// For [`tokio::runtime::Builder::event_interval`]: how many times a thread may run tasks before it looks for what has come in from outside. What moves weights
-/// runs for a few hundred microseconds at a time, and with tokio's own 61 a call could wait for many of them. `weft up` uses it; a program that embeds a node
-/// and makes calls while weights move does well to.
+/// The value for [`tokio::runtime::Builder::event_interval`] that keeps calls fast while models are transferred.
+///
+/// The interval is the number of tasks that a runtime thread runs before it looks for new I/O events. A task that
+/// transfers a model runs for a few hundred microseconds at a time. With Tokio's default of 61, a call could wait for
+/// many such tasks. `weft up` uses this value; a program that embeds a node and makes calls during transfers should
+/// use it too.
 pub const EVENT_INTERVAL: u32 = 7;
 
 #[cfg(doctest)]

@@ -1,4 +1,4 @@
-//! Long work: with progress, and stopped by dropping it.
+//! Long work that reports progress, and stops when it is dropped.
 
 use std::{
     fmt,
@@ -15,18 +15,29 @@ use tokio::{
 
 use crate::Error;
 
-/// How often progress is reported: often enough for a smooth bar, too seldom to cost anything.
-const EVERY: Duration = Duration::from_millis(100);
+/// Interval between progress reports: short enough for a smooth bar, long enough to cost nothing.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Work under way. As a [`Stream`] it yields progress until the work ends; as a future it is the result. It yields the
-/// result once: polled again after that, the stream has ended and the future stays pending. Dropping it stops the work.
+/// Work under way, such as a fetch.
+///
+/// As a [`Stream`], an operation yields progress ten times a second until the work ends. As a future, it yields the
+/// result. Both can be used on the same operation: take progress from the stream until it ends, then await the
+/// result.
+///
+/// The result is yielded once. Polled again after that, the stream has ended and the future stays pending.
+///
+/// # Cancellation
+/// Dropping the operation stops the work. Content that was verified until then is kept.
+///
+/// # Panics
+/// A panic of the work is resumed in the task that polls the operation.
 pub struct Operation<P, T> {
     sample: Box<dyn Fn() -> P + Send + Sync>,
     task: JoinHandle<Result<T, Error>>,
     tick: Interval,
-    /// Kept between the stream's end and the future's.
+    /// The result, kept between the end of the stream and the poll of the future.
     result: Option<Result<T, Error>>,
-    /// The task has been polled to its end, which is possible once.
+    /// True once the task has been polled to its end; it must not be polled again.
     ended: bool,
 }
 
@@ -34,12 +45,12 @@ impl<P, T> Operation<P, T>
 where
     T: Send + 'static,
 {
-    /// Runs `work`; `sample` tells how far it is.
+    /// Runs `work` in a task of its own; `sample` returns the current progress.
     pub(crate) fn spawn(
         sample: impl Fn() -> P + Send + Sync + 'static,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Self {
-        let mut tick = interval(EVERY);
+        let mut tick = interval(PROGRESS_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             sample: Box::new(sample),
@@ -52,7 +63,7 @@ where
 }
 
 impl<P, T> Operation<P, T> {
-    /// How far it is now.
+    /// Returns the current progress.
     pub fn progress(&self) -> P {
         (self.sample)()
     }
@@ -60,7 +71,7 @@ impl<P, T> Operation<P, T> {
     fn finished(joined: Result<Result<T, Error>, JoinError>) -> Result<T, Error> {
         match joined {
             Ok(result) => result,
-            // The runtime is shutting down; nothing else cancels it while we hold it.
+            // The runtime is shutting down: nothing else cancels the task while this operation exists.
             Err(error) if error.is_cancelled() => Err(Error::Stopped),
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
@@ -91,7 +102,7 @@ impl<P, T: Unpin> Future for Operation<P, T> {
             return Poll::Ready(result);
         }
         if self.ended {
-            // Its result has been taken.
+            // The result has been taken.
             return Poll::Pending;
         }
         let joined = ready!(Pin::new(&mut self.task).poll(cx));
@@ -124,7 +135,7 @@ impl<P, T> fmt::Debug for Operation<P, T> {
     }
 }
 
-/// Runs what blocks on a thread for that.
+/// Runs blocking work on a thread for such work.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {

@@ -1,7 +1,8 @@
-//! Signed records: what anybody states under a key, for a time.
+//! Signed records: small values that nodes publish in the DHT under a key, for a limited time.
 //!
-//! Every node may state something under any key, each under its own identity, and under subkeys of its own choice; who reads a key gets what all have stated,
-//! each statement with its publisher. A node says again what it has stated for as long as it holds, also after a restart.
+//! Every node may publish records under any key, as itself, and several of them under different subkeys. A reader of
+//! a key gets the records of all publishers, each with the publisher's id and a verified signature. A node renews its
+//! records until they expire, also after a restart.
 
 use std::time::Duration;
 
@@ -16,13 +17,13 @@ use crate::{
     },
 };
 
-/// What keys of records begin with in the DHT: they are apart from those of names, providers and the rest.
+/// Prefix of the keys of these records in the DHT. It keeps them apart from model names, providers and the rest.
 const SPACE: &[u8] = b"record/";
 
-/// Bytes of a record's key.
+/// Longest key of a record, in bytes.
 pub const MAX_RECORD_KEY: usize = 500;
 
-/// The terms of records of applications. Each holds for as long as its publisher says, whether or not its node runs.
+/// Terms of records of applications. A record lasts until its expiry, whether or not its publisher runs.
 const TERMS: Terms = Terms {
     ttl: MAX_TTL,
     rank: Rank::Content,
@@ -30,26 +31,26 @@ const TERMS: Terms = Terms {
     at_stop: AtStop::Keep,
 };
 
-/// What somebody states.
+/// A record that a node has published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RecordInfo {
-    /// Under what.
+    /// Key of the record, 1 to 500 bytes.
     pub key: Vec<u8>,
-    /// Who; its signature is checked.
+    /// The node that signed the record. The signature was verified.
     pub publisher: PeerId,
-    /// Which of the publisher's statements under the key.
+    /// Subkey of the record, at most 256 bytes. It tells apart the records of one publisher under the key.
     pub subkey: Vec<u8>,
-    /// What.
+    /// Value of the record, at most 4,096 bytes.
     pub value: Vec<u8>,
-    /// Higher than that of the publisher's statements before it.
+    /// Sequence number: higher than that of the publisher's earlier records under the same key and subkey.
     pub sequence: u64,
-    /// How long it still holds.
+    /// Time until the record expires.
     pub remaining: Duration,
 }
 
 impl RecordInfo {
-    /// `None` for what has been taken back.
+    /// Returns `None` for a withdrawn record.
     fn of(record: &Record) -> Option<Self> {
         Some(Self {
             key: record.key().strip_prefix(SPACE)?.to_vec(),
@@ -71,30 +72,30 @@ fn sorted(records: &[Record]) -> Vec<RecordInfo> {
     infos
 }
 
-/// What has changed under a key that is watched.
+/// A change under a watched key; see [`Records::watch`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RecordChange {
-    /// Stated for the first time, or there when the watch began.
+    /// A record is new, or was there when the watch began.
     Joined(RecordInfo),
-    /// Stated anew, with another value.
+    /// The value of a record was replaced.
     Changed(RecordInfo),
-    /// Taken back, or its time is over.
+    /// A record was withdrawn or has expired.
     Left {
-        /// Who had stated it.
+        /// Publisher of the record.
         publisher: PeerId,
-        /// Which of the publisher's statements.
+        /// Subkey of the record.
         subkey: Vec<u8>,
     },
 }
 
-/// Stating, reading and watching records; [`Node::records`].
+/// Publishes, reads and watches signed records; see [`Node::records`].
 #[derive(Debug, Clone)]
 pub struct Records {
     node: Node,
 }
 
-/// The key in the DHT.
+/// Returns the key in the DHT.
 fn spaced(key: &[u8]) -> Result<Vec<u8>, Error> {
     let size = key.len();
     if size == 0 {
@@ -112,11 +113,20 @@ impl Records {
         Self { node }
     }
 
-    /// States `value` under `key` (1 to 500 bytes) and `subkey` (at most 256; often empty), at most 4,096 bytes, for 1 s to 48 h; how many other nodes took it.
-    /// Zero is no error: it is on this node's disk, and other nodes are told as they come.
+    /// Publishes `value` under `key` and `subkey` for `ttl`. Returns the number of other nodes that stored the
+    /// record.
+    ///
+    /// - `key`: 1 to [`MAX_RECORD_KEY`] (500) bytes.
+    /// - `subkey`: at most [`MAX_RECORD_SUBKEY`](crate::MAX_RECORD_SUBKEY) (256) bytes; often empty.
+    /// - `value`: at most [`MAX_RECORD_VALUE`](crate::MAX_RECORD_VALUE) (4,096) bytes.
+    /// - `ttl`: from 1 s to [`MAX_RECORD_TTL`](crate::MAX_RECORD_TTL) (48 h).
+    ///
+    /// A result of zero is not an error: the record is on this node's disk, and other nodes get it when they connect.
+    /// The node renews the record until it expires. A second `put` under the same key and subkey replaces the value.
     ///
     /// # Errors
-    /// [`Error::Record`] if something is too long, [`Error::Disk`] if this node's disk fails, [`Error::Stopped`].
+    /// [`Error::Record`] if `key`, `subkey`, `value` or `ttl` is outside its limits; [`Error::Disk`] if this node's
+    /// disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn put(
         &self,
         key: impl AsRef<[u8]>,
@@ -133,15 +143,16 @@ impl Records {
         let dht = self.node.dht();
         let took = dht.publish(&key, &subkey, value.as_ref(), ttl).await?;
         let id = RecordId { key, subkey };
-        self.node.advertiser().keep_stated(id, TERMS, took);
+        self.node.advertiser().keep_published(id, TERMS, took);
         Ok(took)
     }
 
-    /// What anybody states under `key`, each statement checked, by publisher and subkey. Asks every node that should know: 30 s at most.
+    /// Returns the records of all publishers under `key`, each with its signature verified, sorted by publisher and
+    /// subkey. Asks every node that should have the key; takes at most 30 s.
     ///
     /// # Errors
-    /// [`Error::Record`] if the key is too long, [`Error::Disconnected`] if nothing is here and there is nobody to ask,
-    /// [`Error::Stopped`].
+    /// [`Error::Record`] if the key is empty or too long; [`Error::Disconnected`] if this node has no such record and
+    /// there is no peer to ask; [`Error::Stopped`] after a shutdown.
     pub async fn get(&self, key: impl AsRef<[u8]>) -> Result<Vec<RecordInfo>, Error> {
         let key = spaced(key.as_ref())?;
         self.node.meet().await;
@@ -152,11 +163,13 @@ impl Records {
         }
     }
 
-    /// Takes back what this node stated under `key` and `subkey`: whether there was anything, and how many other nodes heard it. Those that did not hear it are
-    /// told later, for as long as the statement would have held.
+    /// Withdraws this node's record under `key` and `subkey`. Returns whether there was one, and the number of other
+    /// nodes that stored the withdrawal.
+    ///
+    /// Nodes that cannot be reached now are told later, for as long as the record would have lasted.
     ///
     /// # Errors
-    /// As [`put`](Self::put).
+    /// Those of [`put`](Self::put).
     pub async fn remove(
         &self,
         key: impl AsRef<[u8]>,
@@ -168,32 +181,34 @@ impl Records {
         let known = own
             .iter()
             .find(|r| r.key() == key && r.subkey() == subkey && r.value().is_some());
-        // Without it here, others may still have it.
+        // Without a local copy, other nodes may still have the record.
         let ttl = known.map_or(MAX_TTL, Record::remaining);
         let is_known = known.is_some();
         let heard = dht.withdraw(&key, subkey, ttl).await?;
-        // Nodes that have not heard it are told later.
+        // Nodes that were not reached are told later.
         let subkey = subkey.to_vec();
         let id = RecordId { key, subkey };
-        self.node.advertiser().keep_stated(id, TERMS, heard);
+        self.node.advertiser().keep_published(id, TERMS, heard);
         Ok((is_known, heard))
     }
 
-    /// What this node states, and keeps up.
+    /// Lists the records that this node has published and renews.
     ///
     /// # Errors
-    /// [`Error::Stopped`].
+    /// [`Error::Stopped`] after a shutdown.
     pub async fn own(&self) -> Result<Vec<RecordInfo>, Error> {
         Ok(sorted(&self.node.dht().own(SPACE).await?))
     }
 
-    /// Watches what is stated under `key`, and how that changes. In a mesh of less than some twenty nodes every node
-    /// keeps every record, and a change is told as soon as it arrives. In a larger one the key is looked up every five
-    /// seconds: a value that was replaced or taken back before the next look-up is not seen. Of several values within
-    /// 50 ms only the last is told. Records of a node that has crashed stay until they expire.
+    /// Watches the records under `key`: returns those that are there, and then every change.
+    ///
+    /// In a mesh of fewer than about twenty nodes, every node stores every record, and a change is reported as soon
+    /// as it arrives. In a larger mesh, the key is looked up every five seconds; a value that is replaced or
+    /// withdrawn before the next lookup is not seen. Of several values within 50 ms, only the last is reported.
+    /// Records of a node that has crashed stay until they expire.
     ///
     /// # Errors
-    /// [`Error::Record`] if the key is too long.
+    /// [`Error::Record`] if the key is empty or too long.
     pub async fn watch(&self, key: impl AsRef<[u8]>) -> Result<RecordWatch, Error> {
         let key = spaced(key.as_ref())?;
         self.node.meet().await;
@@ -201,12 +216,13 @@ impl Records {
     }
 }
 
-/// The changes under a key; [`Records::watch`]. Keeps no node from stopping.
+/// Changes of the records under a key; see [`Records::watch`]. A watch does not keep its node running.
 #[derive(Debug)]
 pub struct RecordWatch(Watcher);
 
 impl RecordWatch {
-    /// The next change; `None` once the node has stopped. May be dropped and called again.
+    /// Waits for the next change. Returns `None` once the node has stopped. Cancel safe: if the future is dropped, no
+    /// change is lost.
     pub async fn next(&mut self) -> Option<RecordChange> {
         loop {
             let change = match self.0.next().await? {
@@ -216,7 +232,7 @@ impl RecordWatch {
                     Some(RecordChange::Left { publisher, subkey })
                 }
             };
-            // Only what is in the space of records is watched, so there always is one.
+            // Only keys in the space of these records are watched, so this is always `Some`.
             if change.is_some() {
                 return change;
             }
@@ -224,9 +240,9 @@ impl RecordWatch {
     }
 }
 
-/// Says again what an earlier run of this node has stated.
-pub(crate) async fn say_again(dht: Dht, advertiser: Advertiser) {
-    // Once the DHT has stopped, nothing is said.
+/// Renews the records that an earlier run of this node has published.
+pub(crate) async fn renew(dht: Dht, advertiser: Advertiser) {
+    // Once the DHT has stopped, there is nothing to renew.
     let own = dht.own(SPACE).await.unwrap_or_default();
     let ids = own.iter().map(|record| RecordId {
         key: record.key().to_vec(),

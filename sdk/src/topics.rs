@@ -1,7 +1,8 @@
-//! Topics: messages to whoever has subscribed, wherever in the mesh.
+//! Topics: messages to all subscribers in the mesh.
 //!
-//! Messages go from subscriber to subscriber ([`weft_net::Topics`] has the rules). Subscribers find each other in the DHT, and connect to a few; who publishes
-//! without having subscribed connects to a few as well. Delivery is at most once: who is not connected to any subscriber at the moment misses what is said.
+//! Messages pass from subscriber to subscriber; [`weft_net::Topics`] has the rules. Subscribers find each other in
+//! the DHT and connect to a few others. A publisher that has not subscribed connects to a few subscribers as well.
+//! Delivery is at most once: a subscriber that is connected to no other subscriber misses the messages of that time.
 
 use std::{
     collections::HashMap,
@@ -26,37 +27,37 @@ use crate::{
     },
 };
 
-/// Subscribers that a node is connected to, if there are so many. As many as gossipsub passes a message on to.
-const ENOUGH: usize = 6;
+/// Number of subscribers that a node connects to, if there are as many: as many as gossipsub passes a message on to.
+const WANTED_SUBSCRIBERS: usize = 6;
 
-/// The first and the longest pause between two looks for subscribers.
-const LOOK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// The first and the longest pause between two searches for subscribers.
+const SEARCH_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// How long a publisher that knows no subscriber looks for some, and how soon it looks again.
-const FIND: Duration = Duration::from_secs(5);
-const FIND_AGAIN: Duration = Duration::from_secs(30);
+/// Longest search for subscribers by a publisher that knows none, and the shortest time between two such searches.
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
+const SEARCH_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Topics of which it is remembered when subscribers were looked for.
-const MAX_LOOKED: usize = 256;
+/// The most topics for which the time of the last search is remembered.
+const MAX_SEARCHED: usize = 256;
 
-/// What a new connection's peer has subscribed to comes right after it is open.
-const EXCHANGE: Duration = Duration::from_millis(20);
+/// Pause between two looks at a new peer's subscriptions, which arrive right after the connection opens.
+const SUBSCRIPTION_POLL: Duration = Duration::from_millis(20);
 
 fn key(topic: &str) -> Vec<u8> {
-    // A name may be longer than a key.
+    // The topic is hashed because its name may be longer than a key.
     let mut hasher = blake3::Hasher::new_derive_key("weft topic v1");
     hasher.update(topic.as_bytes());
     format!("topic/{}", hasher.finalize()).into_bytes()
 }
 
-/// What a node remembers of topics.
+/// The topics that a node takes part in, and those that it has searched subscribers for.
 #[derive(Debug, Default)]
 pub(crate) struct KnownTopics {
     members: HashMap<String, Weak<Member>>,
     looked: HashMap<String, Instant>,
 }
 
-/// This node takes part in a topic.
+/// This node's part in a topic: it advertises itself and searches for other subscribers.
 #[derive(Debug)]
 struct Member {
     _presence: Presence,
@@ -69,7 +70,8 @@ impl Drop for Member {
     }
 }
 
-/// The messages of a topic, from when it was made. The node leaves the topic when the last is dropped.
+/// The messages of a topic, from the time of the subscription on; see [`Topics::subscribe`]. The node leaves the
+/// topic when its last subscription is dropped.
 #[derive(Debug)]
 pub struct Subscription {
     inner: weft_net::Subscription,
@@ -77,21 +79,21 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Its topic.
+    /// Returns the topic.
     pub fn topic(&self) -> &str {
         self.inner.topic()
     }
 
-    /// The next message; `None` once the node has stopped.
+    /// Waits for the next message. Returns `None` once the node has stopped.
     ///
     /// # Errors
-    /// [`Missed`] if messages came faster than they were taken; the next call goes on after them.
+    /// [`Missed`] if messages arrived faster than they were taken. The next call returns the messages after the gap.
     pub async fn next(&mut self) -> Option<Result<Published, Missed>> {
         self.inner.next().await
     }
 }
 
-/// Publishing and subscribing; [`Node::topics`].
+/// Publishes messages on topics and subscribes to topics; see [`Node::topics`].
 #[derive(Debug, Clone)]
 pub struct Topics {
     node: Node,
@@ -102,18 +104,19 @@ impl Topics {
         Self { node }
     }
 
-    /// Takes part in a topic, and takes whatever anybody publishes.
+    /// Subscribes to a topic, and accepts messages of any publisher.
     ///
     /// # Errors
-    /// [`Error::Topic`], [`Error::Stopped`].
+    /// [`Error::Topic`] if the topic's name is empty or too long, or a limit is reached; [`Error::Stopped`] after a
+    /// shutdown.
     pub async fn subscribe(&self, topic: &str) -> Result<Subscription, Error> {
         self.subscribe_checked(topic, None).await
     }
 
-    /// Takes part in a topic, and takes and passes on only what these publish.
+    /// Subscribes to a topic, and accepts only messages of these publishers. Other messages are not passed on either.
     ///
     /// # Errors
-    /// [`Error::Topic`], [`Error::Stopped`].
+    /// Those of [`subscribe`](Self::subscribe).
     pub async fn subscribe_from(
         &self,
         topic: &str,
@@ -122,16 +125,17 @@ impl Topics {
         let publishers: Vec<_> = publishers.into_iter().collect();
         let check: Validator = Arc::new(move |message| match publishers.contains(&message.from) {
             true => Validity::Accept,
-            // Whoever passed it on may have been asked for less.
+            // Ignored, not rejected: the peer that passed the message on may accept more publishers.
             false => Validity::Ignore,
         });
         self.subscribe_checked(topic, Some(check)).await
     }
 
-    /// Takes part in a topic, and takes and passes on only what the validator accepts.
+    /// Subscribes to a topic, and accepts only messages that the validator accepts. Other messages are not passed on
+    /// either. The validator should return within a few milliseconds, because the message waits for it.
     ///
     /// # Errors
-    /// [`Error::Topic`], [`Error::Stopped`].
+    /// Those of [`subscribe`](Self::subscribe).
     pub async fn subscribe_with(
         &self,
         topic: &str,
@@ -167,7 +171,8 @@ impl Topics {
     fn join(&self, topic: &str) -> Member {
         let value = Value::of(|addresses| wire::PeerClaim { addresses }.encode_to_vec());
         let advertiser = self.node.advertiser();
-        let presence = advertiser.be_present(RecordId::of(key(topic)), value, Terms::PRESENCE);
+        let presence =
+            advertiser.register_while_held(RecordId::of(key(topic)), value, Terms::PRESENCE);
         let (finder, topic) = (Finder::new(&self.node), topic.to_owned());
         let looking = tokio::spawn(async move { finder.keep_looking(&topic).await });
         Member {
@@ -176,28 +181,31 @@ impl Topics {
         }
     }
 
-    /// Sends a message to all who have subscribed; how many of the connected peers have. Zero is no error: nobody could be found now.
+    /// Publishes a message to all subscribers of a topic. Returns the number of connected peers that have subscribed.
+    ///
+    /// If no connected peer has subscribed, first searches for subscribers for up to five seconds, at most once in 30
+    /// seconds for each topic. A result of zero is not an error: no subscriber could be found now.
     ///
     /// # Errors
-    /// [`Error::Topic`], [`Error::Stopped`].
+    /// [`Error::Topic`] if the topic's name or the message breaks a limit; [`Error::Stopped`] after a shutdown.
     pub async fn publish(&self, topic: &str, data: impl Into<Bytes>) -> Result<usize, Error> {
         let topics = self.node.network().topics();
         if (1..=MAX_TOPIC).contains(&topic.len())
             && topics.peers(topic).await?.is_empty()
-            && self.is_to_look(topic)
+            && self.is_search_due(topic)
         {
             self.node.meet().await;
             let finder = Finder::new(&self.node);
-            // Whom it has not found by then, it has not found.
-            let _ = timeout(FIND, finder.look(topic)).await;
+            // A search that takes longer counts as having found nobody.
+            let _ = timeout(SEARCH_TIMEOUT, finder.look(topic)).await;
         }
         Ok(topics.publish(topic, data.into()).await?)
     }
 
-    /// The topics that this node takes part in.
+    /// Lists the topics that this node has subscribed to.
     ///
     /// # Errors
-    /// [`Error::Stopped`].
+    /// [`Error::Stopped`] after a shutdown.
     pub async fn list(&self) -> Result<Vec<TopicInfo>, Error> {
         Ok(self.node.network().topics().list().await?)
     }
@@ -207,13 +215,13 @@ impl Topics {
         known.lock().expect("nothing panics while holding the lock")
     }
 
-    /// Whether nobody has looked for subscribers a moment ago.
-    fn is_to_look(&self, topic: &str) -> bool {
+    /// Returns true, and notes the time, if subscribers of the topic were not searched within the last 30 seconds.
+    fn is_search_due(&self, topic: &str) -> bool {
         let (mut known, now) = (self.known(), Instant::now());
         known
             .looked
-            .retain(|_, at| now.duration_since(*at) < FIND_AGAIN);
-        if known.looked.contains_key(topic) || known.looked.len() >= MAX_LOOKED {
+            .retain(|_, at| now.duration_since(*at) < SEARCH_INTERVAL);
+        if known.looked.contains_key(topic) || known.looked.len() >= MAX_SEARCHED {
             return false;
         }
         known.looked.insert(topic.to_owned(), now);
@@ -221,7 +229,7 @@ impl Topics {
     }
 }
 
-/// Finds subscribers. Holds no node, so that it does not keep one from stopping.
+/// Finds subscribers. It holds no clone of the node, so it does not keep the node running.
 struct Finder(Discovery);
 
 impl Finder {
@@ -230,7 +238,7 @@ impl Finder {
     }
 
     async fn keep_looking(&self, topic: &str) {
-        let mut pause = LOOK.0;
+        let mut pause = SEARCH_PAUSE.0;
         let mut meetings = self.0.dht().meetings();
         loop {
             meetings.mark_unchanged();
@@ -239,10 +247,10 @@ impl Finder {
             };
             let subject = weft_dht::place(&key(topic));
             self.0.proved(&subject, peers.iter().copied());
-            if peers.len() >= ENOUGH || self.look(topic).await == 0 {
-                pause = (pause * 2).min(LOOK.1);
+            if peers.len() >= WANTED_SUBSCRIBERS || self.look(topic).await == 0 {
+                pause = (pause * 2).min(SEARCH_PAUSE.1);
             } else {
-                pause = LOOK.0;
+                pause = SEARCH_PAUSE.0;
             }
             tokio::select! {
                 () = sleep(pause) => {}
@@ -250,27 +258,27 @@ impl Finder {
                     if met.is_err() {
                         return;
                     }
-                    // It may know more.
-                    sleep(LOOK.0).await;
+                    // The new node may know more subscribers.
+                    sleep(SEARCH_PAUSE.0).await;
                 }
             }
         }
     }
 
-    /// Connects to subscribers until there are enough. Returns how many peers it has connected to.
+    /// Connects to subscribers until there are enough. Returns the number of new connections.
     async fn look(&self, topic: &str) -> usize {
         let topics = self.0.network().topics();
         let subscribed = topics.peers(topic).await.map_or(0, |peers| peers.len());
-        let wanted = ENOUGH.saturating_sub(subscribed);
+        let wanted = WANTED_SUBSCRIBERS.saturating_sub(subscribed);
         let round = self.0.find(&key(topic), Terms::PRESENCE.ttl, wanted).await;
         let reached = round.unwrap_or_default().reached;
-        // Until they have said what they have subscribed to.
+        // Waits until the new peers have sent their subscriptions, for at most one second.
         for _ in 0..50 {
             let now = topics.peers(topic).await;
             if reached == 0 || now.map_or(true, |now| now.len() > subscribed) {
                 break;
             }
-            sleep(EXCHANGE).await;
+            sleep(SUBSCRIPTION_POLL).await;
         }
         reached
     }

@@ -1,17 +1,21 @@
-// A js-libp2p peer for the interoperability tests. Lines of JSON: commands on stdin, answers on stdout, and nothing else there.
+// A js-libp2p peer for the interoperability tests. It reads commands from stdin and writes only answers to stdout, one
+// JSON object per line.
 //
 //   node peer.mjs [--listen ADDR]... [--relay-server] [--security tls|noise|both] [--echo PROTOCOL] [--chunk BYTES]
 //
-// Says {"event":"ready","peer_id","addresses"} when it listens, then answers each {"id","do",...} with {"id","ok"} or {"id","error"}:
+// Writes {"event":"ready","peer_id","addresses"} when it listens, then answers each {"id","do",...} with {"id","ok"} or
+// {"id","error"}:
 //
-//   dial {address}                            a new connection, even if there is one -> {peer_id, address, limited, security, muxer}
+//   dial {address}                            opens a new connection, even if there is one
+//                                             -> {peer_id, address, limited, security, muxer}
 //   ping {peer_id}                            -> {rtt_ms}
-//   identify {peer_id}                        -> {agent, protocol_version, protocols, listen_addresses, observed_address}
-//   reserve {address}                         a place at the relay there -> {addresses}
-//   echo {peer_id | address, protocol, bytes} sends, and compares what comes back -> {bytes, seconds}
+//   identify {peer_id}                        -> {agent, protocol_version, protocols, listen_addresses,
+//                                                 observed_address}
+//   reserve {address}                         makes a reservation on the relay there -> {addresses}
+//   echo {peer_id | address, protocol, bytes} sends, and compares the returned bytes -> {bytes, seconds}
 //   stop                                      -> {}
 //
-// To a peer with several connections, the one dialled last is used, or else the newest.
+// If a peer has several connections, the one dialed last is used, or else the newest.
 
 import { createInterface } from 'node:readline'
 import { parseArgs } from 'node:util'
@@ -27,7 +31,7 @@ import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
 import { WebSocket } from 'ws'
 
-// js-libp2p expects the globals of Node 22; these two are all it misses on Node 20.
+// js-libp2p expects the globals of Node 22. These two are the only ones that Node 20 lacks.
 globalThis.WebSocket ??= WebSocket
 Promise.withResolvers ??= () => {
   const all = {}
@@ -35,7 +39,7 @@ Promise.withResolvers ??= () => {
   return all
 }
 
-const PATIENCE = 30_000 // ms, for everything but an echo
+const PATIENCE = 30_000 // ms, for everything except an echo
 const ECHO_PATIENCE = 300_000 // ms
 const MIB = 1024 * 1024
 
@@ -43,10 +47,10 @@ const { values: args } = parseArgs({
   options: {
     listen: { type: 'string', multiple: true, default: [] },
     'relay-server': { type: 'boolean', default: false },
-    security: { type: 'string', default: 'both' }, // both: TLS is what it asks for first
+    security: { type: 'string', default: 'both' }, // both: TLS is offered first
     echo: { type: 'string' },
-    // What is handed to a stream at once. js-libp2p makes one yamux frame of it, as far as the other side's window goes, and yamux in Rust
-    // closes the connection at a frame of more than 1 MiB.
+    // Bytes per write to a stream. js-libp2p makes one yamux frame of them, up to the other side's window, and yamux in
+    // Rust closes the connection at a frame of more than 1 MiB.
     chunk: { type: 'string', default: '65536' }
   }
 })
@@ -56,9 +60,9 @@ if (security == null || !(chunk > 0)) throw new Error('--security is tls, noise 
 
 const print = (line) => process.stdout.write(`${JSON.stringify(line)}\n`)
 const complain = (what, error) => process.stderr.write(`${what}: ${error?.stack ?? describe(error)}\n`)
-process.stdout.on('error', () => process.exit(1)) // whoever drives this is gone
+process.stdout.on('error', () => process.exit(1)) // the test has ended
 
-/** One line for an error, with what it wraps and without the stacks some have in their text. */
+/** Returns an error as one line, with its causes, and without the stacks that some have in their text. */
 function describe (error) {
   const inner = [...(error?.errors ?? []), error?.cause].filter((e) => e != null).map(describe)
   const text = error instanceof Error ? `${error.name}: ${error.message}` : String(error)
@@ -69,21 +73,24 @@ const node = await createLibp2p({
   addresses: { listen: args.listen },
   transports: [tcp(), webSockets(), circuitRelayTransport({ reservationCompletionTimeout: PATIENCE })],
   connectionEncrypters: security,
-  // A paused stream that gets more than it may buffer is reset. The default buffer is a quarter of the largest window, so that a peer that
-  // keeps to its window could still be reset.
+  // A paused stream that receives more than its buffer holds is reset. The default buffer is a quarter of the largest
+  // window, so that a peer within its window could still be reset.
   streamMuxers: [yamux({ streamOptions: { maxReadBufferLength: 16 * MIB } })],
-  connectionGater: { denyDialMultiaddr: () => false }, // loopback and private addresses too
-  // All peers of a test have the same address; 5 connections a second from one would be the limit.
+  connectionGater: { denyDialMultiaddr: () => false }, // allows loopback and private addresses
+  // All peers of a test have the same address. The default limit is 5 connections a second from an address.
   connectionManager: { dialTimeout: PATIENCE, addressDialTimeout: PATIENCE, inboundConnectionThreshold: 1000 },
-  // It pings all the time. On a machine that is busy with tests a late answer says nothing about the other side.
+  // js-libp2p pings all the time. On a busy machine a late answer says nothing about the other side.
   connectionMonitor: { abortConnectionOnPingFailure: false },
   services: {
-    // The default, one stream at a time, would refuse ours while the one that runs by itself on each new connection is open.
+    // The default, one stream at a time, would refuse Weft's stream while the automatic one on each new connection is
+    // open.
     identify: identify({ maxInboundStreams: 8, maxOutboundStreams: 8 }),
     ping: ping(),
     ...(args['relay-server'] && {
-      // The limit on data is for both directions together. The duration is kept as ms, but told to clients as seconds.
-      relay: circuitRelayServer({ reservations: { defaultDataLimit: BigInt(1024 * MIB), defaultDurationLimit: 15 * 60_000 } })
+      // The data limit is for both directions together. The duration is in ms here, and in seconds for clients.
+      relay: circuitRelayServer({
+        reservations: { defaultDataLimit: BigInt(1024 * MIB), defaultDurationLimit: 15 * 60_000 }
+      })
     })
   }
 })
@@ -107,15 +114,15 @@ function check (stream, signal) {
   if (['aborted', 'reset'].includes(stream.status)) throw new Error(`the stream was ${stream.status}`)
 }
 
-/** Waits until a stream takes more. Its own `onDrain` waits only the first time. */
+/** Waits until a stream accepts more bytes. Its own `onDrain` waits only the first time. */
 async function drained (stream, signal) {
   while (stream.writableNeedsDrain && stream.writeStatus !== 'closed') await happens(stream, ['drain', 'close'], signal)
   check(stream, signal)
 }
 
 /**
- * What comes on a stream, until the other side closes its half. The iterator streams have ends then too, but without what was not read yet
- * of a paused stream.
+ * Yields the bytes of a stream until the other side closes its half. The stream's own iterator ends then too, but
+ * without the unread bytes of a paused stream.
  */
 async function * incoming (stream, signal) {
   const queue = []
@@ -123,7 +130,7 @@ async function * incoming (stream, signal) {
   stream.addEventListener('message', take)
   try {
     while (true) {
-      while (queue.length > 0) yield queue.shift().subarray() // flat: many come in pieces
+      while (queue.length > 0) yield queue.shift().subarray() // flat: many arrive in pieces
       check(stream, signal)
       if (stream.readableEnded) return
       await happens(stream, ['message', 'end', 'close'], signal)
@@ -133,7 +140,7 @@ async function * incoming (stream, signal) {
   }
 }
 
-/** Sends back all that comes, then closes. Reads no faster than the other side takes it back. */
+/** Sends back all bytes, then closes. Reads no faster than the other side reads. */
 async function serveEcho (stream) {
   try {
     const signal = AbortSignal.timeout(ECHO_PATIENCE)
@@ -152,7 +159,7 @@ async function serveEcho (stream) {
   }
 }
 
-// The bytes an echo sends: a block of noise, and each block differs, so that none can be taken for another.
+// The bytes that an echo sends: blocks of noise, each different, so that none can be mistaken for another.
 const NOISE = new Uint32Array(16_384)
 for (let i = 0, x = 0x9e3779b9; i < NOISE.length; i++) {
   x ^= x << 13
@@ -181,7 +188,7 @@ function pattern (offset, length) {
   return bytes
 }
 
-/** Runs `use` on a new stream, which does not outlive it. Limited connections are as good as others. */
+/** Runs `use` on a new stream, which is closed afterwards. Limited connections are allowed. */
 async function withStream (connection, protocol, signal, use) {
   const stream = await connection.newStream(protocol, { signal, runOnLimitedConnection: true })
   try {
@@ -192,18 +199,19 @@ async function withStream (connection, protocol, signal, use) {
   }
 }
 
-const dialled = new Map()
+const dialed = new Map()
 
 async function dial (address) {
-  // Without force, a connection there is answers for one over another transport.
+  // Without force, an existing connection over another transport would be returned.
   const connection = await node.dial(multiaddr(address), { force: true, signal: AbortSignal.timeout(PATIENCE) })
-  dialled.set(connection.remotePeer.toString(), connection)
+  dialed.set(connection.remotePeer.toString(), connection)
   return connection
 }
 
 function connected (peer) {
   const open = node.getConnections().filter((c) => c.status === 'open' && c.remotePeer.toString() === peer)
-  const connection = open.find((c) => c === dialled.get(peer)) ?? open.sort((a, b) => b.timeline.open - a.timeline.open)[0]
+  const newest = () => open.sort((a, b) => b.timeline.open - a.timeline.open)[0]
+  const connection = open.find((c) => c === dialed.get(peer)) ?? newest()
   if (connection == null) throw new Error(`no connection to ${peer}`)
   return connection
 }
@@ -211,10 +219,16 @@ function connected (peer) {
 const commands = {
   async dial ({ address }) {
     const c = await dial(address)
-    return { peer_id: `${c.remotePeer}`, address: `${c.remoteAddr}`, limited: c.limits != null, security: c.encryption, muxer: c.multiplexer }
+    return {
+      peer_id: `${c.remotePeer}`,
+      address: `${c.remoteAddr}`,
+      limited: c.limits != null,
+      security: c.encryption,
+      muxer: c.multiplexer
+    }
   },
 
-  // By hand, since the service of js-libp2p does not use limited connections: it dials.
+  // Pings by hand, because js-libp2p's service does not use limited connections: it dials.
   async ping ({ peer_id: peer }) {
     const signal = AbortSignal.timeout(PATIENCE)
     return withStream(connected(peer), '/ipfs/ping/1.0.0', signal, async (stream) => {
@@ -245,7 +259,7 @@ const commands = {
 
   async reserve ({ address }) {
     const relay = address.split('/p2p/').at(-1).split('/')[0]
-    // There is no public way to listen on one more address. It waits for the reservation, and not for ever.
+    // There is no public way to listen on one more address. This waits for the reservation, with a time limit.
     await node.components.transportManager.listen([multiaddr(address.replace(/(\/p2p-circuit)?$/, '/p2p-circuit'))])
     const addresses = node.getMultiaddrs().map(String).filter((own) => own.includes(`/p2p/${relay}/p2p-circuit`))
     if (addresses.length === 0) throw new Error(`no reservation at ${relay}`)
@@ -286,7 +300,7 @@ const commands = {
 let stopping
 
 async function stop () {
-  setTimeout(() => process.exit(0), 5_000) // closing is polite, not needed
+  setTimeout(() => process.exit(0), 5_000) // a clean close is not required
   await (stopping ??= node.stop()).catch((error) => complain('stop', error))
   process.exit(0)
 }
@@ -304,7 +318,7 @@ async function answer (line) {
   }
 }
 
-// From here on an error is an answer, or else only noted.
+// From here on an error is an answer, or else only logged.
 process.on('unhandledRejection', (error) => complain('unhandled rejection', error))
 process.on('uncaughtException', (error) => complain('uncaught exception', error))
 

@@ -1,4 +1,7 @@
-"""Checks what any gRPC client finds at a node: health, reflection, the token. Arguments: the node's home."""
+"""Checks the health, reflection and token of a node's gRPC API, as any gRPC client sees them.
+
+Argument: the node's home.
+"""
 
 import os
 import sys

@@ -1,6 +1,6 @@
-"""Loads a model from a cache as huggingface_hub does, with no network: load_offline.py CACHE REPO REVISION.
+"""Loads a model from a cache with huggingface_hub, without network: load_offline.py CACHE REPO REVISION.
 
-Prints the folder that it finds and what each file is, by SHA-256.
+Prints the model's folder, and the SHA-256 hash of each file.
 """
 
 import hashlib

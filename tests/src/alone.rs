@@ -9,13 +9,13 @@ pub struct Alone {
     _turn: MutexGuard<'static, ()>,
 }
 
-/// Waits until no other test of this program holds this, and holds it for the caller until it is dropped.
+/// Waits until no other test of this program holds the turn, and holds it until the result is dropped.
 ///
-/// A test that measures a time or a rate takes it first of all. It keeps out only tests that take it too. Such tests are
-/// in the program `timed`, where all do, and cargo runs one program after another: so nothing runs beside them.
+/// A test that measures a time or a rate calls this first. It excludes only tests that call it too. Such tests are in
+/// the program `timed`, where all tests do, and cargo runs one program after another, so nothing runs beside them.
 pub fn alone() -> Alone {
     static TURN: Mutex<()> = Mutex::new(());
-    // Poisoned by a test that failed, of which nothing is left.
+    // The mutex is poisoned by a failed test, which has left nothing behind.
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     Alone { _turn }
 }

@@ -1,4 +1,4 @@
-//! Models that tests make up: bytes that nothing compresses, in files of the formats that Weft knows.
+//! Generated models: incompressible bytes in the file formats that Weft knows.
 
 use std::{
     fs,
@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::json;
 
-/// Bytes that nothing compresses; the same seed gives the same ones.
+/// Returns incompressible bytes. The same seed gives the same bytes.
 pub fn noise(seed: &str, size: usize) -> Vec<u8> {
     let mut bytes = vec![0; size];
     let mut hasher = blake3::Hasher::new();
@@ -16,7 +16,7 @@ pub fn noise(seed: &str, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// A safetensors file of byte tensors, in this order.
+/// Returns a safetensors file of byte tensors, in this order.
 ///
 /// # Panics
 /// Never: the header is JSON.
@@ -42,10 +42,10 @@ pub fn safetensors(tensors: &[(&str, Vec<u8>)]) -> Vec<u8> {
     file
 }
 
-/// Makes the folder of a model of `size` bytes: a `weights.bin` of noise and a `config.json` of 1,000 bytes.
+/// Creates the folder of a model of `size` bytes: a `weights.bin` of noise and a `config.json` of 1,000 bytes.
 ///
 /// # Panics
-/// If it is there, or cannot be made.
+/// If the folder exists, or cannot be made.
 pub fn opaque_model(folder: PathBuf, seed: &str, size: usize) -> PathBuf {
     let bytes = noise(seed, size);
     made(
@@ -57,18 +57,18 @@ pub fn opaque_model(folder: PathBuf, seed: &str, size: usize) -> PathBuf {
     )
 }
 
-/// Makes the folder of a model whose only file is a `config.json` of this content.
+/// Creates the folder of a model whose only file is a `config.json` with this content.
 ///
 /// # Panics
-/// If it is there, or cannot be made.
+/// If the folder exists, or cannot be made.
 pub fn tiny_model(folder: PathBuf, content: &str) -> PathBuf {
     made(folder, &[("config.json", content.as_bytes())])
 }
 
-/// Makes the folder of a model of three safetensors files, of `size` bytes of tensors together.
+/// Creates the folder of a model of three safetensors files, with `size` bytes of tensors together.
 ///
 /// # Panics
-/// If it is there, or cannot be made.
+/// If the folder exists, or cannot be made.
 pub fn split_model(folder: PathBuf, size: usize) -> PathBuf {
     let bytes = noise("split", size);
     let files: Vec<_> = bytes
@@ -86,15 +86,15 @@ pub fn split_model(folder: PathBuf, size: usize) -> PathBuf {
     made(folder, &files)
 }
 
-/// The bytes of each layer's weight in [`sharded_model`].
+/// Size of each layer's weight in [`sharded_model`], in bytes.
 pub const LAYER: usize = 900_000;
 
-/// Makes the folder of a sharded model: four layers in two files, an index, a configuration.
+/// Creates the folder of a sharded model: four layers in two files, an index, and a configuration.
 ///
-/// A tensor is [`noise`] of its name.
+/// A tensor is [`noise`] with its name as the seed.
 ///
 /// # Panics
-/// If it is there, or cannot be made.
+/// If the folder exists, or cannot be made.
 pub fn sharded_model(folder: PathBuf) -> PathBuf {
     let mut map = serde_json::Map::new();
     let mut shards = Vec::new();
@@ -140,10 +140,10 @@ fn made(folder: PathBuf, files: &[(&str, &[u8])]) -> PathBuf {
     folder
 }
 
-/// The tensors of a safetensors file, by name.
+/// Returns the tensors of a safetensors file, by name.
 ///
 /// # Panics
-/// If it is none.
+/// If the file is not a safetensors file.
 pub fn tensors(file: &Path) -> std::collections::BTreeMap<String, Vec<u8>> {
     let bytes = fs::read(file).expect("the file can be read");
     let (length, rest) = bytes.split_first_chunk().expect("a length");

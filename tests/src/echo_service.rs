@@ -8,19 +8,19 @@ use std::{
 
 use crate::{Home, python};
 
-/// `examples/python/serve_echo.py`, beside a node that is up. Ended by its id when dropped.
+/// `examples/python/serve_echo.py`, which runs beside a node. It is ended by its id on drop.
 #[derive(Debug)]
 pub struct EchoService {
     child: Child,
-    /// What it prints fits into the pipe.
+    /// Kept open. The service's output fits into the pipe.
     _stdout: BufReader<ChildStdout>,
 }
 
 impl EchoService {
-    /// What it offers.
+    /// The method that the service offers.
     pub const METHOD: &str = "example.echo.v1.Echo/Say";
 
-    /// Starts it, and waits until it serves.
+    /// Starts the service, and waits until it serves.
     pub fn start(home: &Home) -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/python/serve_echo.py");
         let mut child = python()
@@ -43,7 +43,7 @@ impl EchoService {
 
 impl Drop for EchoService {
     fn drop(&mut self) {
-        // Fails if it has ended, which is what is wanted.
+        // Fails if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

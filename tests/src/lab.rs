@@ -1,9 +1,9 @@
 //! Networks with NATs and firewalls, made of network namespaces, with real nodes in them.
 //!
-//! One cell is a pair of sides and two public relays that both know. All of it is IPv4 but for [`Side::Ipv6`]. A router answers nothing that
-//! comes from outside and was not asked for, as home routers do.
+//! A cell is a pair of sides and two public relays that both know. All networks are IPv4, except for [`Side::Ipv6`]. As
+//! home routers do, a router does not answer unsolicited packets from outside.
 //!
-//! The NATs are `patchbay`'s. Its full-cone and address-restricted ones are so for UDP only.
+//! The NATs are `patchbay`'s. Its full-cone and address-restricted NATs have these properties for UDP only.
 
 use std::{
     fmt,
@@ -22,33 +22,33 @@ use serde_json::Value;
 use crate::{Daemon, Home};
 
 mod conditions;
-mod door;
 mod flood;
 mod gateway;
-mod hearsay;
+mod siege;
+mod unverified;
 mod wire;
 
-pub use door::{Besieged, besiege};
 use gateway::Gateway;
-pub use hearsay::{Attacked, Sent, attack};
+pub use siege::{Besieged, besiege};
+pub use unverified::{Attacked, Sent, attack};
 use wire::Part;
 pub use wire::{Distance, Measured, be_a_part};
 
-/// Relays that both nodes know: what two say tells what kind of NAT a node is behind.
+/// Number of relays that both nodes know. A node needs the observations of two to tell the kind of its NAT.
 const RELAYS: usize = 2;
 
-/// What one end of a cell is behind.
+/// The network before one end of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Side {
-    /// Nothing: a public address.
+    /// No NAT: a public address.
     Public,
     /// A home router: endpoint-independent mapping, address- and port-dependent filtering.
     Home,
-    /// A NAT that lets everybody in where anybody was sent to.
+    /// A NAT that accepts packets from any address, once the port has sent any.
     FullCone,
-    /// A NAT that lets in the addresses that were sent to.
+    /// A NAT that accepts packets from the addresses that the port has sent to.
     AddressRestricted,
-    /// A NAT with another port for every destination.
+    /// A NAT that uses another port for every destination.
     Symmetric,
     /// A home router behind a carrier's NAT with endpoint-independent mapping.
     Cgnat,
@@ -56,16 +56,16 @@ pub enum Side {
     CgnatSymmetric,
     /// A home router that lets no UDP out.
     UdpBlocked,
-    /// A home router that lets nothing out but TCP to port 443.
+    /// A home router that lets out only TCP to port 443.
     Only443,
-    /// A home router that forwards ports when asked (PCP, NAT-PMP, UPnP).
+    /// A home router that forwards ports on request (PCP, NAT-PMP, UPnP).
     PortMapping,
-    /// IPv6 only, with a firewall that lets in only what was asked for.
+    /// IPv6 only, with a firewall that accepts only solicited packets.
     Ipv6,
 }
 
 impl Side {
-    /// All of them.
+    /// All sides.
     pub const ALL: [Self; 11] = [
         Self::Public,
         Self::Home,
@@ -80,7 +80,7 @@ impl Side {
         Self::Ipv6,
     ];
 
-    /// Whether its NAT gives every peer another port.
+    /// Returns true if the NAT of this side uses another port for every peer.
     pub fn is_symmetric(self) -> bool {
         matches!(self, Self::Symmetric | Self::CgnatSymmetric)
     }
@@ -108,38 +108,38 @@ impl fmt::Display for Side {
     }
 }
 
-/// Whether a direct path between two sides can exist at all.
+/// Returns true if a direct path between two sides can exist.
 pub fn is_possible(one: Side, other: Side) -> bool {
     let pair = [one, other];
     if pair.contains(&Side::Ipv6) {
         return one == other;
     }
     if pair.contains(&Side::Only443) {
-        // No port but 443 can be reached from there, and none of the sides listens on it.
+        // Only port 443 can be reached from there, and none of the sides listens on it.
         return false;
     }
     if !one.has_udp() || !other.has_udp() {
-        // On TCP, every mapping here but the symmetric ones can be punched.
+        // On TCP, every mapping here except the symmetric ones can be punched.
         let reachable = pair.contains(&Side::Public) || pair.contains(&Side::PortMapping);
         return reachable || !pair.iter().any(|side| side.is_symmetric());
     }
     !(one.is_symmetric() && other.is_symmetric())
 }
 
-/// What came of a cell.
+/// The result of connecting the two nodes of a cell.
 #[derive(Debug, Clone)]
 pub struct Outcome {
-    /// From the request to the first path.
+    /// Time from the request to the first path.
     pub connected: Duration,
-    /// From the request to a path that is not relayed, if there came one in time.
+    /// Time from the request to a path that is not relayed, if there was one in time.
     pub direct: Option<Duration>,
-    /// The kind of the path at the end: direct, lan or relayed.
+    /// The kind of the path at the end: `direct`, `lan` or `relayed`.
     pub path: String,
-    /// What it goes over: tcp or quic.
+    /// The transport of that path: `tcp` or `quic`.
     pub transport: String,
 }
 
-/// Why a cell could not be tried, in words.
+/// The reason why a cell could not be tried, as a text.
 #[derive(Debug)]
 pub struct LabError(String);
 
@@ -164,17 +164,17 @@ pub fn prepare() -> Result<(), LabError> {
     Ok(())
 }
 
-/// Two machines with nodes and the public relays that both know.
+/// Two machines with nodes, and the public relays that both know.
 pub struct Cell {
     lab: Lab,
-    /// What forwards ports.
+    /// The routers that forward ports.
     gateways: Vec<Gateway>,
-    /// What keeps the networks apart.
+    /// The processes that delay and drop packets between the networks.
     _distance: Vec<Part>,
     relays: Vec<Host>,
-    /// The one that begins.
+    /// The machine that dials first.
     pub one: Host,
-    /// The one that holds a place on a relay.
+    /// The machine that holds reservations on relays.
     pub other: Host,
 }
 
@@ -186,10 +186,10 @@ impl fmt::Debug for Cell {
     }
 }
 
-/// Has `one` connect to `other` over this distance, and waits for a direct path for at most `wait`.
+/// Lets `one` connect to `other` over this distance, and waits at most `wait` for a direct path.
 ///
 /// # Errors
-/// [`LabError`] if the network or a node did not start, or no path came about.
+/// [`LabError`] if the network or a node did not start, or no path was found.
 pub async fn try_cell(
     one: Side,
     other: Side,
@@ -200,7 +200,8 @@ pub async fn try_cell(
     cell.connect(wait)
 }
 
-/// The same for two machines behind one home router, which may let them reach each other at its own public address.
+/// Connects two machines behind one home router, as [`try_cell`] does. With `hairpin`, the router lets them reach each
+/// other at its own public address.
 ///
 /// # Errors
 /// As for [`try_cell`].
@@ -221,7 +222,7 @@ pub async fn try_neighbours(hairpin: bool, wait: Duration) -> Result<Outcome, La
 }
 
 impl Cell {
-    /// Two machines behind what the sides say, and this many relays, all of them this far apart.
+    /// Creates two machines behind these sides, and this many relays, at this distance from each other.
     ///
     /// # Errors
     /// [`LabError`] if the network or a node did not start.
@@ -234,7 +235,7 @@ impl Cell {
         Self::with_relays(one, other, distance, &vec![&[][..]; relays]).await
     }
 
-    /// The same, with more arguments for each of the relays.
+    /// Creates a cell as [`new`](Self::new) does, with additional arguments for each of the relays.
     ///
     /// # Errors
     /// [`LabError`] if the network or a node did not start.
@@ -299,17 +300,17 @@ impl Cell {
         })
     }
 
-    /// Has the first connect to the second, and waits for a direct path for at most `wait`.
+    /// Lets the first machine connect to the second, and waits at most `wait` for a direct path.
     ///
     /// # Errors
-    /// [`LabError`] if no path came about.
+    /// [`LabError`] if no path was found.
     pub fn connect(&self, wait: Duration) -> Result<Outcome, LabError> {
         let addresses = self.other.addresses();
         let seconds = wait.as_secs_f64().to_string();
         let mut arguments = vec!["--json", "connect", "--wait-direct", &seconds];
         arguments.extend(addresses.iter().map(String::as_str));
         let finished = self.one.home.run(&arguments);
-        // A path that is still relayed after the wait is an error of the command, printed after the path.
+        // If the path is still relayed after the wait, the command prints the path and then fails.
         let value = finished
             .stdout
             .lines()
@@ -333,7 +334,7 @@ impl Cell {
         Ok(outcome)
     }
 
-    /// Has the second connect to the first as well, at the same time as the first to the second.
+    /// Lets the second machine connect to the first at the same time as the first to the second.
     ///
     /// # Errors
     /// As for [`connect`](Self::connect).
@@ -351,28 +352,29 @@ impl Cell {
         outcome
     }
 
-    /// Measures the way from the first machine, which must speak IPv4 and UDP, to the first relay.
+    /// Measures the path from the first machine, which must have IPv4 and UDP, to the first relay.
     ///
     /// # Errors
-    /// [`LabError`] if nothing comes back.
+    /// [`LabError`] if no packet returns.
     pub fn measure(&self) -> Result<Measured, LabError> {
         wire::between(&self.one.device, &self.relays[0].device)
     }
 
-    /// The relay with this id.
+    /// Returns the relay with this id.
     pub fn relay(&mut self, peer: &str) -> Option<&mut Host> {
         self.relays.iter_mut().find(|relay| relay.peer_id() == peer)
     }
 
-    /// All relays.
+    /// Returns all relays.
     pub fn relays(&mut self) -> &mut [Host] {
         &mut self.relays
     }
 
-    /// Has the NAT before one of the machines, `one` or `other`, forget all that it knows, and map everything to this port from now on.
+    /// Clears all mappings of the NAT before one of the machines, `one` or `other`, and maps every port to this port
+    /// from now on.
     ///
     /// # Errors
-    /// [`LabError`] if it has none, or `conntrack` fails.
+    /// [`LabError`] if there is no such NAT, or `conntrack` fails.
     pub async fn rebind(&self, whose: &str, port: u16) -> Result<(), LabError> {
         let name = format!("{whose}nat");
         let router = self.lab.router_by_name(&name);
@@ -392,10 +394,10 @@ impl Cell {
         Ok(())
     }
 
-    /// Lets at most so many megabytes a second through the router before `one` or `other`, by losing what is more.
+    /// Limits the router before `one` or `other` to this many megabytes a second. Packets over the limit are dropped.
     ///
     /// # Errors
-    /// [`LabError`].
+    /// [`LabError`] if there is no such router, or `nft` fails.
     pub fn slow_down(&self, whose: &str, megabytes: u32) -> Result<(), LabError> {
         let mut routers = ["nat", "net"].into_iter();
         let router = routers.find_map(|kind| self.lab.router_by_name(&format!("{whose}{kind}")));
@@ -409,10 +411,11 @@ impl Cell {
         )
     }
 
-    /// Moves a machine to a network of its own behind another home router: it has another address, and is seen at another one.
+    /// Moves a machine to a network of its own behind another home router. Its own address and the address that others
+    /// see change.
     ///
     /// # Errors
-    /// [`LabError`].
+    /// [`LabError`] if the network cannot be made.
     pub async fn move_away(&self, host: &Host) -> Result<(), LabError> {
         let name = format!("{}new", host.device.name());
         let router = self
@@ -428,10 +431,10 @@ impl Cell {
         forget_neighbours(&self.lab)
     }
 
-    /// Floods a relay from this many machines of their own.
+    /// Floods a relay from this many machines, each with its own address.
     ///
     /// # Errors
-    /// [`LabError`].
+    /// [`LabError`] if a machine cannot be made, or the relay has no address.
     pub async fn flood(
         &self,
         relay: usize,
@@ -455,7 +458,7 @@ impl Cell {
         Ok(floods)
     }
 
-    /// What both nodes have logged.
+    /// Returns the logs of both nodes.
     pub fn logs(&self) -> String {
         format!("\none: {}\nother: {}", self.one.log(), self.other.log())
     }
@@ -464,7 +467,7 @@ impl Cell {
 /// A machine with a node.
 pub struct Host {
     device: Device,
-    /// The node's home. Commands reach the node from anywhere on this machine, by its socket.
+    /// The node's home. Commands reach the node from any namespace of this machine, through its socket.
     pub home: Home,
     daemon: Option<Daemon>,
     arguments: Vec<String>,
@@ -490,7 +493,7 @@ impl Host {
         Ok(host)
     }
 
-    /// Starts the node again, with the same home and the same arguments, after it was [killed](Self::kill).
+    /// Starts the node again after it was [killed](Self::kill), with the same home and arguments.
     ///
     /// # Errors
     /// [`LabError`] if the namespace is gone.
@@ -506,7 +509,7 @@ impl Host {
                     "warn,weft=debug,weft_net=debug,libp2p_kad=error",
                 );
             }
-            // A node with much to say must not wait for somebody to read it.
+            // A node that logs much must not wait for a reader.
             command.stderr(log);
             device.spawn_command_sync(command)
         })?;
@@ -528,15 +531,15 @@ impl Host {
         }
     }
 
-    /// The node's id; empty while it does not run.
+    /// Returns the node's id, or an empty string while it does not run.
     pub fn peer_id(&self) -> &str {
         self.daemon.as_ref().map_or("", Daemon::peer_id)
     }
 
-    /// The node's resident memory, in bytes.
+    /// Returns the node's resident memory, in bytes.
     ///
     /// # Errors
-    /// [`LabError`] if it does not run.
+    /// [`LabError`] if the node does not run.
     pub fn resident(&self) -> Result<u64, LabError> {
         let pid = self.daemon.as_ref().map_or(0, Daemon::pid);
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
@@ -547,10 +550,10 @@ impl Host {
             .ok_or_else(|| LabError(format!("no VmRSS in {status}")))
     }
 
-    /// Cuts the machine off its network, or connects it again.
+    /// Disconnects the machine from its network, or connects it again.
     ///
     /// # Errors
-    /// [`LabError`].
+    /// [`LabError`] if the interface cannot be changed.
     pub async fn link(&self, up: bool) -> Result<(), LabError> {
         let interface = self.device.default_iface();
         let interface = interface.ok_or_else(|| LabError("no interface".to_owned()))?;
@@ -561,7 +564,7 @@ impl Host {
         Ok(())
     }
 
-    /// A node that knows the relays at these addresses.
+    /// Starts a node that knows the relays at these addresses.
     fn join(device: Device, relays: &[String]) -> Result<Self, LabError> {
         let v6 = device.ip().is_none();
         let mut arguments = vec!["--json", "up", "--no-mdns"];
@@ -573,7 +576,8 @@ impl Host {
         Self::start(device, &arguments)
     }
 
-    /// Until it has places on this many relays: those that let nothing out but to port 443 reach nobody directly.
+    /// Waits until the node has reservations on this many relays. A node that can reach only port 443 cannot connect to
+    /// the other node directly.
     fn wait_until_reachable(&self, relays: usize) -> Result<(), LabError> {
         let begin = Instant::now();
         loop {
@@ -585,7 +589,7 @@ impl Host {
             if begin.elapsed() > Duration::from_secs(20) {
                 let name = self.device.name();
                 return Err(LabError(format!(
-                    "{name} holds no place on a relay: {known}\n{}",
+                    "{name} holds no reservation on a relay: {known}\n{}",
                     self.log()
                 )));
             }
@@ -605,7 +609,7 @@ impl Host {
     }
 }
 
-/// A machine behind what `side` says.
+/// Creates a machine behind the network of `side`.
 async fn behind(
     lab: &Lab,
     name: &str,
@@ -654,8 +658,8 @@ async fn behind(
     Ok((device, None))
 }
 
-/// A bridge takes on the lowest hardware address of its ports, so every port that is added may change it, and those who know the old one send into
-/// the void for as long as they trust it.
+/// Clears the neighbor tables of all machines. A bridge takes the lowest hardware address of its ports, so each new
+/// port may change it. Machines that know the old address send into the void until their entry expires.
 fn forget_neighbours(lab: &Lab) -> Result<(), LabError> {
     let flush = || {
         let mut command = Command::new("ip");
@@ -687,8 +691,8 @@ fn succeeded(mut child: std::process::Child) -> Result<(), LabError> {
     }
 }
 
-/// Has a router answer nothing that it was not asked for. Without it, its kernel would refuse what a NAT has no mapping for, and the
-/// refusal would end the other side's attempt.
+/// Stops a router from answering unsolicited packets. Otherwise its kernel would refuse packets without a NAT mapping,
+/// and the refusal would end the other side's attempt.
 fn shield(router: &Router) -> Result<(), LabError> {
     nft(
         router,

@@ -1,8 +1,8 @@
-//! What the system tests and benchmarks share: the real program as a child process, a slow network, real weights.
+//! Parts shared by the system tests and benchmarks: the real program as a child process, slow networks, models.
 //!
 //! It promises: processes are ended by their id when a test ends, however it ends; all traffic stays on loopback or in
-//! network namespaces of the test's own; nothing is skipped
-//! silently: what a test needs and does not find is an error that says how to get it.
+//! network namespaces of the test's own; nothing is skipped silently: if a test lacks something that it needs, the
+//! error says how to get it.
 //!
 //! It leaves out: the tests themselves, in `tests/`, and the benchmarks, in the program `bench`.
 

@@ -1,5 +1,5 @@
-//! Links between swarms of one process, at public addresses that lead nowhere else, with a delay and without encryption: for tests and benchmarks of what swarms say
-//! to each other.
+//! Links between the swarms of one process, with public addresses, a delay, and no encryption. Used by tests and
+//! benchmarks of protocols between swarms.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -40,30 +40,30 @@ use weft_net::split_peer_id;
 
 use crate::Random;
 
-/// How long a dial of what is gone without a word takes to fail.
+/// Time until a dial fails if the node has left silently.
 pub(crate) const SILENCE: Duration = Duration::from_secs(5);
 
-/// The latencies of all links: each has one of its own, which depends on the seed and the two places only.
+/// The latencies of all links. Each link has its own, which depends only on the seed and the two places.
 #[derive(Debug, Clone, Copy)]
 pub struct Distances {
     /// The mean round trip.
     pub round_trip: Duration,
-    /// The most by which a round trip differs from the mean, either way, as a share of the mean. All differences are
-    /// equally likely.
+    /// Largest difference of a round trip from the mean, in either direction, as a share of the mean. All differences
+    /// are equally likely.
     pub spread: f64,
-    /// The same seed gives the same latencies.
+    /// Seed of the latencies. The same seed gives the same latencies.
     pub seed: u64,
 }
 
 impl Distances {
-    /// Returns the one-way latency between two places, which is the same both ways.
+    /// Returns the one-way latency between two places. It is the same in both directions.
     pub fn one_way(&self, a: Ipv4Addr, b: Ipv4Addr) -> Duration {
         let (a, b) = (
             u64::from(u32::from(a.min(b))),
             u64::from(u32::from(a.max(b))),
         );
         let mut random = Random::new(self.seed ^ (a << 32 | b));
-        // Pairs that differ in few bits begin with numbers that do.
+        // Seeds that differ in few bits give first numbers that do, so the first number is dropped.
         random.below(2);
         let unit = random.below(1 << 20) as f64 / f64::from(1 << 19) - 1.0;
         (self.round_trip / 2).mul_f64(1.0 + self.spread * unit)
@@ -72,7 +72,7 @@ impl Distances {
 
 type Listener = (PeerId, UnboundedSender<Arriving>);
 
-/// What a stream to the DHT begins with.
+/// The first bytes of a stream to the DHT.
 const DHT: &str = "/weft/kad/1";
 
 /// All links of a network.
@@ -80,7 +80,7 @@ const DHT: &str = "/weft/kad/1";
 pub struct Links {
     distances: Distances,
     listeners: Mutex<HashMap<Ipv4Addr, Listener>>,
-    /// Requests sent to the DHT.
+    /// Number of requests sent to the DHT.
     pub requests: AtomicU64,
 }
 
@@ -92,7 +92,7 @@ struct Arriving {
 }
 
 impl Links {
-    /// With this round trip between any two places.
+    /// Creates links with this round trip between any two places.
     pub fn new(round_trip: Duration) -> Arc<Self> {
         Self::with_distances(Distances {
             round_trip,
@@ -101,7 +101,7 @@ impl Links {
         })
     }
 
-    /// With a round trip of its own between any two places.
+    /// Creates links with a different round trip for each pair of places.
     pub fn with_distances(distances: Distances) -> Arc<Self> {
         Arc::new(Self {
             distances,
@@ -110,7 +110,7 @@ impl Links {
         })
     }
 
-    /// Nobody reaches it any more.
+    /// Makes the place unreachable.
     pub fn cut(&self, place: Ipv4Addr) {
         self.listeners().remove(&place);
     }
@@ -121,7 +121,7 @@ impl Links {
             .expect("nothing panics while holding the lock")
     }
 
-    /// What a swarm uses; it listens at [`address`].
+    /// Returns a transport for a swarm, which listens at [`address`].
     pub fn link(self: &Arc<Self>, place: Ipv4Addr, peer: PeerId) -> Link {
         let (sender, arriving) = unbounded_channel();
         self.listeners().insert(place, (peer, sender));
@@ -136,14 +136,14 @@ impl Links {
     }
 }
 
-/// Where one is.
+/// Returns the address of a place.
 pub fn address(place: Ipv4Addr) -> Multiaddr {
     Multiaddr::empty()
         .with(Protocol::Ip4(place))
         .with(Protocol::Tcp(1))
 }
 
-/// Says once that the other end speaks the DHT.
+/// Reports once that the other end supports the DHT.
 #[derive(Debug, Default)]
 pub struct Introduction {
     said: bool,
@@ -180,7 +180,7 @@ impl ConnectionHandler for Introduction {
     fn on_connection_event(&mut self, _: ConnectionEvent<'_, DeniedUpgrade, DeniedUpgrade>) {}
 }
 
-/// Says where peers are that a link leads to or comes from, as identify would; without identify's streams.
+/// Reports the addresses of connected peers, as identify would, without identify's streams.
 #[derive(Debug, Default)]
 pub struct Acquaint(VecDeque<(PeerId, Multiaddr)>);
 
@@ -231,12 +231,12 @@ impl NetworkBehaviour for Acquaint {
     }
 }
 
-/// Whether a place says nothing when nobody is there any more; the others refuse.
+/// Returns true if dials to this place time out once its node has left. Dials to other places are refused.
 pub(crate) fn is_silent(place: Ipv4Addr) -> bool {
     place.octets().iter().map(|byte| byte % 2).sum::<u8>() % 2 == 0
 }
 
-/// One swarm's transport.
+/// The transport of one swarm.
 #[derive(Debug)]
 pub struct Link {
     links: Arc<Links>,
@@ -282,11 +282,11 @@ impl Transport for Link {
         let (links, own) = (Arc::clone(&self.links), (self.place, self.peer));
         Ok(async move {
             let delay = links.distances.one_way(own.0, place);
-            // As QUIC's handshake: there and back.
+            // One round trip, as in QUIC's handshake.
             sleep(delay).await;
             let listener = links.listeners().get(&place).cloned();
             let Some((peer, listener)) = listener else {
-                // Of what is gone, half refuses and half is silent.
+                // Of the nodes that have left, half refuse dials and half are silent.
                 if is_silent(place) {
                     sleep(SILENCE).await;
                 }
@@ -333,11 +333,11 @@ impl Transport for Link {
     }
 }
 
-/// One end of a connection: streams arrive as they are opened, what is in them after the delay.
+/// One end of a connection. Streams arrive at once, their bytes after the delay.
 #[derive(Debug)]
 struct Muxer {
     links: Arc<Links>,
-    /// One way.
+    /// One-way delay.
     delay: Duration,
     to: UnboundedSender<Pipe>,
     from: UnboundedReceiver<Pipe>,
@@ -388,9 +388,9 @@ impl StreamMuxer for Muxer {
     }
 }
 
-/// One end of a stream. Whoever writes never waits: what the DHT says is short.
+/// One end of a stream. Writing never waits, because messages of the DHT are short.
 struct Pipe {
-    /// Of whoever opened it, until it has said what for.
+    /// Set on the opener's side until it has written the protocol.
     links: Option<Arc<Links>>,
     delay: Duration,
     to: Option<UnboundedSender<(Instant, Vec<u8>)>>,

@@ -1,4 +1,4 @@
-//! Nodes of one process, on loopback.
+//! Nodes in one process, on loopback.
 
 use std::{
     path::Path,
@@ -8,10 +8,10 @@ use std::{
 use tokio::time::sleep;
 use weft::{HomeError, Multiaddr, Node, PeerId, Rates, Ticket};
 
-/// How long to wait for a home that is in use: a node that was shut down may have a task left that holds it.
+/// Longest wait for a home that is in use: a node that was shut down may have a task left that holds it.
 const FREE: Duration = Duration::from_secs(30);
 
-/// A node that finds nobody but by `bootstrap`.
+/// Starts a node that finds peers only through `bootstrap`.
 ///
 /// # Panics
 /// If it does not start.
@@ -25,7 +25,7 @@ pub async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
             .listen(["/ip4/127.0.0.1/tcp/0".parse().expect("an address")])
             .bootstrap(bootstrap.iter().cloned());
         match builder.spawn().await {
-            // What an earlier node still does with its home ends soon.
+            // An earlier node's work on its home ends soon.
             Err(weft::Error::Home(HomeError::InUse(_))) if begin.elapsed() < FREE => {
                 sleep(Duration::from_millis(20)).await;
             }
@@ -34,14 +34,14 @@ pub async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
     }
 }
 
-/// Where a node is reached, as a ticket says it: without the id in the addresses.
+/// Returns a node's id and addresses in the form of a ticket: without the id in the addresses.
 pub async fn contact(node: &Node) -> (PeerId, Vec<Multiaddr>) {
     let addresses = node.addresses().await.into_iter();
     let bare = addresses.map(|address| weft::split_peer_id(address).0);
     (node.peer_id(), bare.collect())
 }
 
-/// Rates of which only the upload is limited, to so many bytes a second.
+/// Returns rates that limit only the upload, to this many bytes a second.
 pub fn capped(upload: u64) -> Rates {
     Rates {
         upload,
@@ -49,8 +49,8 @@ pub fn capped(upload: u64) -> Rates {
     }
 }
 
-/// Nodes that have the same model, each sending at most `upload` bytes a second (zero is no limit), and a ticket for all
-/// of them. Their homes are in `folder`.
+/// Starts nodes that have the same model, each sending at most `upload` bytes a second (zero is no limit), and returns
+/// them with a ticket for all of them. Their homes are in `folder`.
 ///
 /// # Panics
 /// If they do not start, or there are none.
@@ -75,7 +75,8 @@ pub async fn providers(
     (nodes, Ticket { model, peers })
 }
 
-/// The homes, in their order, of one node that the others know, and of these, which know only it.
+/// Starts one node that the others know, and N nodes that know only it. Returns the homes in this order, the first
+/// node, and the others.
 ///
 /// # Panics
 /// If they do not start.

@@ -1,4 +1,4 @@
-//! Real weights, and the Python environment that came with them.
+//! A real model, and the Python environment that was installed with it.
 
 use std::{
     env, fs,
@@ -6,10 +6,10 @@ use std::{
     process::Command,
 };
 
-/// The folder of a real model with a `model.safetensors` of 90 MB, installed by `tests/run`.
+/// Returns the folder of a real model with a `model.safetensors` of 90 MB, installed by `tests/run`.
 ///
 /// # Panics
-/// If `tests/run` has not set it up.
+/// If `tests/run` has not installed it.
 pub fn real_model() -> PathBuf {
     let path = env::var_os("WEFT_TEST_MODEL").map(PathBuf::from);
     match path {
@@ -20,10 +20,10 @@ pub fn real_model() -> PathBuf {
     }
 }
 
-/// Python with the packages that the tests use, installed by `tests/run`.
+/// Returns Python with the packages that the tests use, installed by `tests/run`.
 ///
 /// # Panics
-/// If `tests/run` has not set it up.
+/// If `tests/run` has not installed it.
 pub fn python() -> Command {
     match env::var_os("WEFT_TEST_PYTHON") {
         Some(path) => Command::new(path),
@@ -31,7 +31,7 @@ pub fn python() -> Command {
     }
 }
 
-/// Checks that two folders hold the same files with the same bytes, and that `got` holds nothing else.
+/// Checks that two folders have the same files with the same bytes, and that `got` has no other files.
 ///
 /// # Panics
 /// At the first difference.
@@ -46,7 +46,7 @@ pub fn same_files(want: &Path, got: &Path) {
     }
 }
 
-/// Files below `folder`, relative to `root`, sorted.
+/// Returns the files below `folder`, relative to `root`, sorted.
 fn names(root: &Path, folder: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{folder:?}: {error}")) {
@@ -54,7 +54,7 @@ fn names(root: &Path, folder: &Path) -> Vec<String> {
         if path.is_dir() {
             found.extend(names(root, &path));
         } else {
-            let relative = path.strip_prefix(root).expect("it lies below the root");
+            let relative = path.strip_prefix(root).expect("the path is below the root");
             found.push(relative.display().to_string());
         }
     }

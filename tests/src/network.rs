@@ -8,10 +8,10 @@ use weft_net::{Config, Network, StreamProtocol, identity::Keypair};
 /// The protocol that [`echo`] serves.
 pub const ECHO: StreamProtocol = StreamProtocol::new("/weft/test/echo/1");
 
-/// The configuration of a network with a new identity that listens there and looks for nobody.
+/// Returns the configuration of a network with a new identity, which listens on these addresses and looks for no peers.
 ///
 /// # Panics
-/// If one of them is no address.
+/// If one of them is not an address.
 pub fn config(listen: &[&str]) -> Config {
     config_of(Keypair::generate_ed25519(), listen)
 }
@@ -25,7 +25,7 @@ fn config_of(key: Keypair, listen: &[&str]) -> Config {
     config
 }
 
-/// A network that serves nothing and keeps no records.
+/// Starts a network that serves nothing and keeps no records.
 ///
 /// # Panics
 /// If it does not start.
@@ -34,7 +34,7 @@ pub async fn plain_network(config: Config) -> Network {
     spawned.expect("a network starts")
 }
 
-/// A network on loopback that follows the DHT and serves nothing.
+/// Starts a network on loopback that takes part in the DHT and serves nothing.
 ///
 /// # Panics
 /// If it does not start.
@@ -46,12 +46,14 @@ pub async fn bare_network() -> Network {
     spawned.expect("a network starts")
 }
 
-/// Sends back what comes on each stream of [`ECHO`], each in a task of its own.
+/// Sends back the bytes of each stream of [`ECHO`], in a task for each stream.
 ///
 /// # Panics
-/// If the network serves it already.
+/// If the network serves the protocol already.
 pub fn echo(network: &Network) {
-    let mut incoming = network.accept(ECHO).expect("nobody serves it");
+    let mut incoming = network
+        .accept(ECHO)
+        .expect("the protocol is not served yet");
     tokio::spawn(async move {
         while let Some(stream) = incoming.next().await {
             tokio::spawn(async move {

@@ -1,4 +1,4 @@
-//! The service of `schema/test.proto`, which has a method of each kind, and an implementation of it.
+//! The service of `schema/test.proto`, which has a method of each kind, and an implementation.
 
 #[allow(
     missing_docs,
@@ -16,7 +16,7 @@ use std::fmt;
 pub use generated::{Number, Numbers, NumbersClient, NumbersServer};
 use weft_proto::rpc::{Attached, Code, Context, Messages, Sink, Status};
 
-/// Implements [`Numbers`] as the schema says, but for `Echo`, whose answer is the one of this function. A count down
+/// Implements [`Numbers`] as the schema says, except `Echo`, which returns the result of this function. A countdown
 /// from 13 fails at its end.
 #[derive(Clone)]
 pub struct Counting<E>(pub E);

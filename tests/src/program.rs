@@ -1,4 +1,4 @@
-//! The `weft` program as a user starts it.
+//! The program `weft`, run as a user runs it.
 
 use std::{
     env,
@@ -13,10 +13,10 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// How long a program may take to do what a test waits for. Generous: the machine may be busy building.
+/// Longest wait for a program. Generous, because the machine may be busy building.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The program under test: `$WEFT_BIN`, or the one built into the same folder as this test.
+/// Returns the path of the program under test: `$WEFT_BIN`, or the program built into the same folder as this test.
 fn program() -> PathBuf {
     if let Some(path) = env::var_os("WEFT_BIN") {
         return path.into();
@@ -35,7 +35,7 @@ fn program() -> PathBuf {
     path
 }
 
-/// A node's home in a folder of its own, gone with this value.
+/// A node's home in a temporary folder, which is deleted on drop.
 #[derive(Debug)]
 pub struct Home {
     folder: tempfile::TempDir,
@@ -49,7 +49,7 @@ impl Default for Home {
 }
 
 impl Home {
-    /// A new one. Nothing is in it yet.
+    /// Creates an empty home.
     pub fn new() -> Self {
         Self {
             folder: tempfile::tempdir().expect("a temporary folder can be made"),
@@ -57,7 +57,7 @@ impl Home {
         }
     }
 
-    /// A new one whose path is long.
+    /// Creates an empty home with a long path.
     pub fn with_long_path() -> Self {
         Self {
             name: "d".repeat(120),
@@ -65,17 +65,17 @@ impl Home {
         }
     }
 
-    /// The folder that `--home` names.
+    /// Returns the folder for `--home`.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join(&self.name)
     }
 
-    /// A path beside the home, for models.
+    /// Returns a path beside the home, for models.
     pub fn beside(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// The program with this home and these arguments, its output captured.
+    /// Returns the program with this home and these arguments, its output captured.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program());
         command
@@ -98,7 +98,7 @@ impl Home {
         self.start(arguments).finish()
     }
 
-    /// Runs the program with `--json` and returns what it printed; it must succeed.
+    /// Runs the program with `--json` and returns its output. Panics if it fails.
     pub fn json(&self, arguments: &[&str]) -> Value {
         let mut all = vec!["--json"];
         all.extend_from_slice(arguments);
@@ -115,10 +115,10 @@ impl Home {
         Running::spawn(self.command(arguments))
     }
 
-    /// Starts the program where `spawn` puts it, such as another network namespace, and waits until its node is up.
+    /// Starts the program through `spawn`, for example in another network namespace, and waits until its node is up.
     ///
     /// # Errors
-    /// That of `spawn`.
+    /// The error of `spawn`.
     pub fn up_in<E>(
         &self,
         arguments: &[&str],
@@ -127,7 +127,7 @@ impl Home {
         Ok(Daemon::wait_for_child(spawn(self.command(arguments))?))
     }
 
-    /// Starts a node that listens on loopback only and looks for nobody, but for what `arguments` say.
+    /// Starts a node that listens on loopback only and looks for no peers, unless `arguments` say otherwise.
     pub fn up(&self, arguments: &[&str]) -> Daemon {
         let mut all = vec!["--json", "up", "--no-mdns"];
         if !arguments.contains(&"--listen") {
@@ -137,8 +137,8 @@ impl Home {
         Daemon::wait_for(self.command(&all))
     }
 
-    /// Starts such a node in a mount namespace of its own, where the folder `at` is an empty disk with these options of
-    /// `mount`, such as `size=40m` or `ro`.
+    /// Starts a node as [`up`](Self::up) does, in a mount namespace of its own. There, the folder `at` is an empty disk
+    /// with these options of `mount`, such as `size=40m` or `ro`.
     pub fn up_on_disk(&self, at: &Path, options: &str) -> Daemon {
         let inner = self.command(&[
             "--json",
@@ -162,7 +162,7 @@ impl Home {
     }
 }
 
-/// A program that runs. Killed when dropped.
+/// A running program. It is killed on drop.
 #[derive(Debug)]
 pub struct Running {
     child: Child,
@@ -173,7 +173,7 @@ pub struct Running {
 /// A program that has ended.
 #[derive(Debug)]
 pub struct Finished {
-    /// How.
+    /// Its exit status.
     pub status: ExitStatus,
     /// Its standard output.
     pub stdout: String,
@@ -182,12 +182,12 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// The exit code; none if a signal ended it.
+    /// Returns the exit code, or `None` if a signal ended the program.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
     }
 
-    /// The last line of standard output, as JSON.
+    /// Returns the last line of standard output, as JSON.
     pub fn json(&self) -> Value {
         let line = self.stdout.lines().last().unwrap_or_default();
         serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {self:#?}"))
@@ -207,7 +207,7 @@ impl Running {
         }
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -217,23 +217,23 @@ impl Running {
         send(&self.child, signal);
     }
 
-    /// Waits for a line of its standard output that contains this, after the one that was waited for before.
+    /// Waits for a line of standard output that contains `part`, after the line that was waited for before.
     ///
     /// # Panics
-    /// If it ends without one, or none comes within a minute.
+    /// If the program ends without such a line, or none is printed within a minute.
     pub fn wait_for_line(&mut self, part: &str) {
         self.stdout.wait_for_line(part);
     }
 
-    /// Waits for a line of its standard error that contains this, as [`wait_for_line`](Self::wait_for_line) does.
+    /// Waits for a line of standard error that contains `part`, as [`wait_for_line`](Self::wait_for_line) does.
     ///
     /// # Panics
-    /// If it ends without one, or none comes within a minute.
+    /// If the program ends without such a line, or none is printed within a minute.
     pub fn wait_for_error(&mut self, part: &str) {
         self.stderr.wait_for_line(part);
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the program.
     pub fn finish(mut self) -> Finished {
         let status = wait(&mut self.child);
         Finished {
@@ -246,17 +246,17 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Fails if it has ended, which is what is wanted.
+        // Fails if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// What a program writes, read as it comes: a full pipe would hold it up.
+/// The output of a program, read continuously, because a full pipe would block the program.
 #[derive(Debug)]
 struct Output {
     lines: Receiver<String>,
-    /// What was taken from them.
+    /// The lines read so far.
     text: String,
 }
 
@@ -268,7 +268,7 @@ impl Output {
             loop {
                 let mut line = Vec::new();
                 let read = from.read_until(b'\n', &mut line);
-                // What was read before an error is still worth showing.
+                // Lines read before an error are still returned.
                 let line = String::from_utf8_lossy(&line).into_owned();
                 if sender.send(line).is_err() || !matches!(read, Ok(1..)) {
                     return;
@@ -294,7 +294,7 @@ impl Output {
         }
     }
 
-    /// To its end.
+    /// Returns all output until the end.
     fn all(&mut self) -> String {
         self.text.extend(self.lines.iter());
         std::mem::take(&mut self.text)
@@ -313,7 +313,7 @@ fn wait(child: &mut Child) -> ExitStatus {
             return status;
         }
         if begin.elapsed() > 2 * PATIENCE {
-            // Ends the wait for its output as well.
+            // Also ends the wait for its output.
             let _ = child.kill();
             panic!(
                 "the program did not end within {} s",
@@ -324,30 +324,30 @@ fn wait(child: &mut Child) -> ExitStatus {
     }
 }
 
-/// A node that is up. Killed with SIGKILL when dropped.
+/// A node that is up. It is killed with SIGKILL on drop.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    /// What it printed when it was up.
+    /// The JSON object that `weft up` printed.
     pub info: Value,
     stderr: Option<ChildStderr>,
     _stdout: BufReader<ChildStdout>,
 }
 
 impl Daemon {
-    /// Starts a command that runs `weft --json up`, and waits until it is up.
+    /// Starts a command that runs `weft --json up`, and waits until the node is up.
     pub fn wait_for(mut command: Command) -> Self {
         Self::wait_for_child(command.spawn().expect("the program can be started"))
     }
 
-    /// The same for one that has been started, with its standard output captured.
+    /// Waits until a node is up that was started with its standard output captured.
     pub fn wait_for_child(mut child: Child) -> Self {
         let mut stderr = child.stderr.take();
         let mut stdout = BufReader::new(child.stdout.take().expect("standard output is captured"));
         let mut line = String::new();
         stdout.read_line(&mut line).expect("its output can be read");
         let info = serde_json::from_str(&line).unwrap_or_else(|error| {
-            // It may be running and silent.
+            // The process may be running and silent.
             let _ = child.kill();
             let mut text = String::new();
             if let Some(stderr) = &mut stderr {
@@ -363,23 +363,23 @@ impl Daemon {
         }
     }
 
-    /// The node's id.
+    /// Returns the node's id.
     pub fn peer_id(&self) -> &str {
         self.info["peer_id"].as_str().expect("up prints its id")
     }
 
-    /// The first address it can be dialled at, with its id.
+    /// Returns the first address of the node, with its id.
     pub fn address(&self) -> &str {
         self.info["addresses"][0]
             .as_str()
             .expect("up prints its addresses")
     }
 
-    /// The port it listens on with TCP.
+    /// Returns the TCP port that the node listens on.
     pub fn port(&self) -> u16 {
         let addresses = self.info["addresses"].as_array();
         let addresses = addresses.expect("up prints its addresses").iter();
-        // Addresses of all transports are in the order of their use.
+        // Addresses of all transports are sorted by their use.
         let mut ports = addresses.filter_map(|address| {
             let rest = address.as_str()?.split("/tcp/").nth(1)?;
             rest.split('/').next()?.parse().ok()
@@ -389,23 +389,23 @@ impl Daemon {
             .unwrap_or_else(|| panic!("no TCP port in {}", self.info))
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Sends it a signal.
+    /// Sends the node a signal.
     pub fn signal(&self, signal: Signal) {
         send(&self.child, signal);
     }
 
-    /// Ends it with SIGKILL.
+    /// Ends the node with SIGKILL.
     pub fn kill(mut self) {
         self.child.kill().expect("a running child can be killed");
         self.child.wait().expect("a child can be waited for");
     }
 
-    /// Ends it with a signal that it can handle; how it ended, and its standard error.
+    /// Ends the node with a signal that it handles. Returns its exit status and its standard error.
     pub fn stop(mut self, signal: Signal) -> (ExitStatus, String) {
         send(&self.child, signal);
         let status = wait(&mut self.child);
@@ -421,7 +421,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // Fails if it has ended, which is what is wanted.
+        // Fails if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

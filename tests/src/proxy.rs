@@ -1,4 +1,4 @@
-//! A slow network: TCP on loopback, forwarded at a limited rate and counted.
+//! A slow network: TCP connections on loopback, forwarded at a limited rate and counted.
 
 use std::{
     io::{Read, Write},
@@ -22,7 +22,7 @@ pub struct Proxy {
 #[derive(Debug)]
 struct Shared {
     to: SocketAddr,
-    /// Bytes a second towards the client.
+    /// Rate towards the client, in bytes a second.
     rate: AtomicU64,
     /// Bytes forwarded towards the client.
     down: AtomicU64,
@@ -30,7 +30,7 @@ struct Shared {
 }
 
 impl Proxy {
-    /// Forwards to `port` at `rate` bytes a second towards the client; zero is no limit.
+    /// Starts to forward connections to `port`, at `rate` bytes a second towards the client; zero is no limit.
     pub fn start(port: u16, rate: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
         let address = listener
@@ -50,7 +50,7 @@ impl Proxy {
                         return;
                     }
                     let (Ok(client), Ok(server)) = (client, TcpStream::connect(shared.to)) else {
-                        // Nobody is there: the client sees its connection closed.
+                        // If nothing listens there, the client sees its connection closed.
                         continue;
                     };
                     forward(&client, &server, &shared, false);
@@ -65,17 +65,17 @@ impl Proxy {
         }
     }
 
-    /// The port to connect to.
+    /// Returns the port to connect to.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
-    /// Bytes forwarded towards clients so far.
+    /// Returns the bytes forwarded towards clients so far.
     pub fn forwarded(&self) -> u64 {
         self.shared.down.load(Ordering::Relaxed)
     }
 
-    /// Waits until that many bytes were forwarded.
+    /// Waits until this many bytes were forwarded.
     ///
     /// # Panics
     /// If that takes more than a minute.
@@ -100,7 +100,7 @@ impl Proxy {
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts; if that fails it is gone.
+        // Wakes the thread that accepts connections. If that fails, the thread has ended.
         let _ = TcpStream::connect(self.address);
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
@@ -125,11 +125,11 @@ fn forward(from: &TcpStream, to: &TcpStream, shared: &Arc<Shared>, down: bool) {
             let rate = shared.rate.load(Ordering::Relaxed);
             if rate > 0 {
                 due = due.max(Instant::now()) + Duration::from_secs_f64(size as f64 / rate as f64);
-                // This wait is what the proxy is for.
+                // This wait limits the rate.
                 thread::park_timeout(due.saturating_duration_since(Instant::now()));
             }
         }
-        // Either may be closed already.
+        // Either side may be closed already.
         let _ = from.shutdown(Shutdown::Both);
         let _ = to.shutdown(Shutdown::Both);
     });

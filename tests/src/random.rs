@@ -1,11 +1,11 @@
-//! Bytes that are almost right.
+//! Random numbers and mutated bytes.
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 #[derive(Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// The same seed gives the same numbers.
+    /// Creates a generator. The same seed gives the same numbers.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
@@ -18,12 +18,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// A number under `n`, which is not 0.
+    /// Returns a number below `n`, which is not 0.
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n.max(1) as u64) as usize
     }
 
-    /// A few changes of the kinds that break parsers: bits, extreme bytes, cuts, repeats, insertions.
+    /// Applies a few changes of kinds that break parsers: flipped bits, extreme bytes, cuts, repeats, insertions.
     pub fn mutate(&mut self, bytes: &[u8]) -> Vec<u8> {
         let mut bytes = bytes.to_vec();
         for _ in 0..=self.below(4) {

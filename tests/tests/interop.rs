@@ -1,5 +1,5 @@
-//! js-libp2p as the other side: connections, ping, identify, relays in both roles, and 64 MiB on a stream of ours. Run
-//! by `tests/nightly`, which installs it.
+//! Interoperability with js-libp2p: connections, ping, identify, relays in both roles, and 64 MiB on a stream. Run by
+//! `tests/nightly`, which installs js-libp2p.
 
 #![allow(clippy::unwrap_used)]
 
@@ -63,7 +63,7 @@ impl Js {
         }
     }
 
-    /// Has it do something; what comes of it.
+    /// Sends the node a command, and returns the result.
     async fn ask(&mut self, what: &str, mut request: Value) -> Value {
         self.next += 1;
         request["id"] = json!(self.next);
@@ -84,7 +84,7 @@ async fn spawn(config: Config) -> Network {
     network
 }
 
-/// The first address of `network` that `fits`, with its id.
+/// Returns the first address of `network` that `fits`, with its id.
 async fn address(network: &Network, fits: impl Fn(&str) -> bool) -> String {
     let begin = Instant::now();
     loop {
@@ -97,7 +97,7 @@ async fn address(network: &Network, fits: impl Fn(&str) -> bool) -> String {
     }
 }
 
-/// Sends 64 MiB over a stream of ours, and compares what comes back.
+/// Sends 64 MiB over a stream, and compares the bytes that come back.
 async fn echo(network: &Network, peer: PeerId, class: Class) -> PathKind {
     let stream = network.open(peer, ECHO, class).await.unwrap();
     let kind = stream.path().kind;
@@ -129,10 +129,10 @@ async fn js_dials_and_pings_and_identifies_and_gets_64_mib_back() {
         for ws in [false, true] {
             let mut js = Js::start(&["--security", security]).await;
             let at = address(&network, |a| a.ends_with("/ws") == ws).await;
-            let dialled = js.ask("dial", json!({ "address": at })).await;
+            let dialed = js.ask("dial", json!({ "address": at })).await;
             let id = network.local_peer().to_string();
-            assert_eq!(dialled["peer_id"], id.as_str());
-            assert_eq!(dialled["limited"], false);
+            assert_eq!(dialed["peer_id"], id.as_str());
+            assert_eq!(dialed["limited"], false);
             let pong = js.ask("ping", json!({ "peer_id": id })).await;
             assert!(pong["rtt_ms"].as_f64().unwrap() < 1000.0, "{pong}");
             let known = js.ask("identify", json!({ "peer_id": id })).await;
@@ -142,7 +142,7 @@ async fn js_dials_and_pings_and_identifies_and_gets_64_mib_back() {
             assert!(protocols.iter().any(|p| p == ECHO.as_ref()), "{known}");
             let back = json!({ "peer_id": id, "protocol": ECHO.as_ref(), "bytes": SIZE });
             assert_eq!(js.ask("echo", back).await["bytes"], SIZE);
-            // And the other way on the same connection.
+            // The other direction, on the same connection.
             echo(&network, js.peer, Class::Interactive).await;
             js.ask("stop", json!({})).await;
         }
@@ -150,7 +150,7 @@ async fn js_dials_and_pings_and_identifies_and_gets_64_mib_back() {
 }
 
 #[tokio::test]
-async fn js_is_dialled_and_gives_64_mib_back() {
+async fn js_is_dialed_and_gives_64_mib_back() {
     let listen = [
         "--listen",
         "/ip4/127.0.0.1/tcp/0",
@@ -169,7 +169,7 @@ async fn js_is_dialled_and_gives_64_mib_back() {
             let at = split_peer_id(found.unwrap().clone()).0;
             let path = network.connect(js.peer, vec![at]).await.unwrap();
             assert_eq!(path.transport, transport);
-            // It knows no lanes: bulk goes over the shared connection.
+            // js-libp2p has no lanes, so bulk uses the shared connection.
             echo(&network, js.peer, Class::Bulk).await;
         }
     }
@@ -192,7 +192,7 @@ async fn js_is_reached_through_our_relay() {
         echo(&network, js.peer, Class::Bulk).await,
         PathKind::Relayed
     );
-    // Ours may hold a place there as well.
+    // The Weft node may hold a reservation there as well.
     let used = relay.reachability().await.unwrap().relay_use;
     assert!(used.reservations >= 1, "{used:?}");
 }
@@ -205,8 +205,8 @@ async fn we_are_reached_through_a_js_relay() {
     let network = spawn(behind).await;
     let at = address(&network, |a| a.contains("p2p-circuit")).await;
     let mut js = Js::start(&[]).await;
-    let dialled = js.ask("dial", json!({ "address": at })).await;
-    assert_eq!(dialled["limited"], true, "{dialled}");
+    let dialed = js.ask("dial", json!({ "address": at })).await;
+    assert_eq!(dialed["limited"], true, "{dialed}");
     let id = network.local_peer().to_string();
     js.ask("ping", json!({ "peer_id": id })).await;
     let back = json!({ "peer_id": id, "protocol": ECHO.as_ref(), "bytes": SIZE });

@@ -1,4 +1,4 @@
-//! Models that are large in every way: files, tensors, bytes. Only when it is named, by `tests/nightly large`.
+//! Models with very many files, tensors, and bytes. Run only by name, by `tests/nightly large`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -12,10 +12,10 @@ use std::{
 use serde_json::json;
 use weft_tests::{Home, same_files};
 
-/// The most that a process may take of memory, in bytes.
+/// Memory limit of a process, in bytes.
 const MEMORY: u64 = 700 << 20;
 
-/// The most that a process has had in memory so far, in bytes.
+/// Returns the peak resident memory of a process, in bytes.
 fn peak(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));
@@ -23,7 +23,7 @@ fn peak(pid: u32) -> u64 {
     kib.parse::<u64>().unwrap() << 10
 }
 
-/// A safetensors file of `count` tensors of `size` bytes, all zeros; where its content begins.
+/// Writes a safetensors file of `count` tensors of `size` bytes, all zeros, and returns the position of its content.
 fn sparse(path: &Path, count: u64, size: u64) -> u64 {
     let tensors: serde_json::Map<_, _> = (0..count)
         .map(|i| {

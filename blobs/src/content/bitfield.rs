@@ -1,4 +1,4 @@
-//! Which chunk groups of a blob are had: one bit a group.
+//! A bitfield over the chunk groups of a blob: one bit a group, set if the group is present.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ pub struct Bitfield {
 }
 
 impl Bitfield {
-    /// None of `groups`.
+    /// Returns a bitfield of `groups` groups, none of them set.
     pub fn empty(groups: u64) -> Self {
         Self {
             words: vec![0; groups.div_ceil(WORD) as usize],
@@ -24,14 +24,14 @@ impl Bitfield {
         }
     }
 
-    /// All of `groups`.
+    /// Returns a bitfield of `groups` groups, all of them set.
     pub fn full(groups: u64) -> Self {
         let mut bits = Self::empty(groups);
         bits.insert_range(0..groups);
         bits
     }
 
-    /// From its bytes, if they have the right length and no bit beyond the last group.
+    /// Decodes a bitfield; `None` if the length is wrong, or if a bit beyond the last group is set.
     pub fn from_bytes(bytes: &[u8], groups: u64) -> Option<Self> {
         let tail = (groups % 8) as u32;
         let stray = tail != 0 && bytes.last().is_some_and(|last| last >> tail != 0);
@@ -53,7 +53,7 @@ impl Bitfield {
         })
     }
 
-    /// Its bytes: group `i` is bit `i % 8` of byte `i / 8`.
+    /// Encodes the bitfield: group `i` is bit `i % 8` of byte `i / 8`.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = self
             .words
@@ -64,34 +64,34 @@ impl Bitfield {
         bytes
     }
 
-    /// The bound: one past the highest index it can hold.
+    /// Returns the bound: one more than the highest index that the bitfield can hold.
     pub fn groups(&self) -> u64 {
         self.groups
     }
 
-    /// How many are in it.
+    /// Returns the number of groups that are set.
     pub fn count(&self) -> u64 {
         self.set
     }
 
-    /// Whether group `index` is had.
+    /// Returns true if group `index` is set.
     pub fn has(&self, index: u64) -> bool {
         self.words[(index / WORD) as usize] & (1 << (index % WORD)) != 0
     }
 
-    /// Whether all groups of `range` are had.
+    /// Returns true if all groups in `range` are set.
     pub fn has_all(&self, range: Range<u64>) -> bool {
         masks(range).all(|(word, mask)| self.words[word] & mask == mask)
     }
 
-    /// Marks group `index`; whether it was new.
+    /// Sets group `index`. Returns true if it was not set before.
     pub fn insert(&mut self, index: u64) -> bool {
         let before = self.set;
         self.insert_range(index..index + 1);
         self.set > before
     }
 
-    /// Marks all of `range`.
+    /// Sets all groups in `range`.
     pub fn insert_range(&mut self, range: Range<u64>) {
         for (word, mask) in masks(range) {
             let word = &mut self.words[word];
@@ -100,7 +100,7 @@ impl Bitfield {
         }
     }
 
-    /// Unmarks all of `range`.
+    /// Clears all groups in `range`.
     pub fn remove_range(&mut self, range: Range<u64>) {
         for (word, mask) in masks(range) {
             let word = &mut self.words[word];
@@ -109,7 +109,7 @@ impl Bitfield {
         }
     }
 
-    /// Keeps those that `other`, of as many groups, has too.
+    /// Clears the groups that are not set in `other`, which has the same bound.
     pub fn retain(&mut self, other: &Self) {
         debug_assert_eq!(self.groups, other.groups);
         let pairs = self.words.iter_mut().zip(&other.words);
@@ -117,24 +117,24 @@ impl Bitfield {
         self.set = self.words.iter().map(|w| u64::from(w.count_ones())).sum();
     }
 
-    /// Whether all that `other`, of as many groups, has are had.
+    /// Returns true if all groups of `other`, which has the same bound, are set.
     pub fn contains(&self, other: &Self) -> bool {
         debug_assert_eq!(self.groups, other.groups);
         let mut pairs = self.words.iter().zip(&other.words);
         pairs.all(|(word, other)| other & !word == 0)
     }
 
-    /// Adds those that `other`, of as many groups, has.
+    /// Sets the groups that are set in `other`, which has the same bound.
     pub fn extend(&mut self, other: &Self) {
         other.runs().for_each(|run| self.insert_range(run));
     }
 
-    /// Whether every group is had.
+    /// Returns true if all groups are set.
     pub fn is_full(&self) -> bool {
         self.set == self.groups
     }
 
-    /// The bytes in the groups that are had.
+    /// Returns the number of bytes in the groups that are set.
     pub fn bytes(&self, tree: &Tree) -> u64 {
         let last = self.groups - 1;
         let short =
@@ -143,14 +143,14 @@ impl Bitfield {
         if self.has(last) { full - short } else { full }
     }
 
-    /// The first run of groups at or after `from` that are had, of any length.
+    /// Returns the first run of set groups at or after `from`, of any length.
     pub fn next_run(&self, from: u64) -> Option<Range<u64>> {
         let start = self.seek(from, true)?;
         let end = self.seek(start, false).unwrap_or(self.groups);
         Some(start..end)
     }
 
-    /// All runs of groups that are had.
+    /// Returns all runs of set groups.
     pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
         let mut from = 0;
         std::iter::from_fn(move || {
@@ -160,7 +160,7 @@ impl Bitfield {
         })
     }
 
-    /// The first run of missing groups at or after `from`, of at most `most` groups.
+    /// Returns the first run of missing groups at or after `from`, of at most `most` groups.
     pub fn next_missing(&self, from: u64, most: u64) -> Option<Range<u64>> {
         let start = self.seek(from, false)?;
         let limit = self.groups.min(start.saturating_add(most));
@@ -168,7 +168,7 @@ impl Bitfield {
         Some(start..end)
     }
 
-    /// The first group at or after `from` that is had, or that is not.
+    /// Returns the first group at or after `from` that is set, or that is not set if `had` is false.
     fn seek(&self, from: u64, had: bool) -> Option<u64> {
         let mut index = from;
         while index < self.groups {
@@ -184,7 +184,7 @@ impl Bitfield {
     }
 }
 
-/// The words that `range` touches, each with the bits of it that lie in the range.
+/// Returns the words that `range` touches, each with a mask of the bits that lie in the range.
 fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     let mut at = range.start;
     std::iter::from_fn(move || {

@@ -1,4 +1,4 @@
-//! The name of bytes.
+//! The BLAKE3 hash that names a sequence of bytes.
 
 use std::{fmt, str::FromStr};
 
@@ -6,28 +6,28 @@ use std::{fmt, str::FromStr};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Hash([u8; 32]);
 
-/// The text is not 64 hex digits.
+/// The error for a text that is not 64 hex digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a hash is 64 hex digits")]
 pub struct ParseHashError;
 
 impl Hash {
-    /// The hash of `bytes`.
+    /// Returns the hash of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
 
-    /// The raw bytes.
+    /// Returns the raw bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// From raw bytes, if there are 32 of them.
+    /// Makes a hash from raw bytes; `None` if there are not 32 of them.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().ok().map(Self)
     }
 
-    /// The first ten hex digits: enough for a person to tell two apart.
+    /// Returns the first ten hex digits: enough for a person to tell two hashes apart.
     pub fn short(&self) -> String {
         self.to_string()[..10].to_owned()
     }

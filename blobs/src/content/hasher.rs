@@ -1,10 +1,12 @@
-//! All hashes of a file in one pass over it: SHA-256, the tree of the whole, and BLAKE3 of each tensor.
+//! Computes all hashes of a file in one pass: its SHA-256, its hash tree, and the BLAKE3 hash of each tensor.
 //!
-//! A reader hands pieces of [`PIECE`] bytes to two consumers: SHA-256, which is sequential, and a pool of threads that compute the
-//! BLAKE3 values of chunk groups, which is not. A tensor's hash counts from its own first byte, so that it has a tree of its own,
-//! whose groups begin where they begin: in general at no multiple of anything in the file. A [`Layer`] is a row of such trees; a file has
-//! two, itself and its tensors. A group belongs to the piece in which it ends; of the piece before, its first bytes are
-//! borrowed. So a tensor of any length is hashed on all cores, and no byte is copied between reading and hashing.
+//! A reader hands pieces of [`PIECE`] bytes to two consumers. SHA-256 is sequential and has one thread; the BLAKE3
+//! values of chunk groups are computed by a pool of threads. A tensor has a hash tree of its own, which begins at the
+//! tensor's first byte. Its groups therefore begin and end at arbitrary offsets in the file. A [`Layer`] is a row of
+//! such trees, and a file has two layers: the file itself, and its tensors.
+//!
+//! A group belongs to the piece in which it ends; its first bytes may lie in the piece before, which is kept for that.
+//! So a tensor of any length is hashed on all cores, and no byte is copied between reading and hashing.
 
 use std::{
     fs::File,
@@ -25,12 +27,13 @@ use crate::{
     tree::{GROUP, Tree},
 };
 
-/// Bytes handed from the reader to the hashers at a time: 16 groups, large enough that the hand-over costs nothing beside the hashing.
-/// No less than a group, which reaches back into one piece only.
+/// Bytes handed from the reader to the hashers at a time: 16 groups, so that the handover costs little beside the
+/// hashing. It is at least one group, because a group may reach back into one earlier piece only.
 const PIECE: u64 = 16 * GROUP;
 
-/// Pieces that may wait for SHA-256 of each file, and for the pool. Both fall behind the reader by no more, so that memory is bounded to this many
-/// mebibytes and what is in work: one a core, the one before each, and for each file one for SHA-256 and one that is read.
+/// Pieces that may wait, for SHA-256 of each file and for the pool. It bounds memory to this many mebibytes a queue and
+/// the pieces in use. These are one a core, the piece before each of those, and for each file one in SHA-256 and one
+/// being read.
 const QUEUE: usize = 8;
 
 /// The hashes of a file.
@@ -40,35 +43,35 @@ pub(crate) struct Hashed {
     pub(crate) blake3: Hash,
     /// The parents of the file's tree, in pre-order.
     pub(crate) outboard: Vec<u8>,
-    /// BLAKE3 of each tensor, in the order given.
+    /// The BLAKE3 hash of each tensor, in the order given.
     pub(crate) tensors: Vec<Hash>,
 }
 
-/// Why a file was not hashed.
+/// The reason why a file was not hashed.
 #[derive(Debug)]
 pub(crate) enum HashError {
     Io(io::Error),
-    /// It ended before the size it had.
+    /// The file ended before its expected size.
     Short,
-    /// It was told to stop.
+    /// One of the stop flags was set.
     Cancelled,
 }
 
-/// Trees over ranges of a file that follow each other.
+/// Hash trees over ranges of a file, in order of their offsets.
 #[derive(Debug)]
 struct Layer(Vec<Span>);
 
-/// A range of a file that is hashed for itself, of one byte at least.
+/// A range of at least one byte that has a hash tree of its own.
 #[derive(Debug)]
 struct Span {
     start: u64,
     tree: Tree,
-    /// The number of groups in the spans before.
+    /// The number of groups in all earlier spans.
     first: u64,
 }
 
 impl Layer {
-    /// Empty ranges have no span: their hash is that of nothing.
+    /// Makes a layer of `ranges`. An empty range gets no span: its hash is the hash of no bytes.
     fn new(ranges: &[Range<u64>]) -> Self {
         let mut spans = Vec::new();
         let mut first = 0;
@@ -93,7 +96,7 @@ impl Layer {
             .map_or(0, |span| span.first + span.tree.groups())
     }
 
-    /// The number of groups that end at `offset` of the file or before.
+    /// Returns the number of groups that end at or before `offset` in the file.
     fn ended(&self, offset: u64) -> u64 {
         let began = self.0.partition_point(|span| span.start < offset);
         let Some(span) = began.checked_sub(1).and_then(|last| self.0.get(last)) else {
@@ -108,7 +111,7 @@ impl Layer {
             }
     }
 
-    /// The groups that end in the piece, with their values.
+    /// Returns the values of the groups that end in the window's piece, and the number of the first of them.
     fn values(&self, window: &Window) -> (u64, Vec<Hash>) {
         let end = window.start + window.piece.len() as u64;
         let groups = self.ended(window.start)..self.ended(end);
@@ -128,16 +131,17 @@ impl Layer {
     }
 }
 
-/// A piece of the file, and the one before it.
+/// A piece of the file, with the piece before it.
 struct Window {
-    /// Where the piece begins.
+    /// The offset of the piece in the file.
     start: u64,
     piece: Arc<Vec<u8>>,
     before: Option<Arc<Vec<u8>>>,
 }
 
 impl Window {
-    /// The bytes of the file in `range`, which ends in the piece: those of the piece before, then those of the piece.
+    /// Returns the bytes of the file in `range`, which ends in the piece: first those in the earlier piece, then those
+    /// in this one.
     fn bytes(&self, range: Range<u64>) -> [&[u8]; 2] {
         let end = (range.end - self.start) as usize;
         match (&self.before, self.start.checked_sub(range.start)) {
@@ -156,7 +160,7 @@ struct Job {
     done: mpsc::Sender<[(u64, Vec<Hash>); 2]>,
 }
 
-/// Threads that compute group values, one a core; they end when this is dropped.
+/// A pool of threads that compute group values, one thread a core. The threads end when the pool is dropped.
 pub(crate) struct Hashers {
     jobs: Option<mpsc::SyncSender<Job>>,
     threads: Vec<thread::JoinHandle<()>>,
@@ -175,7 +179,7 @@ impl Hashers {
                         let next = queue.lock().expect("hashing does not panic").recv();
                         let Ok(job) = next else { return };
                         let values = job.layers.each_ref().map(|layer| layer.values(&job.window));
-                        // The caller may have given up on an error.
+                        // The receiver is gone if the caller stopped at an error.
                         let _ = job.done.send(values);
                     }
                 })
@@ -187,10 +191,11 @@ impl Hashers {
         }
     }
 
-    /// Hashes `file` of `size` bytes from its position, which is its beginning, and each of `tensors`, ranges within it that are in order and do
-    /// not overlap. `stop`: any of them set ends it. May be called on several threads at once, which share the pool.
+    /// Hashes `file`, which has `size` bytes and is positioned at its start, and each of `tensors`: ranges within the
+    /// file, in order and without overlap. Hashing stops once any flag in `stop` is set. Several threads may call this
+    /// at once; they share the pool.
     ///
-    /// Memory is bounded by [`QUEUE`], and 32 bytes for each group of the file and of the tensors.
+    /// Memory is bounded by [`QUEUE`], plus 32 bytes for each group of the file and of the tensors.
     pub(crate) fn hash(
         &self,
         mut file: &File,
@@ -289,7 +294,7 @@ impl Hashers {
     }
 }
 
-/// The root of each range, from the values of all their groups.
+/// Returns the root of each range, from the values of the groups of all ranges.
 fn roots(ranges: &[Range<u64>], mut values: &[Hash]) -> Vec<Hash> {
     let roots = ranges.iter().map(|range| {
         if range.is_empty() {
@@ -307,7 +312,7 @@ impl Drop for Hashers {
     fn drop(&mut self) {
         self.jobs = None;
         for thread in self.threads.drain(..) {
-            // A panic there has already failed the hash that waited for it.
+            // If the thread panicked, the `hash` call that waited for it has failed already.
             let _ = thread.join();
         }
     }
@@ -327,7 +332,7 @@ mod tests {
             .collect()
     }
 
-    /// Hashes `data` with these ranges and compares with the reference functions.
+    /// Hashes `data` with these ranges, and compares the results with the reference functions.
     fn check(hashers: &Hashers, data: &[u8], ranges: &[Range<u64>]) {
         let path = tempfile::NamedTempFile::new().unwrap();
         path.as_file().write_all(data).unwrap();
@@ -393,13 +398,13 @@ mod tests {
                 break;
             }
             ranges.push(at..at + length);
-            // Every third leaves a gap.
+            // Every third tensor is followed by a gap.
             at += length + i % 3 / 2 * 32;
         }
         assert!(ranges.len() > 1000);
         assert!(ranges.iter().any(Range::is_empty));
         check(&hashers, &data, &ranges);
-        // An empty one may lie at the first byte of another, listed after it.
+        // An empty tensor may begin at the first byte of another and be listed after it.
         check(&hashers, &data, &[5..MIB + 9, 5..5, MIB + 9..2 * MIB]);
         check(&hashers, &data, &[0..0, 3 * MIB..3 * MIB]);
     }

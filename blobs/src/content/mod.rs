@@ -1,5 +1,4 @@
-//! Bytes by their BLAKE3 hash: the hash tree over chunk groups, its values computed in parallel, and which groups of a
-//! blob are here.
+//! Hashed content: the hash tree over chunk groups, parallel hashing, and bitfields of the groups that are present.
 
 pub mod bitfield;
 pub(crate) mod hash;

@@ -1,13 +1,14 @@
 //! The BLAKE3 hash tree over chunk groups.
 //!
-//! BLAKE3 hashes a tree whose leaves are 1 KiB chunks. Stopping at subtrees of [`GROUP`] bytes gives a tree in which a group can be
-//! checked with one 64-byte parent a level; the proofs of a whole blob cost 64 bytes a group, 0.1 %. The shape follows
-//! from the size alone: a subtree of `n` groups has on its left the largest power of two below `n` (BLAKE3 paper,
+//! BLAKE3 hashes a tree whose leaves are 1 KiB chunks. Here, the leaves are subtrees of [`GROUP`] bytes. A group is
+//! verified with one 64-byte parent a level; the proofs of a whole blob cost 64 bytes a group, 0.1 %. The shape follows
+//! from the size alone. A subtree of `n` groups has on its left the largest power of two below `n` (BLAKE3 paper,
 //! section 2.1).
 //!
-//! An *outboard* is all parents of a tree in pre-order, 64 bytes each: the left child's chaining value, then the right's. A
-//! *slice* is what travels: the part of the tree that covers a range of groups, in pre-order, parents and group contents.
-//! [`Walk`] is the order both sides share; [`Verifier`] checks a slice against the root. Neither does I/O.
+//! An *outboard* is all parents of a tree in pre-order, 64 bytes each: the left child's chaining value, then the
+//! right's. A *slice* is what a provider sends: the part of the tree that covers a range of groups, in pre-order, with
+//! parents and group contents. [`Walk`] gives the order of a slice, which both sides share; [`Verifier`] checks a slice
+//! against the root. Neither does I/O.
 
 use std::ops::Range;
 
@@ -15,10 +16,11 @@ use blake3::hazmat::{HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_ro
 
 use crate::Hash;
 
-/// Bytes in a chunk group. 64 KiB: proofs cost 0.1 %, and a group is the least that is fetched for a small tensor.
+/// Bytes in a chunk group: 64 KiB. Proofs then cost 0.1 %, and the least that is fetched for a small tensor is one
+/// group.
 pub const GROUP: u64 = 64 * 1024;
 
-/// Bytes of a parent: two chaining values.
+/// Bytes in a parent: two chaining values.
 pub const PARENT: usize = 64;
 
 /// The shape of a blob's tree.
@@ -28,38 +30,39 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// The tree of a blob of `size` bytes.
+    /// Returns the tree of a blob of `size` bytes.
     pub fn new(size: u64) -> Self {
         Self { size }
     }
 
-    /// The blob's size in bytes.
+    /// Returns the blob's size in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The number of groups; an empty blob has one, of no bytes.
+    /// Returns the number of groups. An empty blob has one group, of no bytes.
     pub fn groups(&self) -> u64 {
         self.size.div_ceil(GROUP).max(1)
     }
 
-    /// The bytes of group `index`, as a range within the blob.
+    /// Returns the bytes of group `index`, as a range within the blob.
     pub fn group_bytes(&self, index: u64) -> Range<u64> {
         let start = index * GROUP;
         start..self.size.min(start.saturating_add(GROUP))
     }
 
-    /// The size of the outboard in bytes.
+    /// Returns the size of the outboard in bytes.
     pub fn outboard_size(&self) -> u64 {
         (self.groups() - 1) * PARENT as u64
     }
 
-    /// The value of group `index` with content `data`: the blob's hash if it is the only group, else a chaining value.
+    /// Returns the value of group `index` with content `data`: the blob's hash if there is only one group, else a
+    /// chaining value.
     pub fn group_value(&self, index: u64, data: &[u8]) -> Hash {
         self.value_of_parts(index, [data, &[]])
     }
 
-    /// The value of group `index` whose content is in two parts.
+    /// Returns the value of group `index`, whose content is given in two parts.
     pub(crate) fn value_of_parts(&self, index: u64, parts: [&[u8]; 2]) -> Hash {
         let mut hasher = blake3::Hasher::new();
         hasher.set_input_offset(index * GROUP);
@@ -73,19 +76,19 @@ impl Tree {
         }
     }
 
-    /// The root, from the values of all groups in order.
+    /// Returns the root, computed from the values of all groups in order.
     ///
     /// # Panics
-    /// If there is not one value a group.
+    /// If the number of values is not the number of groups.
     pub fn root(&self, values: &[Hash]) -> Hash {
         assert_eq!(values.len() as u64, self.groups(), "one value a group");
         reduce(values, true)
     }
 
-    /// The outboard and the root, from the values of all groups in order.
+    /// Returns the outboard and the root, computed from the values of all groups in order.
     ///
     /// # Panics
-    /// If there is not one value a group.
+    /// If the number of values is not the number of groups.
     pub fn outboard(&self, values: &[Hash]) -> (Vec<u8>, Hash) {
         assert_eq!(values.len() as u64, self.groups(), "one value a group");
         let mut outboard = Vec::with_capacity(self.outboard_size() as usize);
@@ -94,7 +97,7 @@ impl Tree {
     }
 }
 
-/// The value of the subtree over `values`.
+/// Returns the value of the subtree over `values`.
 fn reduce(values: &[Hash], root: bool) -> Hash {
     if let [value] = values {
         return *value;
@@ -103,12 +106,12 @@ fn reduce(values: &[Hash], root: bool) -> Hash {
     merge(&reduce(left, false), &reduce(right, false), root)
 }
 
-/// The number of groups left of the split of a subtree of `groups` groups, which are at least two.
+/// Returns the number of groups in the left half of a subtree of `groups` groups, which are at least two.
 fn left_groups(groups: u64) -> u64 {
     1 << (u64::BITS - 1 - (groups - 1).leading_zeros())
 }
 
-/// Appends the parents of the subtree over `values` in pre-order; returns its value.
+/// Appends the parents of the subtree over `values` in pre-order. Returns the subtree's value.
 fn fill(values: &[Hash], root: bool, outboard: &mut Vec<u8>) -> Hash {
     if let [value] = values {
         return *value;
@@ -140,11 +143,11 @@ pub enum Step {
         /// Position among the outboard's parents.
         index: u64,
     },
-    /// A group's content.
+    /// The content of a group.
     Group {
         /// The group's index.
         index: u64,
-        /// Its size in bytes.
+        /// The size of the content in bytes.
         size: usize,
     },
 }
@@ -153,14 +156,15 @@ pub enum Step {
 struct Subtree<T> {
     first: u64,
     groups: u64,
-    /// Index in the outboard of this subtree's own parent node, were it to have one.
+    /// Index in the outboard of the parent at the top of this subtree. A subtree of one group has no parent: there, it
+    /// is the index that comes next.
     parent: u64,
-    /// What the walker knows of it: its expected value, for a verifier.
+    /// The data that a walker keeps for each subtree: in a verifier, its expected value.
     value: T,
 }
 
 impl<T> Subtree<T> {
-    /// The two halves, given what is known of each.
+    /// Splits the subtree in two halves with these values.
     fn split(&self, left: T, right: T) -> (Self, Self) {
         let n = left_groups(self.groups);
         (
@@ -200,7 +204,7 @@ impl<T> Cover<T> {
         Self { tree, range, stack }
     }
 
-    /// Drops what lies outside the range; the step at the top of the stack, if any is left.
+    /// Drops subtrees outside the range. Returns the step at the top of the stack; `None` if the stack is empty.
     fn peek(&mut self) -> Option<Step> {
         while let Some(top) = self.stack.last() {
             if top.first >= self.range.end || top.first + top.groups <= self.range.start {
@@ -226,7 +230,7 @@ impl<T> Cover<T> {
 pub struct Walk(Cover<()>);
 
 impl Walk {
-    /// The slice of `tree` that covers the groups in `range`.
+    /// Walks over the slice of `tree` that covers the groups in `range`.
     pub fn new(tree: Tree, range: Range<u64>) -> Self {
         Self(Cover::new(tree, range, ()))
     }
@@ -247,27 +251,28 @@ impl Iterator for Walk {
     }
 }
 
-/// The bytes do not hash to what the tree says: the sender is wrong or hostile.
+/// The error for bytes that do not match the hash in the tree: the sender is wrong or hostile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the content does not match its hash (at group {group})")]
 pub struct Mismatch {
-    /// The first group of the subtree that failed.
+    /// The first group of the subtree that did not match.
     pub group: u64,
 }
 
 /// Checks a slice against a root, element by element, for the side that receives it.
 ///
-/// Call [`step`](Self::step) to learn what comes next, then [`parent`](Self::parent) or [`group`](Self::group) with its bytes.
+/// Call [`step`](Self::step) to learn which element comes next, then [`parent`](Self::parent) or [`group`](Self::group)
+/// with its bytes.
 #[derive(Debug)]
 pub struct Verifier(Cover<Hash>);
 
 impl Verifier {
-    /// For the slice that covers the groups in `range` of the blob named `root`.
+    /// Makes a verifier of the slice that covers the groups in `range` of the blob whose hash is `root`.
     pub fn new(tree: Tree, root: Hash, range: Range<u64>) -> Self {
         Self(Cover::new(tree, range, root))
     }
 
-    /// What comes next; `None` at the end of the slice.
+    /// Returns the element that comes next; `None` at the end of the slice.
     pub fn step(&mut self) -> Option<Step> {
         self.0.peek()
     }
@@ -295,7 +300,7 @@ impl Verifier {
         Ok(())
     }
 
-    /// Leaves out the content of the group that [`step`](Self::step) announced: it is not there, or not what it should be.
+    /// Skips the content of the group that [`step`](Self::step) announced: it is absent, or has the wrong content.
     ///
     /// # Panics
     /// If the last step was not a group.
@@ -304,7 +309,8 @@ impl Verifier {
         assert_eq!(top.groups, 1, "step announced a group");
     }
 
-    /// Whether `data` is the content of the group that [`step`](Self::step) announced, which is still to come.
+    /// Returns true if `data` is the content of the group that [`step`](Self::step) announced. The group is still to be
+    /// passed to the verifier.
     ///
     /// # Panics
     /// If the last step was not a group.
@@ -312,7 +318,7 @@ impl Verifier {
         let top = self.0.stack.last().expect("step announced a group");
         assert_eq!(top.groups, 1, "step announced a group");
         let bytes = self.0.tree.group_bytes(top.first);
-        // Of another length it has no value at all.
+        // Content of another length has no value in this tree.
         data.len() as u64 == bytes.end - bytes.start
             && self.0.tree.group_value(top.first, data) == top.value
     }

@@ -1,4 +1,4 @@
-//! The bytes that arrive from a provider, and how long nothing may arrive before the provider counts as lost.
+//! Counts the bytes that arrive from a provider, and decides how long it may be silent before it counts as lost.
 
 use std::{
     future::Future,
@@ -8,12 +8,12 @@ use std::{
 
 use tokio::time::{Instant, timeout_at};
 
-/// The longest time that a provider may send no byte at all before it counts as lost. Any byte is a sign of life: on a
-/// slow link a chunk group of 64 KiB takes minutes.
+/// The longest silence, in which no byte arrives, before a provider counts as lost. A single byte is enough to show
+/// that it is alive, because a chunk group of 64 KiB takes minutes on a slow link.
 pub(crate) const STALL: Duration = Duration::from_secs(20);
 
-/// The longest time without a byte on a path that is known to be slow. A queue of 20 kB in front of a link of 20 kbit/s
-/// takes 8 s, TCP sends a lost packet again after up to three round trips, and doubles that once it is lost again.
+/// The longest silence on a path that is known to be slow. A queue of 20 kB in front of a link of 20 kbit/s takes 8 s.
+/// TCP resends a lost packet after up to three round trips, and doubles that time if the packet is lost again.
 const STALL_SLOW: Duration = Duration::from_secs(90);
 
 /// Bytes and messages that have arrived from a provider over its streams.
@@ -24,7 +24,7 @@ pub struct Arrivals {
 }
 
 impl Arrivals {
-    /// Counts bytes, or a message that says that the provider is alive.
+    /// Counts bytes, or one message that shows that the provider is alive.
     pub fn add(&self, signs: u64) {
         self.signs.fetch_add(signs, Ordering::Relaxed);
     }
@@ -34,18 +34,18 @@ impl Arrivals {
         self.signs.load(Ordering::Relaxed)
     }
 
-    /// Says whether the path takes seconds for a round trip: if so, the provider may be silent for 90 s instead of 20
+    /// Sets whether a round trip on this path takes seconds. If so, the provider may be silent for 90 s instead of 20
     /// s.
     pub fn set_slow(&self, slow: bool) {
         self.slow.store(slow, Ordering::Relaxed);
     }
 
-    /// Returns true if the path takes seconds for a round trip.
+    /// Returns true if a round trip on this path takes seconds.
     pub fn is_slow(&self) -> bool {
         self.slow.load(Ordering::Relaxed)
     }
 
-    /// Returns the longest time without a byte, as far as is known now.
+    /// Returns the longest silence that is allowed now.
     pub(crate) fn patience(&self) -> Duration {
         match self.is_slow() {
             true => STALL_SLOW,
@@ -53,7 +53,7 @@ impl Arrivals {
         }
     }
 
-    /// Awaits what has to end within [`Arrivals::patience`], which may grow meanwhile; `None` if it does not.
+    /// Awaits `work`, for at most [`Arrivals::patience`], which may grow meanwhile; `None` if the time is over.
     pub(crate) async fn within<F: Future>(&self, work: F) -> Option<F::Output> {
         tokio::pin!(work);
         let begun = Instant::now();
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_path_that_proves_slow_while_it_is_waited_for_gets_the_longer_time() {
+    async fn a_path_found_slow_during_a_wait_gets_the_longer_time() {
         let begun = Instant::now();
         let arrivals = Arrivals::default();
         assert_eq!(arrivals.within(pending::<()>()).await, None);

@@ -1,4 +1,5 @@
-//! What peers tell each other of what they have: the messages of `/weft/swarm/1`, made from a transfer and applied to one.
+//! Messages of `/weft/swarm/1`, by which peers tell each other what they have. They are made from a transfer or a
+//! store, and applied to a transfer.
 
 use std::{collections::HashMap, ops::Range};
 
@@ -11,19 +12,19 @@ use crate::{
     transfer::{Coming, Peer},
 };
 
-/// The protocol's name.
+/// The name of the protocol.
 pub const PROTOCOL: &str = "/weft/swarm/1";
 
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 256 * 1024;
 
-/// The most numbers in a message: below its limit, with room for the rest.
+/// The most numbers in a message: they stay below the limit in bytes, with room for the other fields.
 const MAX_NUMBERS: usize = 20_000;
 
 /// The most peers that a message names.
 pub const MAX_PEERS: usize = 32;
 
-/// What one peer has been told so far.
+/// Content that one peer has been told of so far.
 #[derive(Debug, Default)]
 pub struct Told {
     complete: bool,
@@ -31,7 +32,7 @@ pub struct Told {
 }
 
 impl Told {
-    /// What is to be told now of what `transfer` has, as one message after another; none if nothing is new.
+    /// Returns messages about the content of `transfer` that the peer was not told of yet; empty if there is none.
     pub fn news(&mut self, transfer: &Transfer) -> Vec<wire::Have> {
         let mut messages = Vec::new();
         let mut files = Vec::new();
@@ -59,7 +60,7 @@ impl Told {
                     if runs.is_empty() {
                         continue;
                     }
-                    // What does not fit into a message follows with the next.
+                    // Runs that do not fit into this message follow in the next.
                     let said = self
                         .files
                         .entry(file)
@@ -84,7 +85,7 @@ impl Told {
             }
         }
         if all {
-            // It says more than all that came before.
+            // This message replaces all earlier ones.
             let new = !std::mem::replace(&mut self.complete, true);
             let complete = wire::Have {
                 complete: true,
@@ -102,7 +103,7 @@ impl Told {
     }
 }
 
-/// What is in a store of a model that is not being fetched, as one message after another; none if nothing is. Blocks.
+/// Returns messages about a store's content of a model that is not being fetched; empty if there is none. Blocks.
 ///
 /// # Errors
 /// [`StoreError`].
@@ -151,7 +152,8 @@ pub fn of_store(store: &Store, manifest: &Manifest) -> Result<Vec<wire::Have>, S
     Ok(messages)
 }
 
-/// Takes what a peer says that it has. What is out of bounds is left out: it only makes the peer be asked for less.
+/// Applies a peer's message about its content. Values out of bounds are ignored: that only means that the peer is asked
+/// for less.
 pub fn hear(peer: &Peer, have: &wire::Have) {
     if have.complete {
         peer.has_all();
@@ -160,7 +162,8 @@ pub fn hear(peer: &Peer, have: &wire::Have) {
     let mut next = 0;
     for file in &have.files {
         let place = file.file as usize;
-        // Each file once, in order, as an honest peer says it: so a message costs no more than the model has files.
+        // Honest peers list each file once, in order. With this check, a message costs no more than the model has
+        // files.
         if place < next {
             return;
         }
@@ -175,7 +178,7 @@ pub fn hear(peer: &Peer, have: &wire::Have) {
     }
 }
 
-/// A number of groups that are missing, a number that are had, and so on.
+/// Encodes the set groups as alternating lengths: missing groups, present groups, and so on.
 fn encode(bits: &Bitfield) -> Vec<u64> {
     let mut at = 0;
     let mut numbers = Vec::new();

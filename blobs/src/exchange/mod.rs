@@ -1,4 +1,4 @@
-//! Content between nodes: the fetching and the serving side, the schedule of requests, and limits on both.
+//! Transfer between nodes: the receiver's and the provider's side, the schedule of requests, and limits on both.
 
 pub mod arrivals;
 pub mod availability;

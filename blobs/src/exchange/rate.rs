@@ -1,4 +1,4 @@
-//! Limits on rate, and what a rate is.
+//! Limits on the rate of a transfer, in bytes a second.
 
 use std::{
     sync::{
@@ -13,10 +13,10 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// How much may pass at once after a pause.
+/// The share of the rate that may pass at once after a pause, as time.
 const BURST: Duration = Duration::from_millis(50);
 
-/// A limit on bytes a second. Cheap to clone; all clones are one limit, shared fairly by whoever waits.
+/// A limit in bytes a second. Cheap to clone; all clones are one limit, shared fairly by its users.
 #[derive(Debug, Clone, Default)]
 pub struct Limit {
     shared: Arc<Shared>,
@@ -24,27 +24,27 @@ pub struct Limit {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Bytes a second; zero is no limit.
+    /// The rate in bytes a second; zero means no limit.
     rate: AtomicU64,
-    /// When what has been let through so far is paid for.
+    /// The time from which the next bytes may pass.
     free_at: Mutex<Option<Instant>>,
-    /// How often the rate was changed, and that it was.
+    /// The number of changes of the rate; `changed` is notified at each.
     changes: AtomicU64,
     changed: Notify,
 }
 
 impl Limit {
-    /// At most `rate` bytes a second; zero is no limit.
+    /// Makes a limit of `rate` bytes a second; zero means no limit.
     pub fn new(rate: u64) -> Self {
         let limit = Self::default();
         limit.set(rate);
         limit
     }
 
-    /// Changes it, for what waits already too.
+    /// Changes the rate, also for callers that are waiting.
     pub fn set(&self, rate: u64) {
         self.shared.rate.store(rate, Ordering::Relaxed);
-        // What waits computes anew: what was booked at the old rate does not hold.
+        // Waiting callers compute their time again, because times reserved at the old rate do not hold.
         self.shared.changes.fetch_add(1, Ordering::AcqRel);
         *self.free_at() = None;
         self.shared.changed.notify_waiters();
@@ -57,12 +57,12 @@ impl Limit {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Bytes a second; zero is no limit.
+    /// Returns the rate in bytes a second; zero means no limit.
     pub fn get(&self) -> u64 {
         self.shared.rate.load(Ordering::Relaxed)
     }
 
-    /// Whether somebody else holds it as well.
+    /// Returns true if there is another clone of this limit.
     pub fn is_used(&self) -> bool {
         Arc::strong_count(&self.shared) > 1
     }
@@ -87,7 +87,7 @@ impl Limit {
                 *free_at = Some(from + takes);
                 from
             };
-            // What was let through before is paid for: this passes, and the next waits for it.
+            // These bytes pass as soon as earlier ones are paid for; the next caller waits for these.
             if until <= Instant::now() || timeout_at(until, changed).await.is_err() {
                 return;
             }
@@ -98,11 +98,11 @@ impl Limit {
     }
 }
 
-/// The fewest bytes that pass a limit at a time: what a packet carries.
+/// The fewest bytes that pass a limit at a time: about the content of a packet.
 const LEAST: u64 = 1024;
 
-/// Returns how many of `most` bytes are to pass `limits` at a time, so that some pass several times a second even at a
-/// low rate.
+/// Returns how many of `most` bytes may pass `limits` at a time: few enough that bytes pass several times a second even
+/// at a low rate.
 pub(crate) fn portion(limits: &[Limit], most: usize) -> usize {
     let rates = limits.iter().map(Limit::get).filter(|rate| *rate > 0);
     match rates.min() {
@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_limit_holds_over_time_for_all_who_share_it() {
+    async fn a_limit_holds_over_time_for_all_its_users() {
         let limit = Limit::new(1_000_000);
         let begin = Instant::now();
         let passing = || {
@@ -132,7 +132,7 @@ mod tests {
         }
         let took = begin.elapsed().as_secs_f64();
         assert!((9.7..10.1).contains(&took), "{took}");
-        // Who waits for minutes at a low rate waits no more when it is raised.
+        // A caller that waits for minutes at a low rate stops waiting when the rate is raised.
         limit.set(1_000);
         limit.pass(1_000_000).await;
         let begin = Instant::now();

@@ -1,9 +1,12 @@
-//! Who is asked for what. No I/O and no clock: time comes in as an argument, so that tests simulate swarms in milliseconds.
+//! The schedule decides which peer is asked for which content. It does no I/O and has no clock; time is an argument, so
+//! tests simulate swarms in milliseconds.
 //!
-//! What is wanted is cut into *pieces* of [`PIECE`] chunk groups; what is asked of a peer at once is a *run*: groups side by side within a piece. A peer is
-//! asked for as many bytes ahead as its window allows, which follows its measured rate and round trip. What is asked for goes in order, from a place that
-//! differs from node to node, where all peers have everything and nobody else is known to fetch; else what is rarest among a sample.
-//! When nothing is left to ask for, a peer takes over what another would deliver much later than it would itself, and the other is told that it is not needed.
+//! Wanted content is cut into *pieces* of [`PIECE`] chunk groups. A request is a *run*: adjacent groups within a piece.
+//! A peer is asked for as many bytes ahead as its window allows; the window follows its measured rate and round trip.
+//!
+//! Pieces are requested in order if all peers have everything and no other node is known to fetch the same. The start
+//! differs from node to node. Otherwise the rarest piece of a sample is requested. When nothing is left to request, a
+//! peer takes over work that another would deliver much later, and the other's request is cancelled.
 
 mod sender;
 
@@ -16,68 +19,72 @@ use std::{
 use self::sender::{Has, Rate, Sender};
 use crate::{bitfield::Bitfield, tree::Tree};
 
-/// Groups in a piece: 1 MiB, which costs 0.2 % of proofs in a blob of 100 GB, and is soon answered, so that work can move to another peer.
+/// Groups in a piece: 1 MiB. Proofs cost 0.2 % at this size in a blob of 100 GB. An answer ends soon, so that work can
+/// move to another peer.
 pub(crate) const PIECE: u64 = 16;
 
-/// A run of which only the parents are asked for counts for this part of its content: some more than what they take, so that not all is asked of one peer.
+/// The divisor for the cost of a run of which only the parents are requested. The cost is a little more than the size
+/// of the parents, so that not all such runs go to one peer.
 const PROOFS: u64 = 64;
 
-/// Pieces looked at for the rarest.
+/// Open pieces that are compared when the rarest is chosen.
 const SAMPLE: usize = 24;
 
-/// Peers that are asked for the same groups at a time, at most.
+/// The most peers that are asked for the same groups at a time.
 const COPIES: usize = 2;
 
-/// The time for which a peer is not asked again for a group that it could not read: a disk may come back, and a damaged
+/// The time for which a peer is not asked again for a group that it could not read. Its disk may recover, and a damaged
 /// file may be repaired.
 const UNREADABLE: Duration = Duration::from_secs(60);
 
-/// A peer of a schedule.
+/// Identifies a peer of a schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct PeerKey(u32);
 
-/// Groups of a blob, side by side and within a piece.
+/// Adjacent groups of a blob, within one piece.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Run {
-    /// Which blob, by its place in the schedule.
+    /// Index of the blob in the schedule.
     pub(crate) blob: usize,
-    /// Which groups.
+    /// The groups, as a range within the blob.
     pub(crate) groups: Range<u64>,
-    /// Their content is here already, as far as is known: only the parents are asked for, to check it.
+    /// True if the content is on this machine already, as far as is known. Only the parents are requested, to verify
+    /// it.
     pub(crate) proofs_only: bool,
 }
 
-/// Who has groups come before all others.
+/// Identifies one request for urgent groups; its groups are fetched first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct UrgentKey(u64);
 
-/// What a peer is to do next.
+/// The next action for a peer.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// Ask it for this.
+    /// Request this run from the peer.
     Ask(Run),
-    /// Tell it that this, which it was asked for, is not needed any more.
+    /// Cancel the request for this run, which is no longer needed.
     Cancel(Run),
-    /// Nothing for now.
+    /// Do nothing for now.
     Wait,
 }
 
-/// The state of what is wanted, and of those who send it.
+/// The wanted content, and the peers that send it.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     blobs: Vec<Blob>,
-    /// By number of the piece: its groups that are wanted and that nobody is asked for.
+    /// Wanted groups that no peer is asked for, as a bit mask a piece, by number of the piece.
     open: BTreeMap<u64, u16>,
     peers: BTreeMap<PeerKey, Sender>,
     next_peer: u32,
-    /// Others fetch the same from the same peers: what each of us has is to differ.
-    crowded: bool,
-    /// Groups that are wanted and not here.
+    /// True if other nodes fetch the same content from the same peers. Each node then fetches other pieces first.
+    contended: bool,
+    /// Number of wanted groups that are still missing.
     needed: u64,
-    /// What somebody waits for, by who: fetched before everything else, in order.
+    /// Urgent groups, by request: they are fetched before everything else, in the order of the requests.
     urgent: BTreeMap<UrgentKey, (usize, Range<u64>)>,
     next_urgent: u64,
-    /// The piece from which what is not rare is fetched in order: those who begin together do not fetch the same first.
+    /// The piece at which fetching in order starts. Random, so that nodes that begin together do not fetch the same
+    /// pieces first.
     start: u64,
     random: fastrand::Rng,
 }
@@ -85,16 +92,16 @@ pub(crate) struct Schedule {
 #[derive(Debug)]
 struct Blob {
     tree: Tree,
-    /// The number of its first piece: pieces are numbered through.
+    /// The number of the blob's first piece. Pieces are numbered consecutively over all blobs.
     first: u64,
-    /// Wanted and not here. Made when something is first wanted of it.
+    /// Wanted groups that are missing. Allocated when a group of the blob is first wanted.
     need: Option<Bitfield>,
-    /// Content that this machine has in other blobs, as far as is known.
-    elsewhere: Option<Bitfield>,
+    /// Groups whose content this machine has in other blobs, as far as is known.
+    local: Option<Bitfield>,
 }
 
 impl Schedule {
-    /// Nothing of `blobs` is wanted yet. The same `seed` makes the same choices.
+    /// Makes a schedule for `blobs`, of which nothing is wanted yet. The same `seed` leads to the same choices.
     pub(crate) fn new(blobs: impl IntoIterator<Item = Tree>, seed: u64) -> Self {
         let mut first = 0;
         let blobs = blobs.into_iter().map(|tree| {
@@ -102,7 +109,7 @@ impl Schedule {
                 tree,
                 first,
                 need: None,
-                elsewhere: None,
+                local: None,
             };
             first += tree.groups().div_ceil(PIECE);
             blob
@@ -115,7 +122,7 @@ impl Schedule {
             open: BTreeMap::new(),
             peers: BTreeMap::new(),
             next_peer: 0,
-            crowded: false,
+            contended: false,
             needed: 0,
             urgent: BTreeMap::new(),
             next_urgent: 0,
@@ -123,7 +130,7 @@ impl Schedule {
         }
     }
 
-    /// Wants groups of a blob that are not here.
+    /// Adds missing groups of a blob to the wanted content.
     pub(crate) fn want(&mut self, blob: usize, groups: Range<u64>) {
         let at = &mut self.blobs[blob];
         let need = at
@@ -144,7 +151,7 @@ impl Schedule {
         new.into_iter().for_each(|run| self.reopen(blob, run));
     }
 
-    /// Wants nothing of a blob any more: its file is closed.
+    /// Removes all groups of a blob from the wanted content: its file is closed.
     pub(crate) fn unwant(&mut self, blob: usize) {
         let at = &mut self.blobs[blob];
         let (first, tree) = (at.first, at.tree);
@@ -158,19 +165,20 @@ impl Schedule {
         }
     }
 
-    /// Of these groups this machine has the content in other blobs, as far as is known.
-    pub(crate) fn set_elsewhere(&mut self, blob: usize, groups: Bitfield) {
-        self.blobs[blob].elsewhere = Some(groups);
+    /// Sets the groups whose content this machine has in other blobs, as far as is known.
+    pub(crate) fn set_local(&mut self, blob: usize, groups: Bitfield) {
+        self.blobs[blob].local = Some(groups);
     }
 
-    /// Of these groups it has not.
-    pub(crate) fn not_elsewhere(&mut self, blob: usize, groups: Range<u64>) {
-        if let Some(elsewhere) = &mut self.blobs[blob].elsewhere {
-            elsewhere.remove_range(groups);
+    /// Records that this machine does not have the content of `groups` in other blobs.
+    pub(crate) fn not_local(&mut self, blob: usize, groups: Range<u64>) {
+        if let Some(local) = &mut self.blobs[blob].local {
+            local.remove_range(groups);
         }
     }
 
-    /// Has groups of a blob come before all others, those of several in turn, until it is taken back.
+    /// Makes groups of a blob urgent until [`end_urgent`](Self::end_urgent) is called. Several urgent requests are
+    /// served in order.
     pub(crate) fn urge(&mut self, blob: usize, groups: Range<u64>) -> UrgentKey {
         let key = UrgentKey(self.next_urgent);
         self.next_urgent += 1;
@@ -178,22 +186,22 @@ impl Schedule {
         key
     }
 
-    /// Whether anything comes before all others.
+    /// Returns true if any groups are urgent.
     pub(crate) fn is_urged(&self) -> bool {
         !self.urgent.is_empty()
     }
 
-    /// Takes an [`urge`](Self::urge) back.
-    pub(crate) fn calm(&mut self, key: UrgentKey) {
+    /// Ends an urgent request made by [`urge`](Self::urge).
+    pub(crate) fn end_urgent(&mut self, key: UrgentKey) {
         self.urgent.remove(&key);
     }
 
-    /// How many groups are wanted and not here.
+    /// Returns the number of wanted groups that are missing.
     pub(crate) fn needed(&self) -> u64 {
         self.needed
     }
 
-    /// Whether any of these groups is wanted and not here.
+    /// Returns true if any of these groups is wanted and missing.
     pub(crate) fn needs(&self, run: &Run) -> bool {
         let need = &self.blobs[run.blob].need;
         need.as_ref()
@@ -201,12 +209,12 @@ impl Schedule {
             .is_some_and(|found| found.start < run.groups.end)
     }
 
-    /// Whether others fetch the same from the same peers.
-    pub(crate) fn set_crowded(&mut self, crowded: bool) {
-        self.crowded = crowded;
+    /// Sets whether other nodes fetch the same content from the same peers.
+    pub(crate) fn set_contended(&mut self, contended: bool) {
+        self.contended = contended;
     }
 
-    /// A peer that has nothing, as far as is known.
+    /// Adds a peer that has nothing, as far as is known.
     pub(crate) fn join(&mut self, relayed: bool, round_trip: Option<Duration>) -> PeerKey {
         let key = PeerKey(self.next_peer);
         self.next_peer += 1;
@@ -222,7 +230,7 @@ impl Schedule {
                 asked_at: None,
                 last: Duration::ZERO,
                 cancels: Vec::new(),
-                barren: false,
+                exhausted: false,
                 unreadable: BTreeMap::new(),
                 unreadable_until: None,
                 fragile: BTreeSet::new(),
@@ -231,14 +239,14 @@ impl Schedule {
         key
     }
 
-    /// The peer is gone: what it was asked for, others are.
+    /// Removes a peer. Its requests go to other peers.
     pub(crate) fn leave(&mut self, key: PeerKey) {
         if let Some(peer) = self.peers.remove(&key) {
             peer.asked.into_iter().for_each(|run| self.give_back(run));
         }
     }
 
-    /// Nothing is on its way from the peer any more: its stream has ended.
+    /// Gives up all requests to a peer whose stream has ended.
     pub(crate) fn lost(&mut self, key: PeerKey) {
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
@@ -249,7 +257,7 @@ impl Schedule {
         asked.into_iter().for_each(|run| self.give_back(run));
     }
 
-    /// The path to the peer has changed.
+    /// Records that the path to a peer has changed.
     pub(crate) fn set_path(&mut self, key: PeerKey, relayed: bool, round_trip: Option<Duration>) {
         if let Some(peer) = self.peers.get_mut(&key) {
             peer.relayed = relayed;
@@ -258,15 +266,15 @@ impl Schedule {
         }
     }
 
-    /// The peer says that it has everything.
+    /// Records that a peer has everything.
     pub(crate) fn has_all(&mut self, key: PeerKey) {
         if let Some(peer) = self.peers.get_mut(&key) {
             peer.has = Has::All;
-            peer.barren = false;
+            peer.exhausted = false;
         }
     }
 
-    /// The peer says that it has these groups.
+    /// Records that a peer has these groups.
     pub(crate) fn has(&mut self, key: PeerKey, blob: usize, groups: Range<u64>) {
         let bound = self.blobs[blob].tree.groups();
         if let Some(peer) = self.peers.get_mut(&key)
@@ -274,19 +282,20 @@ impl Schedule {
         {
             let bits = blobs.entry(blob).or_insert_with(|| Bitfield::empty(bound));
             bits.insert_range(groups.start..groups.end.min(bound));
-            peer.barren = false;
+            peer.exhausted = false;
         }
     }
 
-    /// The peer says that it has not what it was asked for, whatever it said before; whether it had said that it has everything.
-    pub(crate) fn has_not(&mut self, key: PeerKey, run: &Run) -> bool {
+    /// Records that a peer does not have the run it was asked for, whatever it said before. Returns true if it had said
+    /// that it has everything.
+    pub(crate) fn lacks(&mut self, key: PeerKey, run: &Run) -> bool {
         let blobs = &self.blobs;
         let Some(peer) = self.peers.get_mut(&key) else {
             return false;
         };
         let said_all = matches!(peer.has, Has::All);
         if said_all {
-            // It has others, as far as is known.
+            // The peer has all other groups, as far as is known.
             let full = |(i, blob): (usize, &Blob)| (i, Bitfield::full(blob.tree.groups()));
             peer.has = Has::Some(blobs.iter().enumerate().map(full).collect());
         }
@@ -300,8 +309,9 @@ impl Schedule {
         said_all
     }
 
-    /// The peer cannot read what it was asked for: other groups are worth asking for, and others may have these. Of
-    /// several groups each is asked for by itself; one alone is left for a while.
+    /// Records that a peer cannot read the run it was asked for. The peer is still asked for other groups, and other
+    /// peers for these. A run of several groups is requested again one group at a time; a single group is not requested
+    /// from this peer for a while.
     pub(crate) fn cannot_read(&mut self, key: PeerKey, run: &Run, now: Duration) {
         let bytes = cost(&self.blobs[run.blob].tree, run);
         if let Some(peer) = self.peers.get_mut(&key) {
@@ -316,12 +326,12 @@ impl Schedule {
         self.give_back(run.clone());
     }
 
-    /// Bytes a second that the peer sends, smoothed; zero while that is not known.
+    /// Returns the peer's rate in bytes a second, smoothed; zero while it is unknown.
     pub(crate) fn rate(&self, key: PeerKey) -> f64 {
         self.peers.get(&key).map_or(0.0, |peer| peer.rate.value)
     }
 
-    /// What the peer is to be asked for or told next.
+    /// Returns the next action for a peer.
     pub(crate) fn next(&mut self, key: PeerKey, now: Duration) -> Next {
         let Some(peer) = self.peers.get_mut(&key) else {
             return Next::Wait;
@@ -332,7 +342,7 @@ impl Schedule {
         if peer.unreadable_until.is_some_and(|until| until <= now) {
             peer.unreadable.retain(|_, until| *until > now);
             peer.unreadable_until = peer.unreadable.values().min().copied();
-            peer.barren = false;
+            peer.exhausted = false;
         }
         if peer.ahead >= peer.window() || peer.is_stalled(now) {
             return Next::Wait;
@@ -353,18 +363,18 @@ impl Schedule {
         Next::Ask(run)
     }
 
-    /// The peer has sent what checks this many bytes of content that are here.
+    /// Records that a peer has sent the proofs of `bytes` bytes of content that is on this machine.
     pub(crate) fn proofs(&mut self, key: PeerKey, bytes: u64, now: Duration) {
         if let Some(peer) = self.peers.get_mut(&key) {
             peer.asked_at = None;
             peer.last = now;
             peer.ahead = peer.ahead.saturating_sub(bytes / PROOFS);
-            // What comes next says how fast it sends content, not how long it took for proofs.
+            // The next sample measures how fast the peer sends content, without the time for proofs.
             peer.rate.restart(now);
         }
     }
 
-    /// The peer has sent this many bytes of content.
+    /// Records that a peer has sent `bytes` bytes of content.
     pub(crate) fn progress(&mut self, key: PeerKey, bytes: u64, now: Duration) {
         if let Some(peer) = self.peers.get_mut(&key) {
             if let Some(asked_at) = peer.asked_at.take() {
@@ -377,7 +387,8 @@ impl Schedule {
         }
     }
 
-    /// The answer to `run` is over: of what came, its first `verified` groups are here. Whoever else was asked for them is told.
+    /// Ends the request for `run`. Its first `verified` groups are here now; `came` groups arrived in all. Requests for
+    /// the same groups to other peers are cancelled.
     pub(crate) fn done(&mut self, key: PeerKey, run: &Run, verified: u64, came: u64) {
         let here = run.groups.start..run.groups.start + verified;
         if let Some(need) = &mut self.blobs[run.blob].need {
@@ -412,7 +423,7 @@ impl Schedule {
         self.give_back(rest);
     }
 
-    /// The peer has taken note that `run` is not needed.
+    /// Records that a peer has cancelled its request for `run`.
     pub(crate) fn cancelled(&mut self, key: PeerKey, run: &Run) {
         let bytes = cost(&self.blobs[run.blob].tree, run);
         if let Some(peer) = self.peers.get_mut(&key) {
@@ -421,7 +432,7 @@ impl Schedule {
         self.give_back(run.clone());
     }
 
-    /// What is needed of `run` and asked of nobody is open again.
+    /// Opens those groups of `run` again that are needed and that no peer is asked for.
     fn give_back(&mut self, run: Run) {
         let mut left = Bitfield::empty(PIECE);
         let base = run.groups.start / PIECE * PIECE;
@@ -453,7 +464,7 @@ impl Schedule {
             at = end;
         }
         for peer in self.peers.values_mut() {
-            peer.barren = false;
+            peer.exhausted = false;
         }
     }
 
@@ -473,10 +484,10 @@ impl Schedule {
 
     fn choose(&mut self, key: PeerKey, now: Duration) -> Option<Run> {
         let peer = &self.peers[&key];
-        // A relay's bandwidth is somebody else's: it is used for what no direct path brings.
+        // A relay's bandwidth belongs to others, so relayed peers bring only what no direct path brings.
         let spared = peer.relayed && self.is_carried_directly(now);
-        if !spared && !self.peers[&key].barren {
-            let rare = self.crowded || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
+        if !spared && !self.peers[&key].exhausted {
+            let rare = self.contended || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
             let urgent = self.most_urgent(key);
             if urgent.is_none()
                 && !self.urgent.is_empty()
@@ -495,13 +506,13 @@ impl Schedule {
                 return Some(self.take(run));
             }
             if let Some(peer) = self.peers.get_mut(&key) {
-                peer.barren = true;
+                peer.exhausted = true;
             }
         }
         self.take_over(key, now, false)
     }
 
-    /// Whether everything comes over direct paths.
+    /// Returns true if a peer with a direct path that has everything is sending.
     fn is_carried_directly(&self, now: Duration) -> bool {
         self.peers.values().any(|peer| {
             matches!(peer.has, Has::All)
@@ -512,13 +523,13 @@ impl Schedule {
         })
     }
 
-    /// Nobody else is asked for it from now on.
+    /// Marks the groups of a run as no longer open.
     fn take(&mut self, run: Run) -> Run {
         self.close(run.blob, run.groups.clone());
         run
     }
 
-    /// The first that somebody waits for, that is open and that the peer has.
+    /// Returns the first urgent run that is open and that the peer has.
     fn most_urgent(&self, key: PeerKey) -> Option<Run> {
         self.urgent.values().find_map(|(blob, groups)| {
             let first = self.blobs[*blob].first;
@@ -527,7 +538,7 @@ impl Schedule {
         })
     }
 
-    /// The first of `pieces` that is open and that the peer has.
+    /// Returns the first run in `pieces` that is open and that the peer has.
     fn in_order(&self, key: PeerKey, pieces: Range<u64>) -> Option<Run> {
         match &self.peers[&key].has {
             Has::All => {
@@ -549,7 +560,7 @@ impl Schedule {
         }
     }
 
-    /// Of some open pieces that the peer has, the one that fewest others have.
+    /// Returns, of a sample of open pieces that the peer has, a run in the piece that fewest others have.
     fn rarest(&mut self, key: PeerKey) -> Option<Run> {
         let (low, _) = self.open.first_key_value()?;
         let (high, _) = self.open.last_key_value()?;
@@ -575,7 +586,7 @@ impl Schedule {
         }
     }
 
-    /// The first groups of an open piece that the peer has.
+    /// Returns the first groups of an open piece that the peer has.
     fn run(&self, key: PeerKey, piece: u64, open: u16) -> Option<Run> {
         let peer = &self.peers[&key];
         let blob = self.blobs.partition_point(|blob| blob.first <= piece) - 1;
@@ -583,10 +594,10 @@ impl Schedule {
         let has = |group: u64| {
             open & mask(group..group + 1) != 0 && peer.has(blob, base + group..base + group + 1)
         };
-        let elsewhere = self.blobs[blob].elsewhere.as_ref();
-        let is_elsewhere = |group: u64| elsewhere.is_some_and(|groups| groups.has(base + group));
+        let local = self.blobs[blob].local.as_ref();
+        let is_local = |group: u64| local.is_some_and(|groups| groups.has(base + group));
         let start = (0..PIECE).find(|group| has(*group))?;
-        let proofs_only = is_elsewhere(start);
+        let proofs_only = is_local(start);
         let longest = match proofs_only {
             _ if peer.fragile.contains(&(blob, base / PIECE)) => 1,
             true => PIECE,
@@ -594,7 +605,7 @@ impl Schedule {
         };
         let bound = PIECE.min(start + longest);
         let end = (start..bound)
-            .find(|group| !has(*group) || is_elsewhere(*group) != proofs_only)
+            .find(|group| !has(*group) || is_local(*group) != proofs_only)
             .unwrap_or(bound);
         Some(Run {
             blob,
@@ -603,7 +614,8 @@ impl Schedule {
         })
     }
 
-    /// What another peer was asked for and would deliver much later than this one; if so asked, only of what somebody waits for.
+    /// Returns a run that another peer was asked for and would deliver much later than this peer. If `urgent`, only
+    /// urgent runs count.
     fn take_over(&self, key: PeerKey, now: Duration, urgent: bool) -> Option<Run> {
         let peer = &self.peers[&key];
         let mut best: Option<(f64, Run)> = None;
@@ -613,12 +625,13 @@ impl Schedule {
             }
             let stalled = slow.is_stalled(now);
             let mut before = slow.ahead;
-            // From what comes last on.
+            // The last request of the other peer comes first.
             for run in slow.asked.iter().rev() {
                 let bytes = cost(&self.blobs[run.blob].tree, run);
                 let theirs = match stalled {
                     true => f64::INFINITY,
-                    // What is not known may be the slowest of all, but is not taken for it at once.
+                    // A peer of unknown rate may be very slow, but is not treated as such at once: its silence so far
+                    // counts.
                     false if slow.rate.value == 0.0 => now.saturating_sub(slow.last).as_secs_f64(),
                     false => before as f64 / slow.rate.value,
                 };
@@ -648,7 +661,7 @@ impl Schedule {
         })
     }
 
-    /// How many peers are asked for this.
+    /// Returns the number of peers that are asked for groups of this run.
     fn copies(&self, run: &Run) -> usize {
         let overlap = |asked: &Run| {
             asked.blob == run.blob
@@ -660,7 +673,7 @@ impl Schedule {
     }
 }
 
-/// The bits of groups of a piece.
+/// Returns the mask with the bits of `groups`, which are indices within a piece.
 fn mask(groups: Range<u64>) -> u16 {
     match groups.end - groups.start {
         0 => 0,
@@ -668,7 +681,7 @@ fn mask(groups: Range<u64>) -> u16 {
     }
 }
 
-/// Bytes on the way that a run counts for.
+/// Returns the number of bytes for which a requested run counts.
 fn cost(tree: &Tree, run: &Run) -> u64 {
     match run.proofs_only {
         true => bytes_of(tree, &run.groups) / PROOFS,
@@ -676,7 +689,7 @@ fn cost(tree: &Tree, run: &Run) -> u64 {
     }
 }
 
-/// Bytes of content in groups of a blob.
+/// Returns the number of bytes of content in groups of a blob.
 pub(crate) fn bytes_of(tree: &Tree, groups: &Range<u64>) -> u64 {
     match groups.is_empty() {
         true => 0,

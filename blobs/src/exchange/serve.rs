@@ -1,4 +1,4 @@
-//! The provider's side of a transfer: answers requests from what is here, whole or still arriving.
+//! The provider's side of a transfer: answers requests from blobs that are complete or still being fetched.
 
 use std::{
     collections::VecDeque,
@@ -28,57 +28,57 @@ use crate::{
     uplink::{Line, Uplink},
 };
 
-/// The transfer protocol's name.
+/// The name of the transfer protocol.
 pub const PROTOCOL: &str = "/weft/blobs/1";
 
 /// The most groups in one request: 16 MiB.
 pub const MAX_GROUPS: u64 = 256;
 
-/// The longest request or response message, in bytes. A request takes 60.
+/// The longest request or response message, in bytes. A request takes 60 bytes.
 pub(crate) const MAX_MESSAGE: usize = 128;
 
-/// Requests read ahead of the answers: more than a requester's largest window of small ones.
+/// The most requests that are read ahead of the answers: more than a receiver's largest window of small requests.
 const MAX_QUEUE: usize = 1024;
 
-/// The longest time that a stream may stand idle, or that a peer may accept no data and send nothing, before the stream
-/// is closed.
+/// The longest time for which a stream may be idle, or a peer may neither accept nor send data, before the stream is
+/// closed.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// The longest time that a peer may accept no data, however often it says that it is alive: a peer that limits itself
-/// to 100 bytes a second takes 22 minutes for the 128 KiB after which yamux makes room for more.
-const TAKES_NOTHING: Duration = Duration::from_secs(30 * 60);
+/// The longest time for which a peer may accept no data, however often it shows that it is alive. A peer that limits
+/// itself to 100 bytes a second takes 22 minutes for the 128 KiB after which yamux makes room for more.
+const ACCEPTS_NOTHING: Duration = Duration::from_secs(30 * 60);
 
-/// The interval at which a peer is told that its request waits: four times in the twenty seconds after which the peer
-/// would take this node for dead.
+/// The interval at which a peer is told that its request waits. Four such messages fit into the 20 s of silence after
+/// which the peer gives up this node.
 const TELL: Duration = Duration::from_secs(5);
 
-/// The interval at which a stream that waits for its turn looks for changes.
-const LOOK: Duration = Duration::from_secs(1);
+/// The interval at which a stream that waits for its turn checks for changes.
+const POLL: Duration = Duration::from_secs(1);
 
-/// The longest time that a peer waits for its turn if it cannot be told to wait: it is answered well before the twenty
-/// seconds after which it would take this node for dead.
+/// The longest time that a peer waits for its turn if it does not understand the message that its request waits. The
+/// answer then comes well before the 20 s of silence after which the peer gives up this node.
 const UNTOLD: Duration = Duration::from_secs(10);
 
-/// Bytes read from disk at a time. Two such buffers a stream are all the memory a requester can make a provider spend.
+/// Bytes read from disk at a time. A requester makes a provider spend at most two such buffers a stream.
 const READ: usize = 1 << 20;
 
-/// Bytes sent between two looks at the limits.
+/// Bytes sent between two checks of the limits.
 const SEND: usize = 128 * 1024;
 
-/// Why serving a stream ended early.
+/// The reason why serving a stream ended early.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
     /// The stream failed or broke the protocol.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// The requester asked for something that makes no sense.
+    /// The request is invalid.
     #[error("bad request: {0}")]
     BadRequest(&'static str),
-    /// The requester was idle, or took nothing, for a minute.
+    /// The peer was idle, or accepted nothing, for a minute.
     #[error("the peer was idle for {} s", IDLE.as_secs())]
     Idle,
-    /// A read failed when its response had begun.
+    /// A read failed after its response had begun.
     #[error(transparent)]
     Read(ReadError),
 }
@@ -89,10 +89,10 @@ impl From<io::Error> for ServeError {
     }
 }
 
-/// Answers requests on `stream` until the peer closes it, within `limits`; how many bytes were sent.
+/// Answers requests on `stream` until the peer closes it, within `limits`. Returns the number of bytes sent.
 ///
 /// # Errors
-/// [`ServeError`]; the stream is to be dropped.
+/// [`ServeError`]; drop the stream then.
 pub async fn serve<S>(store: Store, stream: S, limits: &[Limit]) -> Result<u64, ServeError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
@@ -100,10 +100,10 @@ where
     serve_in_turn(store, stream, limits, Uplink::default().line(&[], &[])).await
 }
 
-/// Answers requests as [`serve`], in turn with the other streams of an [`Uplink`].
+/// Answers requests like [`serve`], and takes turns with the other streams of an [`Uplink`].
 ///
 /// # Errors
-/// [`ServeError`]; the stream is to be dropped.
+/// [`ServeError`]; drop the stream then.
 pub async fn serve_in_turn<S>(
     store: Store,
     stream: S,
@@ -133,17 +133,17 @@ where
     }
 }
 
-/// An answer that is being sent. While it exists, the stream has something under way.
+/// An answer that is being sent. While it exists, the stream counts as having data under way.
 #[must_use = "the answer counts as ended once it is dropped"]
 struct Sending<'a> {
     queue: &'a Queue,
     number: u64,
-    /// Bytes of it that were sent.
+    /// Bytes of the answer that were sent.
     bytes: u64,
 }
 
 impl Drop for Sending<'_> {
-    /// The answer has been sent, or nothing of it will be: either way the turn does not wait for it.
+    /// Ends the answer, whether or not all of it was sent; the turn no longer waits for it.
     fn drop(&mut self) {
         let mut state = self.queue.state();
         state.sending = false;
@@ -161,10 +161,10 @@ impl Drop for Sending<'_> {
 #[derive(Debug)]
 struct Queue {
     state: Mutex<QueueState>,
-    /// Something has been put in or taken out, or the end is reached.
+    /// Notified when a request was added or removed, or the last one was read.
     changed: Notify,
     line: Line,
-    /// Something has arrived at the peer.
+    /// Notified when data has arrived at the peer.
     arrived: Notify,
 }
 
@@ -174,13 +174,13 @@ struct QueueState {
     /// The number of the next request that is read.
     next: u64,
     ended: bool,
-    /// When the peer last sent anything.
+    /// The time at which the peer last sent anything.
     heard: Instant,
-    /// The peer says what has arrived.
+    /// True if the peer reports which answers have arrived.
     tells: bool,
-    /// Answers that have not arrived yet, as far as is known: by number of the request, how many bytes.
+    /// Answers that have not arrived yet, as far as is known: the number of the request, and the bytes of its answer.
     under_way: VecDeque<(u64, u64)>,
-    /// An answer is being sent.
+    /// True while an answer is being sent.
     sending: bool,
 }
 
@@ -209,7 +209,7 @@ impl Queue {
         }
     }
 
-    /// Takes note of what the peer says, beside what it asks for.
+    /// Records what a message says beside its request: that the peer is alive, and which answers have arrived.
     fn heard(&self, request: &BlobRequest) {
         let mut state = self.state();
         state.heard = Instant::now();
@@ -237,7 +237,7 @@ impl Queue {
             .expect("nothing panics while holding the lock")
     }
 
-    /// The next request; `None` at the end.
+    /// Returns the next request; `None` after the last one.
     async fn pop(&self) -> Option<Waiting> {
         loop {
             let changed = self.changed.notified();
@@ -255,8 +255,8 @@ impl Queue {
         }
     }
 
-    /// The next request. A peer is idle when all answers have arrived, as far as is known, and it asks for nothing
-    /// more.
+    /// Returns the next request, or an error if the peer is idle. A peer is idle if it asks for nothing for [`IDLE`],
+    /// although all answers have arrived, as far as is known. It is also idle if it sends nothing at all in that time.
     async fn pop_patiently(&self) -> Result<Option<Waiting>, ServeError> {
         let begun = Instant::now();
         loop {
@@ -264,13 +264,13 @@ impl Queue {
                 return Ok(next);
             }
             let idle = self.has_arrived() || self.state().heard.elapsed() >= IDLE;
-            if idle || begun.elapsed() >= TAKES_NOTHING {
+            if idle || begun.elapsed() >= ACCEPTS_NOTHING {
                 return Err(ServeError::Idle);
             }
         }
     }
 
-    /// The next request if it is there already.
+    /// Returns the next request if it has been read already.
     fn try_pop(&self) -> Option<Waiting> {
         let waiting = self.state().waiting.pop_front();
         if waiting.is_some() {
@@ -280,13 +280,13 @@ impl Queue {
     }
 }
 
-/// Reads requests until the peer sends no more, or breaks the protocol. What has been asked before is still answered.
+/// Reads requests until the peer closes the stream or breaks the protocol. Earlier requests are still answered.
 async fn read_requests<S>(mut reader: ReadHalf<S>, queue: &Queue) -> Result<(), ServeError>
 where
     S: AsyncRead,
 {
     let result = loop {
-        // An idle peer is told from one that waits for its answers by whoever answers.
+        // There is no timeout here. The answering side tells an idle peer from one that waits for its answers.
         let request = match frame::read(&mut reader, MAX_MESSAGE).await {
             Ok(Some(request)) => request,
             Ok(None) => break Ok(()),
@@ -333,18 +333,18 @@ struct Server<'a, S> {
     writer: WriteHalf<S>,
     limits: &'a [Limit],
     queue: &'a Queue,
-    /// What is open of the blob that was asked for last.
+    /// The open sources of the blob that was requested last.
     sources: Option<(Hash, Vec<Arc<Source>>)>,
     sent: u64,
 }
 
-/// What a request comes to.
+/// The reply to a request.
 enum Reply {
     Refused(Status),
     Slice(Arc<Source>, Range<u64>, Slice),
 }
 
-/// A part of a slice, read.
+/// A part of a slice that was read from disk.
 struct Part {
     slice: Slice,
     buffer: Vec<u8>,
@@ -358,7 +358,7 @@ impl<'a, S> Server<'a, S>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    /// Reads the next answer while the last one is being sent.
+    /// Answers all requests. Reads the next answer from disk while the last one is being sent.
     async fn answer_all(&mut self) -> Result<(), ServeError> {
         let queue = self.queue;
         let mut spare = vec![Vec::new(), Vec::new()];
@@ -377,7 +377,7 @@ where
                     let Some(waiting) = next else {
                         return patient(queue, self.writer.shutdown()).await;
                     };
-                    match self.look_at(&waiting).await? {
+                    match self.prepare(&waiting).await? {
                         Reply::Refused(status) => {
                             self.refuse(status).await?;
                             continue;
@@ -401,11 +401,11 @@ where
                     continue;
                 }
             };
-            // While this one is sent, the next is read, if it is here and of a kind that can be.
+            // While this answer is sent, the next one is read, if its request has arrived and can be answered.
             if part.ended
                 && let Some(next) = queue.try_pop()
             {
-                match self.look_at(&next).await? {
+                match self.prepare(&next).await? {
                     Reply::Slice(source, groups, slice) => {
                         let buffer = spare.pop().unwrap_or_default();
                         let reading = begin(&source, slice, buffer);
@@ -432,7 +432,7 @@ where
                 part = match more.await.expect("reading does not panic") {
                     Ok(part) => part,
                     Err(error) => {
-                        // The answer has begun, and nothing can be said in it.
+                        // The answer has begun, so no error status can be sent any more.
                         self.failed(&source, groups, &error).await;
                         return Err(ServeError::Read(error));
                     }
@@ -445,21 +445,21 @@ where
         }
     }
 
-    /// Waits until this stream may send the next answer; the peer is told now and then that it is not forgotten.
+    /// Waits until this stream may send the next answer. Tells the peer every [`TELL`] that its request waits.
     async fn wait_for_turn(&mut self, waiting: &Waiting) -> Result<Sending<'a>, ServeError> {
         let queue = self.queue;
         let tells = waiting.request.waits;
         let begun = Instant::now();
         let mut told = begun;
         loop {
-            // While others wait, what was sent is to arrive before the turn goes on: a turn is an answer.
+            // A turn is one answer: while other streams wait, the last answer has to arrive before this one begins.
             if queue.line.is_wanted() && !queue.has_arrived() {
-                let _ = timeout(LOOK, queue.arrived.notified()).await;
-            } else if queue.line.turn(LOOK).await {
+                let _ = timeout(POLL, queue.arrived.notified()).await;
+            } else if queue.line.turn(POLL).await {
                 break;
             }
             if !tells && begun.elapsed() >= UNTOLD {
-                queue.line.pass();
+                queue.line.stop_waiting();
                 break;
             }
             if begun.elapsed() >= QUEUED {
@@ -481,8 +481,8 @@ where
         })
     }
 
-    /// Opens what is asked for.
-    async fn look_at(&mut self, waiting: &Waiting) -> Result<Reply, ServeError> {
+    /// Opens the blob that is requested and chooses a source for the range.
+    async fn prepare(&mut self, waiting: &Waiting) -> Result<Reply, ServeError> {
         let request = &waiting.request;
         if waiting.cancelled {
             return Ok(Reply::Refused(Status::Cancelled));
@@ -495,12 +495,12 @@ where
         }
         for again in [false, true] {
             let known = matches!(&self.sources, Some((open, _)) if *open == hash);
-            // What was open may have become more since.
+            // Sources that were opened earlier may hold more content now.
             if again || !known {
                 self.sources = match open(&self.store, hash).await {
                     Ok(found) => Some((hash, found.into_iter().map(Arc::new).collect())),
                     Err(error) => {
-                        tracing::warn!(%hash, %error, "a blob cannot be opened");
+                        tracing::warn!(%hash, %error, "cannot open a blob");
                         self.sources = None;
                         return Ok(Reply::Refused(Status::Internal));
                     }
@@ -525,7 +525,7 @@ where
                 }
             }
         }
-        // Of a damaged file, other groups are worth asking for, and these one by one.
+        // `Internal` makes the peer ask for other groups of a damaged file, and for these one by one.
         let sources = self.sources.iter().flat_map(|(_, sources)| sources);
         let damaged = sources.into_iter().any(|source| source.is_damaged());
         Ok(Reply::Refused(match damaged {
@@ -534,33 +534,33 @@ where
         }))
     }
 
-    /// Has what cannot be read of these groups count as missing; the rest of the file goes on being served.
+    /// Records as missing those of `groups` that cannot be read. The rest of the file is still served.
     async fn failed(&mut self, source: &Arc<Source>, groups: Range<u64>, error: &ReadError) {
-        tracing::debug!(%error, path = ?source.path(), "what was asked for cannot be read");
+        tracing::debug!(%error, path = ?source.path(), "cannot read requested content");
         self.sources = None;
         if matches!(error, ReadError::Changed) {
-            // It is another file by now.
+            // The file was replaced or changed, which is not damage.
             return;
         }
         let (store, source) = (self.store.clone(), Arc::clone(source));
         let noted = spawn_blocking(move || store.note_damage(&source, groups)).await;
-        if let Err(error) = noted.expect("noting damage does not panic") {
-            tracing::warn!(%error, "damage cannot be noted");
+        if let Err(error) = noted.expect("recording damage does not panic") {
+            tracing::warn!(%error, "cannot record damaged content");
         }
     }
 
-    /// Sends all of `bytes`, however slowly, as long as the peer takes some of them now and then.
+    /// Sends all of `bytes`, however slowly, as long as the peer accepts some of them from time to time.
     async fn send(&mut self, bytes: &[u8]) -> Result<(), ServeError> {
         let mut left = bytes;
         while !left.is_empty() {
-            // Less at a low rate, so that the peer hears something several times a second.
+            // Portions are smaller at a low rate, so that the peer receives some bytes several times a second.
             let (part, more) = left.split_at(rate::portion(self.limits, left.len().min(SEND)));
             left = more;
             for limit in self.limits {
                 let pass = limit.pass(part.len() as u64);
                 tokio::pin!(pass);
-                while timeout(LOOK, &mut pass).await.is_err() {
-                    self.queue.line.goes_on();
+                while timeout(POLL, &mut pass).await.is_err() {
+                    self.queue.line.keep_turn();
                 }
             }
             let mut rest = part;
@@ -570,7 +570,7 @@ where
                     return Err(io::Error::from(io::ErrorKind::WriteZero).into());
                 }
                 rest = &rest[n..];
-                self.queue.line.goes_on();
+                self.queue.line.keep_turn();
             }
         }
         self.sent += bytes.len() as u64;
@@ -589,7 +589,7 @@ where
     }
 }
 
-/// Reads the beginning of an answer, after its header.
+/// Starts reading an answer from disk, and puts its header in front.
 fn begin(source: &Arc<Source>, slice: Slice, mut buffer: Vec<u8>) -> Reading {
     let header = response(Status::Ok, source.tree().size());
     if buffer.len() < header.len() {
@@ -634,7 +634,7 @@ async fn open(store: &Store, hash: Hash) -> Result<Vec<Source>, StoreError> {
         .expect("opening a blob does not panic")
 }
 
-/// Waits for the peer, as long as it shows that it is alive, but not for ever.
+/// Awaits work that depends on the peer, as long as the peer shows that it is alive, but at most [`ACCEPTS_NOTHING`].
 async fn patient<T, E>(
     queue: &Queue,
     work: impl Future<Output = Result<T, E>>,
@@ -648,7 +648,7 @@ where
         match timeout(IDLE, &mut work).await {
             Ok(done) => return Ok(done?),
             Err(_) if queue.state().heard.elapsed() >= IDLE => return Err(ServeError::Idle),
-            Err(_) if begun.elapsed() >= TAKES_NOTHING => return Err(ServeError::Idle),
+            Err(_) if begun.elapsed() >= ACCEPTS_NOTHING => return Err(ServeError::Idle),
             Err(_) => {}
         }
     }

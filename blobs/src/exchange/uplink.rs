@@ -1,13 +1,14 @@
-//! The turns of streams that share one uplink.
+//! Turns for streams that share one uplink.
 //!
-//! On a slow uplink all answers at once would mean that none of them ends: each gets too little to deliver a chunk
-//! group in a time that anybody waits. So as many streams send at a time as the uplink carries at `PER_STREAM`, by what
-//! requesters say has arrived; the others wait. A fast uplink makes nobody wait.
+//! If a slow uplink served all streams at once, no answer would finish. Each stream would get too little to deliver a
+//! chunk group before its receiver gives up. So only as many streams send at a time as the uplink carries at
+//! `PER_STREAM`; the others wait. Receivers report what has arrived, and the rate of the uplink is computed from that.
+//! On a fast uplink, no stream waits.
 //!
-//! Turns go round by network place, then by peer, because a peer's identity costs nothing and a network does. One place
-//! has at most half of the turns. A turn whose holder takes nothing for some seconds does not count, and another stream
-//! gets one. The rate is learnt only from streams of which something arrived, over the time that this took, so that
-//! peers that take nothing do not make a fast uplink look slow.
+//! Turns rotate by network group, then by peer: a new peer identity costs nothing, a network does. One network group
+//! has at most half of the turns. If a receiver accepts nothing for some seconds, its turn no longer counts, and
+//! another stream gets one. The rate is learned only from streams on which data arrived, over the time that this took.
+//! So peers that accept nothing do not make a fast uplink look slow.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,36 +23,37 @@ use tokio::{
 
 use crate::tree::GROUP;
 
-/// Bytes a second that a stream is to have of the uplink: a chunk group of 64 KiB then takes eight seconds, well below
-/// the twenty without a byte after which a requester gives a provider up.
+/// The share of the uplink that a stream is to have, in bytes a second. A chunk group of 64 KiB then takes eight
+/// seconds. A receiver gives up a provider after 20 s without a byte.
 const PER_STREAM: f64 = 8.0 * 1024.0;
 
-/// Streams that may send at a time, however slow the uplink is: a few whose receivers are slow do not keep all others
-/// waiting.
+/// Streams that may send at a time, however slow the uplink is. With several, a few slow receivers do not keep all
+/// others waiting.
 const FEWEST: usize = 4;
 
-/// The longest time for which a turn counts. A receiver that takes an answer more slowly than that gets it all the
-/// same, beside the streams that have a turn.
+/// The longest time for which a turn counts. A receiver that accepts an answer more slowly still gets all of it, beside
+/// the streams that have a turn.
 const TURN: Duration = Duration::from_secs(30);
 
-/// The shortest time without a byte taken after which a turn counts no more: longer than a path takes to recover from
-/// lost packets. On an uplink that is known to be slow it is the time of a chunk group, and at most [`TURN`].
-const TAKES_NOTHING: Duration = Duration::from_secs(5);
+/// The shortest time without a byte accepted after which a turn no longer counts: longer than a path takes to recover
+/// from lost packets. On an uplink that is known to be slow, the time is that of a chunk group while [`FEWEST`] streams
+/// send, and at most [`TURN`].
+const ACCEPTS_NOTHING: Duration = Duration::from_secs(5);
 
-/// The time of answers under way that makes a sample of the rate.
+/// The time with answers under way that makes one sample of the rate.
 const SAMPLE: Duration = Duration::from_secs(1);
 
-/// The weight of a sample that is above the known rate: within seconds a fast uplink shows itself.
+/// The weight of a sample above the known rate. A fast uplink is recognized within seconds.
 const RISE: f64 = 0.4;
 
-/// The weight of a sample that is below the known rate. It is small because a slow sample may be due to slow receivers,
-/// and a fast one cannot be due to anything but the uplink.
+/// The weight of a sample below the known rate. It is small, because slow receivers can cause a low sample; only the
+/// uplink can cause a high one.
 const FALL: f64 = 0.1;
 
-/// The interval at which a stream that waits checks whether a turn has run out.
-const LOOK: Duration = Duration::from_secs(1);
+/// The interval at which a waiting stream checks whether a turn has run out.
+const POLL: Duration = Duration::from_secs(1);
 
-/// An uplink, shared by all streams over which a node serves. Cheap to clone; all clones are one.
+/// An uplink, shared by all streams over which a node serves. Cheap to clone; all clones refer to the same uplink.
 #[derive(Debug, Clone, Default)]
 pub struct Uplink {
     shared: Arc<Shared>,
@@ -66,45 +68,45 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// Streams that send, whether their turns still count or not.
+    /// Streams that are sending, whether or not their turns still count.
     turns: BTreeMap<u64, Turn>,
     /// Streams that wait for a turn.
     waiting: BTreeMap<u64, Waiting>,
     peers: HashMap<Arc<[u8]>, Served>,
-    places: HashMap<Arc<[u8]>, Served>,
+    networks: HashMap<Arc<[u8]>, Served>,
     rate: Measured,
 }
 
 #[derive(Debug)]
 struct Turn {
-    place: Arc<[u8]>,
+    network: Arc<[u8]>,
     begun: Instant,
-    /// When the receiver last took something, or the turn began.
+    /// The time at which the receiver last accepted data, or the turn began.
     took: Instant,
-    /// When something of the stream last arrived, or the turn began: the time since then is what the next bytes took.
+    /// The time at which data of the stream last arrived, or the turn began. The next bytes took the time since then.
     since: Instant,
 }
 
 #[derive(Debug)]
 struct Waiting {
     peer: Arc<[u8]>,
-    place: Arc<[u8]>,
-    /// When the stream came, as a number.
+    network: Arc<[u8]>,
+    /// The order of arrival of the stream, as a number.
     since: u64,
 }
 
-/// The turns of a peer, or of a place.
+/// The turns of a peer, or of a network group.
 #[derive(Debug, Default)]
 struct Served {
     streams: usize,
-    /// When it last had a turn, as a number.
+    /// The order of its latest turn, as a number.
     last: u64,
 }
 
-/// Bytes a second that arrive while answers are under way.
+/// The rate in bytes a second at which data arrives while answers are under way.
 #[derive(Debug, Default)]
 struct Measured {
-    /// Smoothed; zero while it is not known.
+    /// The smoothed rate; zero while it is unknown.
     value: f64,
     bytes: u64,
     busy: Duration,
@@ -113,8 +115,8 @@ struct Measured {
 }
 
 impl Measured {
-    /// Counts bytes that were under way from `since` until now. Time that is counted already, for another stream, is
-    /// not counted twice.
+    /// Counts bytes that were under way from `since` until `now`. Time that was counted for another stream is not
+    /// counted twice.
     fn arrived(&mut self, bytes: u64, since: Instant, now: Instant) {
         let from = self.until.map_or(since, |until| until.max(since));
         self.busy += now.saturating_duration_since(from);
@@ -136,16 +138,16 @@ impl Measured {
 }
 
 impl State {
-    /// The time without a byte taken after which a turn counts no more.
+    /// Returns the time without a byte accepted after which a turn no longer counts.
     fn patience(&self) -> Duration {
         if self.rate.value == 0.0 {
-            return TAKES_NOTHING;
+            return ACCEPTS_NOTHING;
         }
         let seconds = GROUP as f64 * FEWEST as f64 / self.rate.value;
-        Duration::try_from_secs_f64(seconds).map_or(TURN, |time| time.clamp(TAKES_NOTHING, TURN))
+        Duration::try_from_secs_f64(seconds).map_or(TURN, |time| time.clamp(ACCEPTS_NOTHING, TURN))
     }
 
-    /// The turns that count.
+    /// Returns the turns that count.
     fn counted(&self, now: Instant) -> impl Iterator<Item = &Turn> {
         let patience = self.patience();
         self.turns.values().filter(move |turn| {
@@ -154,40 +156,45 @@ impl State {
         })
     }
 
-    /// Streams that may send at a time.
+    /// Returns the number of streams that may send at a time.
     fn most(&self) -> usize {
-        // Before a rate is known, few: a fast uplink shows itself within a second.
+        // Few until the rate is known: a fast uplink is recognized within a second.
         ((self.rate.value / PER_STREAM) as usize).max(FEWEST)
     }
 
-    /// The stream whose turn is next, if the uplink has room for it: of a place that does not have half of the turns,
-    /// the place and then the peer that have gone without for longest.
+    /// Returns the stream whose turn is next, if the uplink has room for it. Network groups with half of the turns are
+    /// left out. Of the others, the group that has waited longest comes first, and in it the peer that has waited
+    /// longest.
     fn next_in_turn(&self, now: Instant) -> Option<u64> {
         let most = self.most();
         let mut count = 0;
-        let mut of_places: HashMap<&[u8], usize> = HashMap::new();
+        let mut of_networks: HashMap<&[u8], usize> = HashMap::new();
         for turn in self.counted(now) {
             count += 1;
-            *of_places.entry(&turn.place).or_default() += 1;
+            *of_networks.entry(&turn.network).or_default() += 1;
         }
         if count >= most {
             return None;
         }
-        self.first(|place| of_places.get(place).is_none_or(|count| *count < most / 2))
+        self.first(|network| {
+            of_networks
+                .get(network)
+                .is_none_or(|count| *count < most / 2)
+        })
     }
 
-    /// The stream that is to have the next turn, of those whose place may have one.
+    /// Returns the waiting stream that gets the next turn, among the network groups for which `may` returns true.
     fn first(&self, may: impl Fn(&[u8]) -> bool) -> Option<u64> {
         let last = |of: &HashMap<Arc<[u8]>, Served>, one| of.get(one).map_or(0, |one| one.last);
-        let waiting = self.waiting.iter().filter(|(_, one)| may(&one.place));
+        let waiting = self.waiting.iter().filter(|(_, one)| may(&one.network));
         let first = waiting.min_by_key(|(_, one)| {
-            let place = last(&self.places, &one.place);
-            (place, last(&self.peers, &one.peer), one.since)
+            let network = last(&self.networks, &one.network);
+            (network, last(&self.peers, &one.peer), one.since)
         });
         first.map(|(stream, _)| *stream)
     }
 
-    /// Gives a turn to `stream`, if it is its turn.
+    /// Gives `stream` a turn if it is next. Returns true if it got one.
     fn try_take(&mut self, stream: u64, now: Instant) -> bool {
         if self.next_in_turn(now) != Some(stream) {
             return false;
@@ -199,11 +206,11 @@ impl State {
         if let Some(peer) = self.peers.get_mut(&waiting.peer) {
             peer.last = self.next;
         }
-        if let Some(place) = self.places.get_mut(&waiting.place) {
-            place.last = self.next;
+        if let Some(network) = self.networks.get_mut(&waiting.network) {
+            network.last = self.next;
         }
         let turn = Turn {
-            place: waiting.place,
+            network: waiting.network,
             begun: now,
             took: now,
             since: now,
@@ -212,17 +219,17 @@ impl State {
         true
     }
 
-    /// Counts a stream more of a peer or a place.
+    /// Counts one more stream of a peer or a network group.
     fn enter(of: &mut HashMap<Arc<[u8]>, Served>, one: &Arc<[u8]>, number: u64) {
         let served = of.entry(Arc::clone(one)).or_default();
         served.streams += 1;
         if served.streams == 1 {
-            // One that has just come does not go before those who wait.
+            // A newcomer does not go ahead of those that are waiting.
             served.last = number;
         }
     }
 
-    /// Counts a stream less of a peer or a place.
+    /// Counts one stream less of a peer or a network group.
     fn leave(of: &mut HashMap<Arc<[u8]>, Served>, one: &Arc<[u8]>) {
         if let Some(served) = of.get_mut(one) {
             served.streams -= 1;
@@ -234,31 +241,32 @@ impl State {
 }
 
 impl Uplink {
-    /// Bytes a second that arrive at requesters while answers are under way, smoothed; zero while that is not known.
+    /// Returns the rate in bytes a second at which data arrives while answers are under way, smoothed; zero while it is
+    /// unknown.
     pub fn rate(&self) -> u64 {
         self.state().rate.value as u64
     }
 
-    /// Streams that have a turn, and that wait for one.
+    /// Returns the number of streams that have a turn, and the number that wait for one.
     pub fn streams(&self) -> (usize, usize) {
         let state = self.state();
         let counted = state.counted(Instant::now()).count();
         (counted, state.waiting.len())
     }
 
-    /// The place of one stream to `peer`, which is in the network `place`. Turns go round by network.
-    pub fn line(&self, peer: &[u8], place: &[u8]) -> Line {
-        let (peer, place): (Arc<[u8]>, Arc<[u8]>) = (peer.into(), place.into());
+    /// Registers one stream to `peer`, which is in the network group `network`. Turns rotate by network group.
+    pub fn line(&self, peer: &[u8], network: &[u8]) -> Line {
+        let (peer, network): (Arc<[u8]>, Arc<[u8]>) = (peer.into(), network.into());
         let mut state = self.state();
         state.next += 1;
         let stream = state.next;
         State::enter(&mut state.peers, &peer, stream);
-        State::enter(&mut state.places, &place, stream);
+        State::enter(&mut state.networks, &network, stream);
         drop(state);
         Line {
             uplink: self.clone(),
             peer,
-            place,
+            network,
             stream,
         }
     }
@@ -271,17 +279,18 @@ impl Uplink {
     }
 }
 
-/// The place of a stream at an uplink. Dropping it gives its turn to others.
+/// A stream's entry at an uplink. Dropping it frees the stream's turn.
 #[derive(Debug)]
 pub struct Line {
     uplink: Uplink,
     peer: Arc<[u8]>,
-    place: Arc<[u8]>,
+    network: Arc<[u8]>,
     stream: u64,
 }
 
 impl Line {
-    /// Returns true if the stream may begin another answer at once: no other stream waits, or a turn is free.
+    /// Takes a turn if no other stream waits or a turn is free, and waits for one otherwise. Returns true if the stream
+    /// may begin another answer at once.
     fn try_turn(&self) -> bool {
         let now = Instant::now();
         let mut state = self.uplink.state();
@@ -296,7 +305,7 @@ impl Line {
         state.next += 1;
         let waiting = Waiting {
             peer: Arc::clone(&self.peer),
-            place: Arc::clone(&self.place),
+            network: Arc::clone(&self.network),
             since: state.next,
         };
         state.waiting.insert(self.stream, waiting);
@@ -311,8 +320,8 @@ impl Line {
         false
     }
 
-    /// Waits for a turn, for at most `patience`; whether it has come. It goes on waiting in its place when it is called
-    /// again.
+    /// Waits for a turn, for at most `patience`. Returns true if the stream has one. A stream without a turn keeps its
+    /// position, and goes on waiting when this is called again.
     pub(crate) async fn turn(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         if !self.is_waiting() && self.try_turn() {
@@ -321,18 +330,18 @@ impl Line {
         loop {
             let changed = self.uplink.shared.changed.notified();
             tokio::pin!(changed);
-            // From here on nothing is missed.
+            // From here on, no notification is missed.
             changed.as_mut().enable();
             let now = Instant::now();
             if self.uplink.state().try_take(self.stream, now) {
-                // Another turn may be free too.
+                // Another turn may be free, too.
                 self.uplink.shared.changed.notify_waiters();
                 return true;
             }
             if now >= until {
                 return false;
             }
-            let _ = timeout(LOOK.min(until - now), changed).await;
+            let _ = timeout(POLL.min(until - now), changed).await;
         }
     }
 
@@ -340,39 +349,38 @@ impl Line {
         self.uplink.state().waiting.contains_key(&self.stream)
     }
 
-    /// Returns true if the stream has a turn that another stream could have instead.
+    /// Returns true if the stream has a turn that a waiting stream could use instead.
     pub(crate) fn is_wanted(&self) -> bool {
         let state = self.uplink.state();
         if !state.turns.contains_key(&self.stream) || state.waiting.is_empty() {
             return false;
         }
-        let of_place = |place: &[u8]| {
+        let of_network = |network: &[u8]| {
             let turns = state.counted(Instant::now());
-            turns.filter(|turn| *turn.place == *place).count()
+            turns.filter(|turn| *turn.network == *network).count()
         };
         let half = state.most() / 2;
-        // A place could not have more than its half, however long it waits.
+        // A network group gets no more than half of the turns, however long it waits.
         state
             .waiting
             .values()
-            .any(|one| one.place == self.place || of_place(&one.place) < half)
+            .any(|one| one.network == self.network || of_network(&one.network) < half)
     }
 
-    /// The receiver takes what is sent, or what keeps it from coming is not the receiver's doing: the turn goes on
-    /// counting.
-    pub(crate) fn goes_on(&self) {
+    /// Renews the turn: the receiver accepts data, or the delay is not the receiver's fault.
+    pub(crate) fn keep_turn(&self) {
         if let Some(turn) = self.uplink.state().turns.get_mut(&self.stream) {
             turn.took = Instant::now();
         }
     }
 
-    /// Waits no more.
-    pub(crate) fn pass(&self) {
+    /// Stops waiting for a turn.
+    pub(crate) fn stop_waiting(&self) {
         self.uplink.state().waiting.remove(&self.stream);
         self.uplink.shared.changed.notify_waiters();
     }
 
-    /// Bytes of answers have arrived; nothing more of what was sent is under way if `all`.
+    /// Counts bytes of answers that have arrived. `all` says that no sent data is under way any more.
     pub(crate) fn arrived(&self, bytes: u64, all: bool) {
         let now = Instant::now();
         let mut state = self.uplink.state();
@@ -395,7 +403,7 @@ impl Drop for Line {
         state.turns.remove(&self.stream);
         state.waiting.remove(&self.stream);
         State::leave(&mut state.peers, &self.peer);
-        State::leave(&mut state.places, &self.place);
+        State::leave(&mut state.networks, &self.network);
         drop(state);
         self.uplink.shared.changed.notify_waiters();
     }
@@ -405,8 +413,9 @@ impl Drop for Line {
 mod tests {
     use super::*;
 
-    /// Bytes that `streams` of as many peers get through an uplink in `time`, one group after another, at `rate` bytes
-    /// a second in all; and the most that had a turn at a time in the second half.
+    /// Simulates `streams` streams, each to its own peer, that share an uplink of `rate` bytes a second for `time`.
+    /// Returns the bytes that each got, in whole chunk groups, and the most streams that had a turn at a time in the
+    /// second half.
     async fn share(
         uplink: &Uplink,
         streams: usize,
@@ -426,7 +435,7 @@ mod tests {
             }
             for (line, sent, all, turn) in lines.iter_mut().filter(|one| one.3) {
                 *sent += rate / 10.0 / sending as f64;
-                line.goes_on();
+                line.keep_turn();
                 if *sent >= GROUP as f64 {
                     (*sent, *turn) = (0.0, false);
                     *all += GROUP;
@@ -462,12 +471,13 @@ mod tests {
         assert!(most >= 45, "{most} at a time");
     }
 
-    /// `count` streams, each of a network of its own if `apart`, whose receivers ask for an answer and take nothing.
+    /// Starts `count` streams whose receivers ask for an answer and accept nothing; each is in a network group of its
+    /// own if `apart`.
     fn idle(uplink: &Uplink, count: u8, apart: bool) -> tokio::task::JoinSet<()> {
         let mut idle = tokio::task::JoinSet::new();
         for i in 0..count {
-            let place = [100 + i * u8::from(apart)];
-            let line = uplink.line(&[100 + i], &place);
+            let network = [100 + i * u8::from(apart)];
+            let line = uplink.line(&[100 + i], &network);
             idle.spawn(async move {
                 while !line.turn(TURN).await {}
                 std::future::pending().await
@@ -477,19 +487,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn receivers_of_one_network_that_take_nothing_keep_no_other_network_waiting() {
+    async fn receivers_of_one_network_that_accept_nothing_keep_no_other_network_waiting() {
         let uplink = Uplink::default();
         let _idle = idle(&uplink, 20, false);
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(uplink.streams(), (FEWEST / 2, 20 - FEWEST / 2));
         let alive = uplink.line(&[1], &[1]);
         assert!(alive.turn(Duration::ZERO).await);
-        // Its answers are not drawn out by those who cannot have its turn.
+        // Its answers are not delayed for streams that cannot have its turn.
         assert!(!alive.is_wanted());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn receivers_that_take_nothing_keep_a_turn_for_some_seconds() {
+    async fn receivers_that_accept_nothing_keep_a_turn_for_some_seconds() {
         let uplink = Uplink::default();
         let _idle = idle(&uplink, 20, true);
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -497,30 +507,30 @@ mod tests {
         let alive = uplink.line(&[1], &[1]);
         let begun = Instant::now();
         assert!(alive.turn(Duration::from_secs(120)).await);
-        // All who came before have had a turn.
+        // All streams that came earlier have had a turn.
         let rounds = 20 / FEWEST as u32;
-        assert!(begun.elapsed() <= rounds * (TAKES_NOTHING + LOOK));
-        // It takes what it gets, and so its turn goes on.
+        assert!(begun.elapsed() <= rounds * (ACCEPTS_NOTHING + POLL));
+        // The receiver accepts what is sent, so its turn keeps counting.
         for _ in 0..10 {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            alive.goes_on();
+            alive.keep_turn();
             assert!(
                 alive
                     .uplink
                     .state()
                     .counted(Instant::now())
-                    .any(|one| *one.place == [1])
+                    .any(|one| *one.network == [1])
             );
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn receivers_that_take_nothing_do_not_make_a_fast_uplink_look_slow() {
+    async fn receivers_that_accept_nothing_do_not_make_a_fast_uplink_look_slow() {
         let uplink = Uplink::default();
         let _idle = idle(&uplink, 20, true);
         let time = Duration::from_secs(20);
         tokio::time::sleep(time).await;
-        // One at a time, with pauses in which only those who take nothing have turns.
+        // One active stream at a time, with pauses in which only the idle receivers have turns.
         for _ in 0..5 {
             share(&uplink, 1, 10e6, time / 10).await;
             let _more = idle(&uplink, 8, true);

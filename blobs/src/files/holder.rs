@@ -1,7 +1,7 @@
-//! The process that holds a lock, as it signs the lock file.
+//! The process that holds a lock, as the lock file records it.
 //!
-//! A process is known by its number and by when it began, within one start of one machine and one container: only there
-//! can be told whether it still runs.
+//! A process is identified by its process id and its start time, within one boot of a machine and one PID namespace.
+//! Only there can a reader tell whether the process still runs.
 
 use std::{
     fmt,
@@ -9,23 +9,23 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
 };
 
-/// Most of a lock file that is read, in bytes: several times what a process writes there.
+/// Most bytes of a lock file that are read: several times what a process writes there.
 const MAX_SIGNATURE: u64 = 1024;
 
-/// A process that signed a lock file.
+/// The process that a lock file names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Holder {
-    /// Process id; zero if the file does not say.
+    /// The process id; zero if the file does not give one.
     pub(crate) pid: u32,
     host: String,
-    /// When it began, in the system's own count.
+    /// The start time, in clock ticks since the machine started.
     since: String,
-    /// The start of the machine, and the space of process numbers in it.
+    /// The boot id of the machine, and the PID namespace.
     space: String,
 }
 
 impl Holder {
-    /// This process.
+    /// Returns this process as a holder.
     pub(crate) fn this() -> Self {
         let read = |path| {
             fs::read_to_string(path)
@@ -46,7 +46,8 @@ impl Holder {
         }
     }
 
-    /// The signature in a lock file; `None` in one that nobody has signed, or whose holder gave it back.
+    /// Reads the holder from a lock file; `None` if the file is empty: no process has written to it, or the last holder
+    /// released the lock.
     pub(crate) fn read(mut file: impl Read + Seek) -> io::Result<Option<Self>> {
         file.seek(SeekFrom::Start(0))?;
         let mut text = Vec::new();
@@ -74,7 +75,7 @@ impl Holder {
         Ok(Some(holder))
     }
 
-    /// Signs a lock file that is empty.
+    /// Writes the holder to a lock file that is empty.
     pub(crate) fn write(&self, mut file: impl Write) -> io::Result<()> {
         let Self {
             pid,
@@ -82,13 +83,13 @@ impl Holder {
             since,
             space,
         } = self;
-        // One write: nobody reads a half of it.
+        // A single write, so that no reader sees half of the record.
         let text = format!("{pid}\nhost {host}\nsince {since}\nspace {space}\n");
         file.write_all(text.as_bytes())
     }
 
-    /// Signs a lock file as this process. Writes over the signature of an earlier holder, which stays on a full disk:
-    /// so it can still be told that it was killed.
+    /// Records this process in a lock file. It writes over the entry of an earlier holder without truncating first, so
+    /// that the entry survives if the disk is full. The next holder then still learns that the earlier one was killed.
     pub(crate) fn sign(mut file: &File) -> io::Result<()> {
         let mut text = Vec::new();
         Self::this().write(&mut text)?;
@@ -97,8 +98,8 @@ impl Holder {
         file.set_len(text.len() as u64)
     }
 
-    /// Returns whether the process runs now; `None` if that cannot be told from here: the process is on another machine
-    /// or in another container, or signed before the machine was restarted.
+    /// Returns whether the process runs now; `None` if this process cannot tell. That is so if the holder is on another
+    /// machine or in another container, or if the machine was restarted since.
     pub(crate) fn runs(&self) -> Option<bool> {
         let this = Self::this();
         if self.space.trim().is_empty() || self.space != this.space || self.since.is_empty() {
@@ -123,13 +124,13 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Returns the time at which a process began: field 22 of its `stat`, in clock ticks since the machine started
-/// (proc(5)); `None` if the process does not run, or there is no /proc.
+/// Returns the time at which a process started: field 22 of its `stat`, in clock ticks since the machine started
+/// (proc(5)). `None` if the process does not run, or there is no /proc.
 fn began(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is a name in brackets, which may hold anything.
+    // The second field is the command name in brackets, and may contain any character.
     let after = &stat[stat.rfind(')')? + 1..];
-    // A process that has ended and that nobody has waited for holds nothing.
+    // A zombie process holds no locks.
     let mut fields = after.split_whitespace();
     if fields.next() == Some("Z") {
         return None;

@@ -1,4 +1,4 @@
-//! A file that one process at a time holds, and that says which.
+//! A lock file that one process at a time holds, and that names its holder.
 
 use std::{
     collections::HashSet,
@@ -13,35 +13,35 @@ use rustix::{fs::OFlags, io::Errno};
 
 use crate::files::holder::Holder;
 
-/// Locks that this process holds, by device and inode: a file system that grants every lock grants a second one to the
-/// same process, too.
+/// Locks that this process holds, by device and inode. A file system that grants every lock would grant a second one to
+/// the same process, too.
 static HELD: LazyLock<Mutex<HashSet<(u64, u64)>>> = LazyLock::new(Mutex::default);
 
 /// An advisory lock on a file, released when dropped or when the process ends, however it ends.
 #[derive(Debug)]
 pub struct Lock {
     file: File,
-    /// The last holder did not give it back: it was killed, or the power went.
+    /// True if the last holder did not release the lock: it was killed, or power was lost.
     was_left: bool,
-    /// The file says that it is this process's.
+    /// True if the file names this process.
     is_signed: bool,
-    /// In [`HELD`].
+    /// Device and inode of the lock file, as in [`HELD`].
     number: (u64, u64),
 }
 
-/// Why a lock was not taken.
+/// The reason why a lock was not taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LockError {
-    /// Another process holds it.
+    /// Another process holds the lock.
     #[error("{} is in use by {}", .path.display(), holder(.pid))]
     Held {
         /// The folder the lock protects.
         path: PathBuf,
-        /// The holder, if it left its process id.
+        /// The holder's process id, if the lock file has it.
         pid: Option<u32>,
     },
-    /// The file system has no locks.
+    /// The file system does not support locks.
     #[error(
         "cannot lock {}: its file system has no file locks ({source}); use a folder on a local disk",
         .path.display()
@@ -52,12 +52,12 @@ pub enum LockError {
         /// The error that the file system returned.
         source: io::Error,
     },
-    /// The file could not be opened or locked.
+    /// The lock file could not be opened or locked.
     #[error("cannot lock {}: {source}", .path.display())]
     Io {
         /// The lock file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error of the system.
         source: io::Error,
     },
 }
@@ -73,7 +73,7 @@ impl Lock {
     /// Takes the lock of `folder`, in its file `lock`, and writes this process's id there.
     ///
     /// # Errors
-    /// [`LockError::Held`] at once if another process, or another holder in this one, has it.
+    /// [`LockError::Held`], without waiting, if another process, or another part of this one, holds the lock.
     pub fn take(folder: &Path) -> Result<Self, LockError> {
         Self::take_with(folder, File::try_lock, Holder::sign)
     }
@@ -97,13 +97,13 @@ impl Lock {
             .write(true)
             .create(true)
             .truncate(false)
-            // The file is overwritten: never one that a link in somebody else's folder leads to.
+            // The file is overwritten, so a symbolic link in a folder that others can write to is not followed.
             .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(&path)
             .map_err(io)?;
         match try_lock(&file) {
             Ok(()) => {}
-            // The id is a courtesy: without it the error still says what matters.
+            // The process id is optional: without it, the error still says that the lock is held.
             Err(TryLockError::WouldBlock) => return Err(held(Holder::read(&file).unwrap_or(None))),
             Err(TryLockError::Error(source)) if has_no_locks(&source) => {
                 return Err(LockError::Unsupported {
@@ -113,7 +113,7 @@ impl Lock {
             }
             Err(TryLockError::Error(source)) => return Err(io(source)),
         }
-        // Some file systems grant every lock: then whoever signed the file tells.
+        // Some file systems grant every lock. There, the holder that the file names decides.
         let last = Holder::read(&file).map_err(io)?;
         if let Some(holder) = &last
             && !holder.is_this()
@@ -128,7 +128,7 @@ impl Lock {
             return Err(held(last));
         }
         drop(of_process);
-        // From here on it is given back, whatever fails.
+        // From here on, dropping `lock` releases it if a later step fails.
         let mut lock = Self {
             was_left: metadata.len() > 0,
             is_signed: false,
@@ -140,7 +140,7 @@ impl Lock {
         Ok(lock)
     }
 
-    /// Returns true if the last holder ended without giving the lock back, and so without finishing its work.
+    /// Returns true if the last holder ended without releasing the lock, and so without finishing its work.
     pub(crate) fn was_left(&self) -> bool {
         self.was_left
     }
@@ -148,12 +148,12 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // An empty file tells the next holder that this one ended cleanly; one that is not is only checked more. The
-        // signature of an earlier holder stays if this one did not begin.
+        // An empty file tells the next holder that this one ended cleanly. A file that is not empty only causes more
+        // checks. If this process did not sign the file, an earlier holder's entry stays.
         if self.is_signed
             && let Err(error) = self.file.set_len(0)
         {
-            tracing::debug!(%error, "a lock file keeps the id of its last holder");
+            tracing::debug!(%error, "cannot clear the process id in a lock file");
         }
         let mut of_process = HELD.lock().unwrap_or_else(PoisonError::into_inner);
         of_process.remove(&self.number);
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_second_holder_learns_who_the_first_is() {
+    fn a_lock_that_is_held_is_refused_with_the_holders_process_id() {
         let folder = tempfile::tempdir().unwrap();
         let first = Lock::take(folder.path()).unwrap();
         match Lock::take(folder.path()) {
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_the_file_system_grants_to_everybody_still_has_one_holder() {
+    fn a_file_system_that_grants_every_lock_still_has_one_holder() {
         let folder = tempfile::tempdir().unwrap();
         let first = Lock::take_with(folder.path(), |_| Ok(()), Holder::sign).unwrap();
         let second = Lock::take_with(folder.path(), |_| Ok(()), Holder::sign);
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_cannot_be_signed_is_given_back() {
+    fn a_lock_file_that_cannot_be_written_is_released() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("lock"), "1\n").unwrap();
         let full = |_: &File| Err(io::ErrorKind::StorageFull.into());

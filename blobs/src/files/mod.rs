@@ -1,9 +1,9 @@
-//! Opening files of which nobody knows what they are by now, on disks of which nobody knows whether they answer.
+//! Opens files safely when a path may no longer lead to a regular file, or when its disk may not answer.
 //!
-//! A path may lead to a pipe, or to a mount whose server is gone: there, an `open` waits for ever. Pipes are opened
-//! without waiting and left. On a mount where [`STUCK`] opens wait for longer than [`PATIENCE`], no further one is
-//! begun: what lies there counts as not answering, and everything else goes on. And when the process has no descriptor
-//! left, an open waits until it has one.
+//! A path may lead to a pipe, or to a mount whose server is gone; an ordinary `open` would wait for ever there. Pipes
+//! are opened without waiting, and refused. On a mount where [`STUCK`] opens have waited for longer than [`PATIENCE`],
+//! no further open is begun. The mount counts as not answering; other mounts are not affected. When the process has no
+//! file descriptor left, an open waits for one.
 
 pub(crate) mod holder;
 pub mod lock;
@@ -29,8 +29,8 @@ use rustix::{
 
 use crate::files::stamp::Stamp;
 
-/// The longest time that an open may take before its mount is suspected: a disk that has to spin up takes several
-/// seconds, and answers the second open all the same.
+/// The longest time that an open may take before its mount is suspected. A disk that has to spin up takes several
+/// seconds and exceeds this time, but it answers the second open.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Opens that may be stuck on one mount; each costs a thread.
@@ -39,16 +39,16 @@ const STUCK: usize = 4;
 /// The time for which the list of mounts is valid.
 const MOUNTS: Duration = Duration::from_secs(10);
 
-/// The longest time that an open waits for a descriptor.
+/// The longest time that an open waits for a file descriptor.
 const DESCRIPTOR: Duration = Duration::from_secs(10);
 
-/// Between two tries to get a descriptor.
+/// The pause between two attempts to get a file descriptor.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// Descriptors that are left to sockets, the database and the API.
+/// File descriptors left to sockets, the database and the API.
 const RESERVE: u64 = 40;
 
-/// Opens that are under way, by mount.
+/// The start times of opens that are under way, by mount.
 static UNDER_WAY: Mutex<Option<HashMap<PathBuf, Vec<Instant>>>> = Mutex::new(None);
 
 static KNOWN_MOUNTS: Mutex<Option<(Instant, Vec<PathBuf>)>> = Mutex::new(None);
@@ -56,13 +56,13 @@ static KNOWN_MOUNTS: Mutex<Option<(Instant, Vec<PathBuf>)>> = Mutex::new(None);
 /// Opens the regular file at `path` for reading; never waits for another process.
 ///
 /// # Errors
-/// Those of `open`; [`io::ErrorKind::InvalidInput`] if it is no regular file; [`io::ErrorKind::TimedOut`] if its disk
-/// does not answer.
+/// Those of `open`; [`io::ErrorKind::InvalidInput`] if the path does not lead to a regular file;
+/// [`io::ErrorKind::TimedOut`] if its disk does not answer.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let _under_way = UnderWay::begin(path)?;
     #[cfg(test)]
     blocked::wait(path);
-    // Opening a device may do something: look first.
+    // Opening a device may have effects, so the type is checked first.
     is_regular(&fs::metadata(path)?)?;
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
     let file = patiently(|| OpenOptions::new().read(true).custom_flags(flags).open(path))?;
@@ -70,7 +70,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Returns what there is at `path` itself, be it a link. Waits for a disk that does not answer.
+/// Returns the metadata of `path` itself, without following a symbolic link. Waits for a disk that does not answer.
 ///
 /// # Errors
 /// Those of `lstat`.
@@ -80,13 +80,13 @@ pub(crate) fn stat(path: &Path) -> io::Result<fs::Metadata> {
     fs::symlink_metadata(path)
 }
 
-/// Returns the bytes that a file takes on its disk.
+/// Returns the bytes that a file occupies on its disk.
 pub(crate) fn allocated(file: &fs::Metadata) -> u64 {
-    // Blocks are of 512 bytes whatever the file system's own are (POSIX).
+    // These blocks have 512 bytes, whatever the block size of the file system (POSIX).
     file.blocks().saturating_mul(512)
 }
 
-/// A file as it was found, by which it is known again when it is opened.
+/// The identity of a file when it was found, to recognize the file when it is opened later.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sighting {
     device: u64,
@@ -103,8 +103,8 @@ impl Sighting {
         }
     }
 
-    /// Returns true if `metadata` is that of the same file, though the file may have other content. File systems in
-    /// user space may number their files anew: there, the size and the times tell, of which only the system sets one.
+    /// Returns true if `metadata` is that of the same file, though its content may have changed. User-space file
+    /// systems may renumber their files. For those, size and times decide; one of the times is set only by the system.
     fn is(&self, metadata: &fs::Metadata) -> bool {
         let now = Self::of(metadata);
         let is_untouched = || {
@@ -117,8 +117,8 @@ impl Sighting {
     }
 }
 
-/// Opens the file at `path`, in which there were no links, for reading; never waits for another process. `None` if it
-/// is not the file that was seen there: another, or by a link on the way.
+/// Opens the file at `path` for reading, if it is still the file that was `seen` there. The path contained no symbolic
+/// links then. Never waits for another process. `None` if there is another file now, or a symbolic link on the way.
 ///
 /// # Errors
 /// Those of `open`; [`io::ErrorKind::TimedOut`] if its disk does not answer.
@@ -145,7 +145,8 @@ fn open_without_links(path: &Path) -> io::Result<File> {
     {
         let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC;
         match rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
-            // Older systems and some containers do not have it. Android ends a process that asks for it.
+            // Older systems and some containers do not have this call. Android, which ends a process that makes it,
+            // does not compile this block.
             Err(Errno::NOSYS | Errno::PERM | Errno::INVAL | Errno::TOOBIG) => {}
             opened => return Ok(File::from(opened?)),
         }
@@ -161,12 +162,12 @@ fn is_regular(metadata: &fs::Metadata) -> io::Result<()> {
         true => Ok(()),
         false => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "it is not a regular file",
+            "not a regular file",
         )),
     }
 }
 
-/// Does what needs a descriptor, and waits for one if there is none.
+/// Runs `work`, which needs a file descriptor, and tries again for up to [`DESCRIPTOR`] while there is none.
 ///
 /// # Errors
 /// Those of `work`.
@@ -182,7 +183,7 @@ pub(crate) fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Resul
     }
 }
 
-/// Returns true if `error` means that the process or the system has no descriptor left.
+/// Returns true if `error` means that the process or the system has no file descriptor left.
 pub fn is_out_of_descriptors(error: &io::Error) -> bool {
     let code = error
         .raw_os_error()
@@ -193,8 +194,8 @@ pub fn is_out_of_descriptors(error: &io::Error) -> bool {
     )
 }
 
-/// Returns how many of `most` part files may be open at a time: each needs two descriptors, and half of the descriptors
-/// beyond a reserve are for part files.
+/// Returns the number of part files that may be open at a time, at most `most`. Each needs two file descriptors, and
+/// half of the descriptors beyond a reserve are for part files.
 pub(crate) fn part_files(most: usize) -> usize {
     static LIMIT: OnceLock<u64> = OnceLock::new();
     let limit = *LIMIT.get_or_init(|| {
@@ -253,8 +254,8 @@ fn under_way() -> MutexGuard<'static, Option<HashMap<PathBuf, Vec<Instant>>>> {
         .expect("nothing panics while holding the lock")
 }
 
-/// Returns the mount point of the file system that holds `path`, by the longest prefix: asking the file system itself
-/// could wait for ever.
+/// Returns the mount point of the file system that holds `path`, by the longest prefix. The file system itself is not
+/// asked, because it might never answer.
 pub(crate) fn mount_of(path: &Path) -> PathBuf {
     #[cfg(test)]
     if let Some(mount) = blocked::mount_of(path) {
@@ -275,9 +276,10 @@ pub(crate) fn mount_of(path: &Path) -> PathBuf {
     longest.cloned().unwrap_or_else(|| PathBuf::from("/"))
 }
 
-/// All mounts. Elsewhere than on Linux, the folders in the root stand for them.
+/// Returns all mount points. On systems other than Linux the list is empty, and all paths belong to `/`.
 fn mounts() -> Vec<PathBuf> {
-    // Spaces and the like are written as octal numbers: such a mount counts to the one above it.
+    // Special characters, such as spaces, are written as octal numbers. Paths on such a mount count as those of the
+    // mount above it.
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mounts = text.lines().filter_map(|line| line.split(' ').nth(4));
     mounts.map(PathBuf::from).collect()
@@ -318,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pipe_in_the_place_of_a_file_is_no_file_and_nobody_waits_for_its_other_end() {
+    fn a_pipe_in_the_place_of_a_file_is_refused_without_waiting() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pipe");
         let made = std::process::Command::new("mkfifo").arg(&path).status();
@@ -329,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_seen_is_opened_and_nothing_that_has_taken_its_place() {
+    fn a_file_is_opened_only_if_it_is_the_one_seen_before() {
         use std::os::unix::fs::symlink;
 
         let home = tempfile::tempdir().unwrap();
@@ -343,7 +345,7 @@ mod tests {
         assert!(is_opened());
         fs::write(&path, "longer content").unwrap();
         assert!(is_opened());
-        // A link on the way, be it to the same file.
+        // A symbolic link on the way, though it leads to the same file.
         fs::rename(&folder, home.join("aside")).unwrap();
         symlink(home.join("aside"), &folder).unwrap();
         if cfg!(target_os = "linux") {
@@ -352,7 +354,7 @@ mod tests {
         fs::remove_file(&folder).unwrap();
         fs::rename(home.join("aside"), &folder).unwrap();
         assert!(is_opened());
-        // A link, another file, a pipe.
+        // A symbolic link, another file, a pipe.
         let aside = home.join("f");
         fs::rename(&path, &aside).unwrap();
         symlink(&aside, &path).unwrap();
@@ -395,7 +397,7 @@ mod tests {
         };
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         assert!(open(&alive.path().join("f")).is_ok());
-        // It answers again.
+        // The mount answers again.
         blocked::release(dead.path());
         for one in stuck {
             one.join().unwrap().unwrap();
@@ -408,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn few_descriptors_mean_few_files_at_a_time_and_never_none() {
+    fn few_descriptors_allow_few_files_at_a_time_but_at_least_one() {
         assert_eq!(of_limit(30, 64), 1);
         assert_eq!(of_limit(64, 64), 6);
         assert_eq!(of_limit(1024, 64), 64);

@@ -1,18 +1,18 @@
-//! The marks by which a change of a file shows, beyond its size and its time.
+//! File metadata by which a change of content is noticed, beyond the file's size.
 
 use std::{fs::Metadata, os::unix::fs::MetadataExt};
 
-/// A file's inode and times. Two equal stamps mean that nothing has touched the file in between, as far as its file
-/// system tells; two that differ do not mean that its content differs: a file system in user space may number its files
-/// anew at each mount, and a new hard link changes the time of change.
+/// A file's inode and times. Two equal stamps mean that the file was not touched in between, as far as its file system
+/// tells. Two stamps that differ do not prove different content. A user-space file system may renumber its files at
+/// each mount, and a new hard link changes the change time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stamp {
     pub(crate) inode: u64,
-    /// Time of the last change of the content, nanoseconds since the Unix epoch. Any program that copies a file can set
-    /// it.
+    /// Modification time (mtime) in nanoseconds since the Unix epoch: the last change of the content. Any program can
+    /// set it, such as one that copies files.
     pub(crate) modified: i64,
-    /// Time of the last change of content, name or mode, nanoseconds since the Unix epoch. The system sets it, and
-    /// nobody else.
+    /// Change time (ctime) in nanoseconds since the Unix epoch: the last change of content, name or mode. Only the
+    /// system sets it.
     pub(crate) changed: i64,
 }
 

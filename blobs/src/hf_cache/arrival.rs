@@ -1,10 +1,10 @@
-//! Bringing a model into a cache from elsewhere, so that its content lies on disk once.
+//! Fetches a model into a cache, so that its content is on disk once.
 //!
-//! What the cache has of the model, from whomever, is checked and used. What it lacks arrives in a folder of its own beside
-//! the blobs, `.weft-<id>`, where huggingface_hub looks for nothing, and is moved among them by an [`Export`] when it is whole.
-//! From then on the store reads it there.
+//! Files of the model that the cache has already are checked and used, whatever wrote them. Missing content is fetched
+//! into a folder of its own beside the blobs, `.weft-<id>`, which huggingface_hub ignores. When it is complete, an
+//! [`Export`] moves it to the blobs, and the store reads it there from then on.
 //!
-//! A crash anywhere costs no content: the store goes on with what has arrived, and finds by name what was moved already.
+//! A crash costs no content: the store continues with what has arrived, and finds files that were moved by their names.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -17,7 +17,7 @@ use super::{
     export::make_folders,
     import,
     name::temporary_folder,
-    plan::{check_way, look, stop_if_cancelled},
+    plan::{check_folders, existing, stop_if_cancelled},
 };
 use crate::{
     Hash, Manifest, Store, StoreError,
@@ -26,7 +26,7 @@ use crate::{
     manifest::File,
 };
 
-/// Where a model is to go in a cache. Making one touches no disk.
+/// The place for a model in a cache. Making one does not access the disk.
 #[derive(Debug, Clone)]
 pub struct Destination {
     cache: PathBuf,
@@ -34,24 +34,25 @@ pub struct Destination {
     revision: Revision,
 }
 
-/// A model on its way into a cache. While there is one, no other of the same model into the same repository begins.
+/// A model that is being fetched into a cache. While it exists, no other fetch of the same model into the same
+/// repository begins.
 #[derive(Debug)]
 pub struct Arrival {
     store: Store,
     layout: Layout,
     id: Hash,
     manifest: Manifest,
-    /// Where content is now, or arrives: by path in the manifest.
+    /// Paths at which content is now, or will arrive, by path in the manifest.
     sources: BTreeMap<String, PathBuf>,
     missing: Option<Manifest>,
     bytes_here: u64,
-    /// What arrives is below.
+    /// The folder below which content arrives.
     folder: PathBuf,
     _lock: Lock,
 }
 
 impl Destination {
-    /// `repo` at `revision` in `cache`, which is made if it is not there.
+    /// Makes a destination for `repo` at `revision` in `cache`, which is created if it does not exist.
     pub fn new(cache: PathBuf, repo: RepoId, revision: Revision) -> Self {
         Self {
             cache,
@@ -60,7 +61,7 @@ impl Destination {
         }
     }
 
-    /// Where what the cache lacks of the model `id` arrives.
+    /// Returns the folder in which missing content of the model `id` arrives.
     pub fn arrivals(&self, id: &Hash) -> PathBuf {
         self.folder(&self.cache, id).join("files")
     }
@@ -71,10 +72,10 @@ impl Destination {
             .join(temporary_folder(&Commit::of_model(id)))
     }
 
-    /// Finds out what the cache has of the model, and lets the store read it there. Blocks; uses all cores.
+    /// Checks which content of the model the cache has, and lets the store read it there. Blocks; uses all cores.
     ///
     /// # Errors
-    /// [`ExportError`]. Nothing that was in the cache is changed.
+    /// [`ExportError`]. Files that were in the cache are not changed.
     pub fn begin(
         &self,
         store: &Store,
@@ -87,14 +88,14 @@ impl Destination {
             .canonicalize()
             .map_err(StoreError::io("cannot read", &self.cache))?;
         let folder = self.folder(&cache, &id);
-        check_way(&cache.join(self.repo.folder_name()), &folder)?;
+        check_folders(&cache.join(self.repo.folder_name()), &folder)?;
         make_folders(&folder)?;
         let lock = Lock::take(&folder)?;
         let repo = import::repo(&cache, self.repo.clone());
         let of_model = Commit::of_model(&id);
         let commit = self.revision.commit().unwrap_or(of_model);
         let layout = self.layout(&cache, commit);
-        let mut here = Here {
+        let mut here = CacheContent {
             store,
             layout: &layout,
             repo: &repo,
@@ -103,7 +104,7 @@ impl Destination {
             found: HashMap::new(),
         };
         here.look_for(&manifest)?;
-        // Who asks huggingface_hub for the revision again gets the commit that it knows.
+        // Later requests to huggingface_hub for the revision then lead to the commit that it knows.
         let known = match layout.reference() {
             Some(_) => here.same_snapshot(&manifest, &self.revision)?,
             None => None,
@@ -123,7 +124,7 @@ impl Destination {
                     bytes_here += file.size;
                     there.clone()
                 }
-                // Files of the same content arrive as one.
+                // Files with the same content are fetched once.
                 None => arrivals.join(&missing.entry(file.blake3).or_insert(file).path),
             };
             sources.insert(file.path.clone(), source);
@@ -132,7 +133,7 @@ impl Destination {
         let missing = match missing.is_empty() {
             true => None,
             false => Some(
-                Manifest::new(missing).expect("a part of a manifest's files breaks no rule of it"),
+                Manifest::new(missing).expect("a part of a manifest's files is a valid manifest"),
             ),
         };
         Ok(Arrival {
@@ -150,35 +151,37 @@ impl Destination {
 
     fn layout(&self, cache: &Path, commit: Commit) -> Layout {
         Layout::new(cache, &self.repo, self.revision.clone(), commit)
-            .expect("a revision that is a commit is the one that is asked for")
+            .expect("the commit of a revision is the commit that was asked for")
     }
 }
 
 impl Arrival {
-    /// What the cache lacks, each content once: to be fetched into [`arrivals`](Destination::arrivals). `None` if it has all.
+    /// Returns the missing files, each content once, to be fetched into [`arrivals`](Destination::arrivals). `None` if
+    /// the cache has all of them.
     pub fn missing(&self) -> Option<&Manifest> {
         self.missing.as_ref()
     }
 
-    /// The model's size in bytes.
+    /// Returns the model's size in bytes.
     pub fn size(&self) -> u64 {
         self.manifest.size()
     }
 
-    /// The sizes of the files whose content the cache had.
+    /// Returns the total size, in bytes, of the files whose content the cache had.
     pub fn bytes_here(&self) -> u64 {
         self.bytes_here
     }
 
-    /// The folder that will be the model's.
+    /// Returns the folder that will hold the model.
     pub fn snapshot(&self) -> PathBuf {
         self.layout.snapshot()
     }
 
-    /// Moves what has arrived among the blobs, makes the snapshot and the ref, and lets the store read all of it there. Blocks.
+    /// Moves the fetched content to the blobs, makes the snapshot and the ref, and lets the store read all files there.
+    /// Blocks.
     ///
     /// # Errors
-    /// [`ExportError`]; another arrival of the model goes on from what is done.
+    /// [`ExportError`]; the next fetch of the model continues from what is done.
     pub fn finish(self, progress: &Progress) -> Result<Exported, ExportError> {
         let exported = Export {
             layout: &self.layout,
@@ -196,46 +199,46 @@ impl Arrival {
         }
         self.store
             .place(&self.id, &exported.snapshot, &self.folder, &places)?;
-        // All of it is ours, and what is left was not needed.
+        // The whole folder belongs to this fetch, and files still in it were not needed.
         if let Err(error) = fs::remove_dir_all(&self.folder) {
-            tracing::warn!(folder = %self.folder.display(), %error, "a folder of a finished transfer stays");
+            tracing::warn!(folder = %self.folder.display(), %error, "cannot remove the folder of a finished transfer");
         }
         Ok(exported)
     }
 }
 
-/// What a cache has of a model.
-struct Here<'a> {
+/// The content of a model that a cache has.
+struct CacheContent<'a> {
     store: &'a Store,
     layout: &'a Layout,
     repo: &'a Repo,
     progress: &'a Progress,
-    /// What files hold, by path without links.
+    /// Hashes of files that were checked, by path without symbolic links.
     checked: HashMap<PathBuf, Hash>,
-    /// Where content is, as it was found: a link is not ours to move.
+    /// Paths at which content was found. Symbolic links are kept in them, because a linked file must not be moved.
     found: HashMap<Hash, PathBuf>,
 }
 
-impl Here<'_> {
+impl CacheContent<'_> {
     fn look_for(&mut self, manifest: &Manifest) -> Result<(), ExportError> {
         let mut seen = HashSet::new();
         for place in self.layout.places(manifest) {
             let file = place.file;
             if let Some(blob) = place.blob
                 && seen.insert(file.blake3)
-                && let Some(there) = look(&blob)?
+                && let Some(there) = existing(&blob)?
             {
                 if !self.repo.holds(&there) || !self.is(&there, file)? {
                     return Err(ExportError::Conflict {
                         path: blob,
-                        reason: "it does not hold what it is named for",
+                        reason: "its content does not match its name",
                     });
                 }
                 self.found.insert(file.blake3, blob);
             }
         }
         for file in manifest.files() {
-            // The hub may have named its blob by other rules.
+            // The hub may have named the blob by other rules.
             for snapshot in &self.repo.snapshots {
                 if self.found.contains_key(&file.blake3) {
                     break;
@@ -251,7 +254,7 @@ impl Here<'_> {
         Ok(())
     }
 
-    /// The commit that the cache knows `revision` as, if its snapshot is just this model.
+    /// Returns the commit that the cache has for `revision`, if the snapshot of it is exactly this model.
     fn same_snapshot(
         &mut self,
         manifest: &Manifest,
@@ -272,7 +275,8 @@ impl Here<'_> {
         Ok(Some(snapshot.commit))
     }
 
-    /// Whether the file at `there`, a path without links, holds `file`. If so, the store knows it from now on.
+    /// Returns true if the file at `there`, a path without symbolic links, has the content of `file`. If so, the store
+    /// records the file.
     fn is(&mut self, there: &Path, file: &File) -> Result<bool, ExportError> {
         stop_if_cancelled(self.progress)?;
         let metadata = fs::metadata(there).map_err(StoreError::io("cannot read", there))?;
@@ -293,7 +297,7 @@ impl Here<'_> {
                 return Err(StoreError::io("cannot read", &path)(source).into());
             }
             Err(error) => {
-                tracing::warn!(path = %there.display(), %error, "a file of a cache is passed over");
+                tracing::warn!(path = %there.display(), %error, "skipping a file of a cache");
                 return Ok(false);
             }
         };

@@ -1,8 +1,8 @@
-//! What a blob in the cache is called: by the ETag that the hub sends for it.
+//! Names of blobs in the cache: the ETag that the hub sends for a file.
 //!
-//! For a file that the hub keeps in Git LFS it is the SHA-256 of the content, for another the id of its git blob, a SHA-1.
-//! Which of the two a file is, the hub decides when it is uploaded; without the hub this is a guess by its rules. A wrong
-//! guess costs nothing but another name: who reads a cache follows the links.
+//! A file that the hub keeps in Git LFS is named by the SHA-256 of its content. Any other file is named by the id of
+//! its git blob, a SHA-1. The hub decides which applies when a file is uploaded; without the hub, this module guesses
+//! by the hub's rules. A wrong guess only leads to another name: readers of a cache follow the links.
 
 use std::fmt;
 
@@ -11,13 +11,14 @@ use sha1::{Digest, Sha1};
 use super::name::hex;
 use crate::manifest::File;
 
-/// A file over this many bytes is in Git LFS whatever it is called: the hub takes no larger ones into git.
+/// Size in bytes above which a file is in Git LFS whatever its name: the hub accepts no larger files into git.
 pub const LFS_SIZE: u64 = 10 * 1024 * 1024;
 
 /// Endings of files that are in Git LFS whatever their size.
 ///
-/// The first are those of the `.gitattributes` that the hub gives to a new repository of a model, and its predecessor's
-/// `zstandard`. Those of llama.cpp's formats are not there; their files are over [`LFS_SIZE`] but for toys.
+/// The first are those in the `.gitattributes` that the hub gives to a new model repository, with its predecessor's
+/// `zstandard`. The endings of llama.cpp's formats are not in it; all but toy files of these formats are larger than
+/// [`LFS_SIZE`].
 const LFS_ENDINGS: &[&str] = &[
     "7z",
     "arrow",
@@ -55,7 +56,7 @@ const LFS_ENDINGS: &[&str] = &[
     "gguf",
 ];
 
-/// What may stand anywhere in the name of a file in Git LFS, from the same source: `*.lfs.*`, `*.tar.*`, `*tfevents*`.
+/// Parts of names of files in Git LFS, from the same source: `*.lfs.*`, `*.tar.*`, `*tfevents*`.
 const LFS_PARTS: &[&str] = &[".lfs.", ".tar.", "tfevents"];
 
 /// The folder whose files are all in Git LFS, from the same source: `saved_model/**/*`.
@@ -64,19 +65,19 @@ const LFS_FOLDER: &str = "saved_model/";
 /// The name of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Etag {
-    /// The SHA-256 of the content: of a file in Git LFS.
+    /// The SHA-256 of the content, for a file in Git LFS.
     Sha256([u8; 32]),
-    /// The SHA-1 of the content as a git blob: of any other.
+    /// The SHA-1 of the content as a git blob, for any other file.
     GitBlob([u8; 20]),
 }
 
 impl Etag {
-    /// The name of `file`'s blob if it is known without the content.
+    /// Returns the name of the blob of `file`, if the name is known without the content.
     pub fn known(file: &File) -> Option<Self> {
         is_lfs(&file.path, file.size).then_some(Self::Sha256(file.sha256))
     }
 
-    /// The name of a blob of `content` that is not in Git LFS.
+    /// Returns the name of the blob of `content`, for a file that is not in Git LFS.
     pub fn git_blob(content: &[u8]) -> Self {
         let mut hasher = Sha1::new();
         hasher.update(format!("blob {}\0", content.len()));
@@ -94,14 +95,14 @@ impl fmt::Display for Etag {
     }
 }
 
-/// Whether the hub would hold a file in Git LFS: by its path in the repository and its size in bytes.
+/// Returns true if the hub would keep a file in Git LFS, by its path in the repository and its size in bytes.
 pub fn is_lfs(path: &str, size: u64) -> bool {
     if size == 0 {
-        // Git LFS leaves empty files alone.
+        // Git LFS does not store empty files.
         return false;
     }
     let name = path.rsplit('/').next().unwrap_or(path);
-    // As git matches: case counts, and a bare `.bin` has an ending too.
+    // Git compares case-sensitively, and counts a bare `.bin` as an ending.
     let ending = name.rsplit_once('.').map(|(_, ending)| ending);
     size > LFS_SIZE
         || ending.is_some_and(|ending| LFS_ENDINGS.contains(&ending))
@@ -146,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_git_blob_has_the_id_that_git_gives_it() {
-        // `git hash-object`.
+        // Ids printed by `git hash-object`.
         for (content, id) in [
             ("", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
             ("hello\n", "ce013625030ba8dba906f756967f9e9ca394464a"),

@@ -1,13 +1,14 @@
-//! Putting a model into a cache.
+//! Writes a model into a cache.
 //!
-//! All is looked at before anything is changed. Then, each durable before the next begins: blobs, each under a temporary name
-//! until it is whole; the links of the snapshot; the ref. So a ref never names a snapshot that lacks a file, and a crash
-//! leaves the ref that was there before, or a snapshot without a ref. The next export of the model goes on from there.
+//! All checks come before the first change. Then the blobs are written, each under a temporary name until it is
+//! complete. The links of the snapshot follow, and then the ref. Each step is durable before the next begins. So a ref
+//! never names a snapshot that lacks a file. A crash leaves the earlier ref, or a snapshot without a ref, and the next
+//! export of the model continues from there.
 //!
-//! Temporary files lie among the blobs, where huggingface_hub looks for nothing: in `refs` or `snapshots` it would take each
-//! for one of its own. A lock beside those of huggingface_hub lets one export at a time into a repository, so any such file
-//! that an export finds is a leftover. huggingface_hub may download into the same repository meanwhile: it writes the same
-//! content to the same names, and as atomically.
+//! Temporary files are beside the blobs, where huggingface_hub ignores them; in `refs` or `snapshots` it would take
+//! each for a ref or a snapshot. A lock beside those of huggingface_hub lets one export at a time write to a
+//! repository, so any such file that an export finds is a leftover. huggingface_hub may download into the same
+//! repository at the same time: it writes the same content to the same names, and as atomically.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -23,7 +24,7 @@ use super::{
     layout::link,
     name::{is_temporary, temporary},
     on_one_line,
-    plan::{Blob, Plan, check_way, done, look, refuse, stop_if_cancelled},
+    plan::{Blob, Plan, check_folders, done, existing, refuse, stop_if_cancelled},
 };
 use crate::{
     Manifest, files,
@@ -32,95 +33,96 @@ use crate::{
     store::{StoreError, discard, sync_folder},
 };
 
-/// Bytes copied by the kernel between two looks at [`Progress::cancelled`].
+/// Bytes that the kernel copies between two checks of [`Progress::cancelled`].
 const STRIDE: u64 = 64 * 1024 * 1024;
 
-/// A model to put into a cache.
+/// A model to write into a cache.
 #[derive(Debug)]
 pub struct Export<'a> {
-    /// Where to.
+    /// The paths in the cache to write to.
     pub layout: &'a Layout,
-    /// What it is made of.
+    /// The manifest of the model.
     pub manifest: &'a Manifest,
-    /// Where its files are, by path in the manifest. Files whose content is in the cache already need none.
+    /// The model's files, by path in the manifest. A file whose content is in the cache already needs no source.
     ///
-    /// The caller vouches for the content: of files in Git LFS just the size is checked, and that they do not change
-    /// meanwhile. A source may be the very blob that [`Layout::places`] gave; it is then linked and not read.
+    /// The caller vouches for the content. For a file in Git LFS, the export only checks the size, and that the file
+    /// does not change meanwhile. A source may be the blob that [`Layout::places`] gave; it is then linked and not
+    /// read.
     pub sources: &'a BTreeMap<String, PathBuf>,
-    /// The sources are ours to move. Copied, and removed when all is done, are: one on another file system; one with other
-    /// hard links, through which its content could change later; a small one, whose blob the next attempt could not find
-    /// without it. Stays where it is: one that is not needed, is a symbolic link, or lies in the repository's `blobs` or
-    /// `snapshots`.
+    /// Moves the sources into the cache, because the caller gives them away. Sources of three kinds are copied instead,
+    /// and removed at the end: a source on another file system; a source with other hard links, through which its
+    /// content could change later; and a small source, because the next attempt could not find its blob without it. A
+    /// source stays if it is not needed, is a symbolic link, or lies in the repository's `blobs` or `snapshots`.
     pub take: bool,
 }
 
-/// What an export did.
+/// The result of an export.
 #[derive(Debug)]
 pub struct Exported {
-    /// The model's folder, for whoever opens it by path.
+    /// The model's folder, for programs that open it by path.
     pub snapshot: PathBuf,
-    /// Its files, in the manifest's order.
+    /// The files of the model, in the manifest's order.
     pub files: Vec<ExportedFile>,
-    /// Bytes in blobs that were moved here.
+    /// Bytes in blobs that were moved into the cache.
     pub bytes_moved: u64,
-    /// Bytes copied here; where the file system has no links, those of the snapshot too.
+    /// Bytes copied into the cache; on a file system without links, also those copied into the snapshot.
     pub bytes_copied: u64,
-    /// Bytes that were here already.
+    /// Bytes that the cache had already.
     pub bytes_kept: u64,
-    /// Entries made in the snapshot: links, or copies where the file system has none.
+    /// Entries made in the snapshot: links, or copies if the file system has no links.
     pub links_made: u64,
-    /// The ref was made or changed.
+    /// True if the ref was created or changed.
     pub ref_written: bool,
 }
 
 /// A file of an exported model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExportedFile {
-    /// Its path in the manifest.
+    /// The path in the manifest.
     pub path: String,
-    /// The file that has its content now: a blob, or what a snapshot from elsewhere has.
+    /// The file that has the content now: a blob, or the file that an existing entry of the snapshot leads to.
     pub blob: PathBuf,
-    /// How the content came there.
+    /// The way by which the content came into the cache.
     pub how: How,
 }
 
-/// How content came into the cache.
+/// The ways by which content comes into the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// Its source was renamed.
+    /// The source was renamed.
     Moved,
-    /// Its source was copied.
+    /// The source was copied.
     Copied,
-    /// It was there, or another file of the model has the same content.
+    /// The content was in the cache, or came with another file of the model.
     Kept,
 }
 
-/// Why a model was not exported.
+/// The reason why a model was not exported.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
     /// Another export writes to the same repository. Nothing was changed.
     #[error(transparent)]
     Lock(LockError),
-    /// A file's content is not in the cache, and its source is not given or not there. Nothing was changed.
-    #[error("the content of {0:?} is not in the cache, and there is no source for it")]
+    /// A file's content is not in the cache, and its source is not given or does not exist. Nothing was changed.
+    #[error("the content of {0:?} is not in the cache, and no source file for it exists")]
     NoSource(String),
-    /// A source does not hold the content it is given for.
-    #[error("{} does not hold the content of {file:?}: {reason}", on_one_line(.path))]
+    /// A source does not have the content of its file.
+    #[error("{} does not have the content of {file:?}: {reason}", on_one_line(.path))]
     Source {
         /// The file in the manifest.
         file: String,
         /// The source.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason why the source is refused.
         reason: &'static str,
     },
-    /// Something else is where this model's files go. It is left as it is, and so is all else.
+    /// Another file is at a path where a file of this model is to go. That file was not changed, and nothing else was.
     #[error("{} is in the way: {reason}", on_one_line(.path))]
     Conflict {
-        /// What is there.
+        /// The path that is taken.
         path: PathBuf,
-        /// Why it cannot stay.
+        /// The reason why the file there cannot be used.
         reason: &'static str,
     },
     /// The disk failed or is full.
@@ -141,17 +143,18 @@ impl From<LockError> for ExportError {
 }
 
 impl Export<'_> {
-    /// Does it. Blocks on the disk. Durable when it returns. Content that is there already is read to be checked.
+    /// Runs the export. Blocks on the disk. The result is durable when this returns. Content that is in the cache
+    /// already is read and checked.
     ///
-    /// [`Progress::bytes_total`] is the model's size; what is copied, moved or found there counts as done.
+    /// [`Progress::bytes_total`] is the model's size. Copied, moved and existing content counts as done.
     ///
     /// # Errors
-    /// [`ExportError`]. The cache stays readable, and the next attempt goes on from what was written.
+    /// [`ExportError`]. The cache stays readable, and the next attempt continues from what was written.
     pub fn run(&self, progress: &Progress) -> Result<Exported, ExportError> {
         self.run_with(progress, |target, at| symlink(target, at))
     }
 
-    /// `make_link` stands for `symlink`, which tests let fail.
+    /// Runs the export with `make_link` for `symlink`; tests pass one that fails.
     fn run_with(
         &self,
         progress: &Progress,
@@ -163,20 +166,20 @@ impl Export<'_> {
             .bytes_total
             .fetch_add(self.manifest.size(), Ordering::Relaxed);
         let locks = self.layout.locks();
-        check_way(&self.layout.cache.join(".locks"), &locks)?;
+        check_folders(&self.layout.cache.join(".locks"), &locks)?;
         make_folders(&locks)?;
         let _lock = Lock::take(&locks)?;
 
         let mut plan = Plan::of(self, progress)?;
         let blobs = self.layout.blobs();
         make_folders(&blobs)?;
-        sweep(&blobs)?;
-        let copied_away = self.place_blobs(&mut plan, progress)?;
+        remove_temporary_files(&blobs)?;
+        let copied_sources = self.place_blobs(&mut plan, progress)?;
         let (links_made, copied) = self.make_links(&mut plan, progress, &mut make_link)?;
         if let Some(reference) = &plan.reference {
             self.write_ref(reference)?;
         }
-        copied_away.iter().for_each(|source| discard(source));
+        copied_sources.iter().for_each(|source| discard(source));
 
         let mut exported = Exported {
             snapshot: self.layout.snapshot(),
@@ -197,19 +200,20 @@ impl Export<'_> {
         Ok(exported)
     }
 
-    /// Brings the content; the sources that were ours and are still there.
+    /// Copies or moves the content into the cache. Returns the copied sources that the caller gave away; they are
+    /// removed later.
     fn place_blobs(
         &self,
         plan: &mut Plan,
         progress: &Progress,
     ) -> Result<Vec<PathBuf>, ExportError> {
-        // One source may be of several blobs: it is moved to the last of them.
+        // Several blobs may have the same source, which is moved to the last of them.
         let mut uses = HashMap::<&Path, usize>::new();
         for blob in plan.blobs.values() {
             *uses.entry(&blob.source.path).or_default() += 1;
         }
         let mut how = HashMap::<&str, How>::new();
-        let mut copied_away = Vec::new();
+        let mut copied_sources = Vec::new();
         for (etag, blob) in &plan.blobs {
             stop_if_cancelled(progress)?;
             let source = blob.source.path.as_path();
@@ -230,7 +234,7 @@ impl Export<'_> {
             how.insert(&blob.file, How::Copied);
             progress.files_done.fetch_add(1, Ordering::Relaxed);
             if take {
-                copied_away.push(source.to_owned());
+                copied_sources.push(source.to_owned());
             }
         }
         sync_folder(&self.layout.blobs())?;
@@ -239,10 +243,11 @@ impl Export<'_> {
                 file.how = *how;
             }
         }
-        Ok(copied_away)
+        Ok(copied_sources)
     }
 
-    /// Whether a source may go away: what a link or another name still leads to may not.
+    /// Returns true if a source may be moved or removed: it is not a symbolic link, and not part of the repository's
+    /// blobs or snapshots.
     fn is_movable(&self, source: &Path) -> Result<bool, ExportError> {
         let cannot_read = || StoreError::io("cannot read", source);
         let is_link = fs::symlink_metadata(source)
@@ -257,7 +262,7 @@ impl Export<'_> {
         Ok(!is_link && in_use == [false, false])
     }
 
-    /// Copies into the cache, by way of a temporary file called `name`.
+    /// Copies a source into the cache, through a temporary file called `name`.
     fn copy(
         &self,
         blob: &Blob,
@@ -271,12 +276,12 @@ impl Export<'_> {
             let cannot_read = || StoreError::io("cannot read", &source.path);
             let cannot_write = || StoreError::io("cannot write", &temporary);
             let from = files::open(&source.path).map_err(cannot_read())?;
-            // Never through a link that somebody left there.
+            // Never writes through a symbolic link that another program left there.
             let to = File::create_new(&temporary).map_err(cannot_write())?;
             let mut left = source.size;
             while left > 0 {
                 stop_if_cancelled(progress)?;
-                // The kernel copies, and shares the blocks on file systems that can.
+                // The kernel copies, and shares the blocks on file systems that support it.
                 let copied = io::copy(&mut (&from).take(left.min(STRIDE)), &mut &to)
                     .map_err(cannot_write())?;
                 if copied == 0 {
@@ -293,16 +298,15 @@ impl Export<'_> {
             Ok(())
         };
         copy().inspect_err(|_| {
-            // Else the next export sweeps it.
+            // If this fails, the next export removes the file.
             let _ = fs::remove_file(&temporary);
         })
     }
 
-    /// Makes the entries of the snapshot; how many, and the bytes copied where a link could not be.
+    /// Makes the entries of the snapshot. Returns their number, and the bytes copied where a link could not be made.
     ///
-    /// If the file system has no links, a blob that this export brought becomes the entry itself, as huggingface_hub
-    /// does it, so its content is stored there once. A blob that was there before is copied, for another snapshot may
-    /// need it.
+    /// If the file system has no links, a blob that this export wrote becomes the entry itself, as in huggingface_hub.
+    /// Its content is then stored once. A blob that existed before is copied, because another snapshot may need it.
     fn make_links(
         &self,
         plan: &mut Plan,
@@ -323,9 +327,9 @@ impl Export<'_> {
             {
                 make_folders(folder)?;
             }
-            // The plan found nothing here, or a link to nothing.
+            // The plan found nothing here, or a dangling link.
             match fs::symlink_metadata(&at) {
-                Ok(there) if there.is_symlink() && look(&at)?.is_none() => {
+                Ok(there) if there.is_symlink() && existing(&at)?.is_none() => {
                     fs::remove_file(&at).map_err(cannot_link())?;
                 }
                 _ => {}
@@ -334,11 +338,11 @@ impl Export<'_> {
             match make_link(&target, &at) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    // Somebody else, huggingface_hub most likely, just made the same.
+                    // Another program, most likely huggingface_hub, has just made the same link.
                     if fs::read_link(&at).ok().as_ref() != Some(&target) {
                         return Err(ExportError::Conflict {
                             path: at,
-                            reason: "it was made by somebody else meanwhile",
+                            reason: "another program has just created it",
                         });
                     }
                 }
@@ -382,7 +386,7 @@ impl Export<'_> {
     fn write_ref(&self, reference: &Path) -> Result<(), ExportError> {
         use std::io::Write;
 
-        let folder = reference.parent().expect("a ref lies in the folder refs");
+        let folder = reference.parent().expect("a ref is in the folder refs");
         make_folders(folder)?;
         let temporary = self.layout.blobs().join(temporary("ref"));
         let write = || -> io::Result<()> {
@@ -397,10 +401,14 @@ impl Export<'_> {
 }
 
 fn changed(blob: &Blob) -> ExportError {
-    refuse(&blob.file, &blob.source.path, "it changed meanwhile")
+    refuse(
+        &blob.file,
+        &blob.source.path,
+        "it changed during the export",
+    )
 }
 
-/// Renames a blob's source onto `target`; `false`, with nothing done, if it has to be copied.
+/// Renames a blob's source to `target`. Returns false, with nothing done, if the source has to be copied instead.
 fn move_unshared(blob: &Blob, target: &Path) -> Result<bool, ExportError> {
     let source = &blob.source;
     let cannot_read = || StoreError::io("cannot read", &source.path);
@@ -412,7 +420,7 @@ fn move_unshared(blob: &Blob, target: &Path) -> Result<bool, ExportError> {
     if metadata.nlink() > 1 {
         return Ok(false);
     }
-    // The name must not be ahead of the bytes.
+    // The content must be durable before the name is.
     file.sync_all()
         .map_err(StoreError::io("cannot sync", &source.path))?;
     match fs::rename(&source.path, target) {
@@ -422,16 +430,16 @@ fn move_unshared(blob: &Blob, target: &Path) -> Result<bool, ExportError> {
     }
 }
 
-/// Whether a link could not be made because the file system has none.
+/// Returns true if a link could not be made because the file system has no links.
 fn has_no_links(error: &io::Error) -> bool {
-    // FAT answers EPERM, which is also a refusal for other reasons; the copy then fails likewise.
+    // FAT answers EPERM, which can have other reasons, too; in that case the copy fails likewise.
     matches!(
         error.kind(),
         io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported
     )
 }
 
-/// Makes a folder and those above it, durably.
+/// Creates a folder and its missing parents, durably.
 pub(super) fn make_folders(folder: &Path) -> Result<(), StoreError> {
     if folder.is_dir() {
         return Ok(());
@@ -451,8 +459,8 @@ pub(super) fn make_folders(folder: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Removes what interrupted exports left. Only the holder of the lock may.
-fn sweep(blobs: &Path) -> Result<(), StoreError> {
+/// Removes leftovers of interrupted exports. The caller holds the lock.
+fn remove_temporary_files(blobs: &Path) -> Result<(), StoreError> {
     let cannot_read = || StoreError::io("cannot read", blobs);
     for entry in fs::read_dir(blobs).map_err(cannot_read())? {
         let entry = entry.map_err(cannot_read())?;
@@ -472,7 +480,7 @@ mod tests {
         index::index,
     };
 
-    /// A model of four files, two of one content and one in a folder, and a cache to put it into.
+    /// A model of four files, two of them with the same content and one in a folder, and a cache to export it to.
     struct World {
         home: tempfile::TempDir,
         manifest: Manifest,
@@ -531,7 +539,7 @@ mod tests {
         }
     }
 
-    /// The manifest of what somebody finds as `acme/m`; `None` if nobody does.
+    /// Returns the manifest of what a reader of the cache finds as `acme/m`; `None` if it finds nothing.
     fn found(cache: &Path) -> Option<Manifest> {
         let found = find(cache, "acme/m").ok()?;
         let (indexed, problems) = found.snapshot.index(false, &Progress::default()).unwrap();
@@ -540,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn an_export_that_stops_anywhere_leaves_the_old_model_and_is_finished_by_the_next() {
+    fn an_interrupted_export_leaves_the_old_model_and_the_next_finishes_it() {
         for take in [false, true] {
             for stop_at in 0..4 {
                 let (old, new) = (World::new("old"), World::new("new"));
@@ -549,7 +557,7 @@ mod tests {
                 let mut made = 0;
                 let stopped = new.export(&cache, take, |target, at| {
                     if made == stop_at {
-                        return Err(io::Error::other("the power failed"));
+                        return Err(io::Error::other("simulated loss of power"));
                     }
                     made += 1;
                     symlink(target, at)
@@ -563,21 +571,21 @@ mod tests {
                 assert_eq!(exported.bytes_moved + exported.bytes_copied, 0);
                 assert_eq!(found(&cache).as_ref(), Some(&new.manifest));
                 let left = find(&cache, "acme/m").unwrap().repo.problems;
-                assert_eq!(left, [], "the temporary file is swept");
+                assert_eq!(left, [], "the temporary file is removed");
             }
         }
     }
 
     #[test]
-    fn where_links_are_not_possible_content_lies_in_the_snapshot_and_nowhere_twice() {
+    fn without_links_content_lies_in_the_snapshot_and_is_stored_once() {
         let world = World::new("content");
         let cache = world.home.path().join("cache");
         let refused = |_: &Path, _: &Path| Err(io::Error::from(io::ErrorKind::PermissionDenied));
         let exported = world.export(&cache, false, refused).unwrap();
-        // Three blobs, and one copy for the second of two files of one content.
+        // Three blobs, and one copy for the second of two files with the same content.
         assert_eq!(exported.bytes_copied, (7 + 7 + 11) + 7);
         let blobs = fs::read_dir(cache.join("models--acme--m/blobs")).unwrap();
-        assert_eq!(blobs.count(), 0, "no content lies there as well");
+        assert_eq!(blobs.count(), 0, "blobs remain beside the snapshot");
         for file in world.manifest.files() {
             let path = exported.snapshot.join(&file.path);
             assert!(fs::symlink_metadata(&path).unwrap().is_file());
@@ -591,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_appears_meanwhile_is_taken_if_it_is_the_same() {
+    fn a_link_that_appears_during_the_export_is_used_if_it_is_the_same() {
         let world = World::new("content");
         let cache = world.home.path().join("cache");
         world
@@ -603,7 +611,7 @@ mod tests {
         let world = World::new("other");
         assert!(matches!(
             world.export(&cache, false, |target, at| {
-                symlink("elsewhere", at)?;
+                symlink("other", at)?;
                 symlink(target, at)
             }),
             Err(ExportError::Conflict { .. })
@@ -611,7 +619,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_changes_meanwhile_is_refused() {
+    fn a_source_that_changes_during_the_export_is_refused() {
         let world = World::new("content");
         let cache = world.home.path().join("cache");
         let blob = |modified| Blob {

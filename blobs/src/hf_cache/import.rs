@@ -1,8 +1,8 @@
-//! Reading a cache: what is in it, and a manifest of a snapshot.
+//! Reads a cache: lists its content, and makes a manifest of a snapshot.
 //!
-//! A cache is untrusted. Its links may lead anywhere, and what is indexed is published: a file counts only if it lies in the
-//! repository's own folder or among the shared blobs, after every link is followed. Another repository's blobs are
-//! outside too, for they may be private. What is damaged is said and left where it is.
+//! A cache is untrusted: its links may lead anywhere, and indexed files are published. A file counts only if it lies in
+//! the repository's own folder or among the shared blobs, after every link is followed. Another repository's blobs do
+//! not count, because they may be private. Damaged files are reported and not changed.
 
 use std::{
     collections::BTreeSet,
@@ -23,91 +23,91 @@ use crate::{
     path::{self as portable, OWN_PREFIX},
 };
 
-/// Bytes of a ref that are read: the 40 digits of a commit's id, and room for the white space that tools and people
-/// leave around them.
+/// Bytes of a ref that are read: the 40 digits of a commit's id, and room for white space that tools and people add
+/// around them.
 const REF_SIZE: u64 = 256;
 
-/// What a name that was not found is shown beside, at most, of what there is.
+/// The most existing names that an error lists.
 const SHOWN: usize = 20;
 
 /// A repository in a cache.
 #[derive(Debug, Clone)]
 pub struct Repo {
-    /// Its name.
+    /// The name.
     pub id: RepoId,
-    /// Its folder, absolute and without links.
+    /// The folder, absolute and without symbolic links.
     pub folder: PathBuf,
-    /// Its refs, by name, without the damaged ones.
+    /// The refs, sorted by name, without the damaged ones.
     pub refs: Vec<Ref>,
-    /// Its snapshots, by commit.
+    /// The snapshots, sorted by commit.
     pub snapshots: Vec<Snapshot>,
-    /// What is damaged or unfinished outside the snapshots.
+    /// Damaged or unfinished files outside the snapshots.
     pub problems: Vec<Problem>,
     bounds: Bounds,
 }
 
-/// A revision that the cache knows the commit of. There need not be a snapshot of it.
+/// A revision whose commit the cache knows. The cache need not have a snapshot of the commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ref {
     /// The revision.
     pub name: Revision,
-    /// Its commit when it was last asked for.
+    /// The commit of the revision when huggingface_hub last resolved it.
     pub commit: Commit,
 }
 
 /// The files of a repository at one commit: a folder of links to blobs.
 ///
-/// It may hold a part of the commit's files only: who downloads one file gets a snapshot of one.
+/// It may lack some of the commit's files: the download of a single file makes a snapshot with one file.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// The commit.
     pub commit: Commit,
     /// The folder to index, absolute and without links.
     pub folder: PathBuf,
-    /// The revisions that name it; empty if it is only there under its commit.
+    /// The revisions that name the commit; empty if no ref does.
     pub refs: Vec<Revision>,
-    /// Files in it that can be read.
+    /// Number of files that can be read.
     pub files: u64,
-    /// Bytes in those files.
+    /// Total size of those files, in bytes.
     pub bytes: u64,
     /// Problems with files in the snapshot; these files are left out when the snapshot is indexed.
     pub problems: Vec<Problem>,
     bounds: Bounds,
 }
 
-/// Something in a cache that is not as it should be.
+/// A problem with a path in a cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where.
+    /// The path of the file, link or folder.
     pub path: PathBuf,
-    /// What.
+    /// The kind of problem.
     pub flaw: Flaw,
 }
 
-/// What is wrong with a file, a link or a folder in a cache.
+/// A problem of a file, a link or a folder in a cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Flaw {
-    /// A download that was not finished, of which this many bytes are there.
+    /// A download that was not finished.
     Unfinished {
-        /// Bytes there.
+        /// Bytes downloaded so far.
         bytes: u64,
     },
-    /// A link to something that is not there: its download was not finished, or its blob was deleted.
+    /// A link whose target does not exist: the download was not finished, or the blob was deleted.
     Dangling,
-    /// A link that leads out of the repository and of the shared blobs.
+    /// A link that leads out of the repository and out of the shared blobs.
     Outside,
-    /// Something else stands where a folder belongs, be it a link to one.
+    /// A path that must be a folder and is something else, such as a link to a folder.
     NotAFolder,
-    /// Something else stands where a plain file belongs, be it a link to one.
+    /// A path that must be a regular file and is something else, such as a link to a file.
     NotAFile,
-    /// A ref that is not the 40 hex digits of a commit.
+    /// A ref that does not contain the 40 hex digits of a commit.
     NotACommit,
     /// A name that is refused.
     Name(&'static str),
-    /// The content is not what its blob's name says: it was damaged on disk, or on the way.
+    /// Content that does not match the blob's name: it was damaged on disk or during the download.
     Corrupt,
-    /// It could not be read.
+    /// A path that could not be read.
     Unreadable(String),
 }
 
@@ -115,17 +115,19 @@ impl fmt::Display for Flaw {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unfinished { bytes } => {
-                write!(f, "its download stopped after {bytes} bytes")
+                write!(f, "the download stopped after {bytes} bytes")
             }
-            Self::Dangling => f.write_str("it links to a file that is not there"),
-            Self::Outside => {
-                f.write_str("it leads out of the repository, to a file that is none of this model")
-            }
+            Self::Dangling => f.write_str("the link leads to a file that does not exist"),
+            Self::Outside => f.write_str(
+                "the link leads out of the repository, to a file that is not part of this model",
+            ),
             Self::NotAFolder => f.write_str("it is not a folder"),
             Self::NotAFile => f.write_str("it is not a file"),
-            Self::NotACommit => f.write_str("it does not hold the 40 hex digits of a commit"),
-            Self::Name(reason) => write!(f, "its name is refused: {reason}"),
-            Self::Corrupt => f.write_str("its content is not the one its blob is named for"),
+            Self::NotACommit => {
+                f.write_str("the ref does not contain the 40 hex digits of a commit")
+            }
+            Self::Name(reason) => write!(f, "the name is refused: {reason}"),
+            Self::Corrupt => f.write_str("the content does not match the name of the blob"),
             Self::Unreadable(error) => write!(f, "it cannot be read: {error}"),
         }
     }
@@ -137,70 +139,73 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A model that was asked for by name.
+/// A model that was found by name.
 #[derive(Debug, Clone)]
 pub struct Found {
-    /// Its repository, with all else that is there.
+    /// The repository, with all its snapshots.
     pub repo: Repo,
-    /// The revision that was asked for.
+    /// The requested revision.
     pub revision: Revision,
-    /// What the revision is. It may have problems.
+    /// The snapshot of the revision. It may have problems.
     pub snapshot: Snapshot,
 }
 
-/// Why a cache has no such model.
+/// The reason why a model was not found in a cache.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FindError {
-    /// What was asked for is not `org/name` or `org/name@revision`.
+    /// The name is not `org/name` or `org/name@revision`.
     #[error(transparent)]
     Name(#[from] NameError),
-    /// The cache could not be read, or there is none.
+    /// The cache could not be read, or does not exist.
     #[error("cannot read the cache {}: {source}", on_one_line(.cache))]
     Cache {
-        /// The cache.
+        /// The folder of the cache.
         cache: PathBuf,
-        /// Why.
+        /// The error of the system.
         source: io::Error,
     },
     /// The repository is not in the cache.
-    #[error("{repo} is not in the cache; {}", there_is("it holds", .there))]
+    #[error("{repo} is not in the cache; {}", there_is("the cache holds", .there))]
     NoSuchRepo {
-        /// What was asked for.
+        /// The requested repository.
         repo: RepoId,
-        /// The repositories that are there.
+        /// The repositories in the cache.
         there: Vec<RepoId>,
     },
-    /// The repository is there, but no ref and no snapshot of this name.
+    /// The repository is in the cache, but without a ref or snapshot of this name.
     #[error("the cache does not hold {repo} at {revision}; {}", there_is("it holds", .there))]
     NoSuchRevision {
         /// The repository.
         repo: RepoId,
-        /// What was asked for.
+        /// The requested revision.
         revision: Revision,
-        /// The revisions that are there with their files: refs, and commits without one.
+        /// The revisions that the cache has files of: refs, and commits without a ref.
         there: Vec<Revision>,
     },
-    /// The cache knows the revision's commit and has none of its files.
-    #[error("the cache knows that {repo} at {revision} is the commit {commit}, and has no files of it; {}", there_is("it holds", .there))]
+    /// The cache knows the revision's commit, and has no files of it.
+    #[error(
+        "the cache has no files of {repo} at {revision}, which is commit {commit}; {}",
+        there_is("it holds", .there)
+    )]
     NoFiles {
         /// The repository.
         repo: RepoId,
-        /// What was asked for.
+        /// The requested revision.
         revision: Revision,
-        /// Its commit.
+        /// The commit of the revision.
         commit: Commit,
-        /// The revisions that are there with their files: refs, and commits without one.
+        /// The revisions that the cache has files of: refs, and commits without a ref.
         there: Vec<Revision>,
     },
-    /// The ref or the folder that the name leads to is damaged.
+    /// The ref or the snapshot folder that the name leads to is damaged.
     #[error("{repo} at {revision} is damaged in the cache: {problem}")]
     Damaged {
         /// The repository.
         repo: RepoId,
-        /// What was asked for.
+        /// The requested revision.
         revision: Revision,
-        /// What is wrong.
+        /// The problem.
         problem: Problem,
     },
 }
@@ -217,24 +222,24 @@ fn there_is<T: fmt::Display>(it: &str, there: &[T]) -> String {
     format!("{it} {}{more}", shown.join(", "))
 }
 
-/// Why a snapshot was not indexed.
+/// The reason why a snapshot was not indexed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
-    /// Every file of the snapshot is missing or damaged, or one is that may not be left out.
-    #[error("{} cannot be indexed: {}", on_one_line(.folder), there_is("of its files,", .problems))]
+    /// All files of the snapshot are missing or damaged, or a file that must not be left out is missing or damaged.
+    #[error("cannot index {}: {}", on_one_line(.folder), there_is("files with problems:", .problems))]
     Damaged {
         /// The snapshot's folder.
         folder: PathBuf,
-        /// All that is wrong; at least one.
+        /// The problems, at least one.
         problems: Vec<Problem>,
     },
-    /// Its files could not be read, or do not make a manifest.
+    /// The files could not be read, or do not form a manifest.
     #[error(transparent)]
     Index(#[from] IndexError),
 }
 
-/// Where the files of a repository may lie.
+/// The folders in which the files of a repository may lie.
 #[derive(Debug, Clone)]
 struct Bounds {
     repo: PathBuf,
@@ -242,28 +247,29 @@ struct Bounds {
 }
 
 impl Bounds {
-    /// `canonical` has no links left in it.
+    /// Returns true if `canonical`, a path without symbolic links, lies in one of the folders.
     fn hold(&self, canonical: &Path) -> bool {
         canonical.starts_with(&self.repo) || canonical.starts_with(&self.shared)
     }
 }
 
-/// The repositories of models in a cache, by name. Reads names, links and refs, and no content.
+/// Lists the repositories of models in a cache, sorted by name. It reads names, links and refs, and no content.
 ///
-/// Folders of data sets and other kinds are passed over.
+/// Folders of data sets and other kinds are skipped.
 ///
 /// # Errors
-/// If the cache itself cannot be read. What is wrong below it is in [`Repo::problems`] and [`Snapshot::problems`].
+/// If the cache itself cannot be read. Problems below it are in [`Repo::problems`] and [`Snapshot::problems`].
 pub fn repos(cache: &Path) -> io::Result<Vec<Repo>> {
     let cache = cache.canonicalize()?;
     let ids = ids(&cache)?;
     Ok(ids.into_iter().map(|id| repo(&cache, id)).collect())
 }
 
-/// One model: `org/name`, which means the revision `main`, or `org/name@revision`. The revision is a ref or a whole commit.
+/// Finds a model by name: `org/name`, which means the revision `main`, or `org/name@revision`. The revision is a ref or
+/// a full commit id.
 ///
 /// # Errors
-/// [`FindError`], with what there is instead.
+/// [`FindError`], with the names that the cache has instead.
 pub fn find(cache: &Path, name: &str) -> Result<Found, FindError> {
     let (id, revision) = match name.split_once('@') {
         Some((id, revision)) => (id.parse::<RepoId>()?, revision.parse::<Revision>()?),
@@ -300,7 +306,7 @@ pub fn find(cache: &Path, name: &str) -> Result<Found, FindError> {
         Some(commit) => repo.folder.join("snapshots").join(commit.to_string()),
         None => repo.folder.join("refs").join(revision.as_str()),
     };
-    // The damage that explains it is at the place, or at a folder above it.
+    // The problem that explains it is at the path, or at a folder above it.
     let problem = repo
         .problems
         .iter()
@@ -329,12 +335,13 @@ pub fn find(cache: &Path, name: &str) -> Result<Found, FindError> {
 }
 
 impl Repo {
-    /// Whether a file, whose path has no links in it, may be part of a model of this repository.
+    /// Returns true if a file may be part of a model of this repository. `canonical` is its path without symbolic
+    /// links.
     pub(super) fn holds(&self, canonical: &Path) -> bool {
         self.bounds.hold(canonical)
     }
 
-    /// What the snapshots can be asked for as: their refs, or their commit where they have none.
+    /// Returns the revisions by which snapshots can be found: their refs, or their commit if they have none.
     fn revisions(&self) -> Vec<Revision> {
         let mut revisions = Vec::new();
         for snapshot in &self.snapshots {
@@ -349,20 +356,21 @@ impl Repo {
 }
 
 impl Snapshot {
-    /// What the file at `path` in the snapshot is, without links; `None` if it is not there, or leads outside.
+    /// Returns the target of `path` in the snapshot, without symbolic links; `None` if it does not exist or lies
+    /// outside.
     pub(super) fn file(&self, path: &str) -> Option<PathBuf> {
         let there = self.folder.join(path).canonicalize().ok()?;
         self.bounds.hold(&there).then_some(there)
     }
 
-    /// Indexes the snapshot, after looking at it anew. Blocks; uses all cores.
+    /// Indexes the snapshot after checking it again. Blocks; uses all cores.
     ///
-    /// Paths in the manifest are those in the snapshot, locations those of the blobs. A blob that is named for its SHA-256
-    /// must have it. Hidden files count: they are part of the commit. Files that are missing, lead outside or are not
-    /// what they say are left out, and returned.
+    /// Paths in the manifest are those in the snapshot; locations are those of the blobs. A blob that is named by its
+    /// SHA-256 must match it. Hidden files are included, because they are part of the commit. Files that are missing,
+    /// lead outside or do not match are left out and returned.
     ///
     /// # Errors
-    /// [`ImportError::Damaged`] if that leaves none, or with [`Rules::strict`] if any is left out.
+    /// [`ImportError::Damaged`] if no file is left, or if any is left out and `strict` is set.
     pub fn index(
         &self,
         strict: bool,
@@ -387,7 +395,7 @@ impl Snapshot {
             ..Rules::default()
         };
         let indexed = index::index_by(&self.folder, &rules, progress)?;
-        // What was read, rather than what was there before: a link may have been turned in between.
+        // This checks the files that were read: a link may have been changed since the first check.
         if !self.bounds.hold(&indexed.root) {
             problems.push(problem(&self.folder, Flaw::Outside));
             return Err(damaged(problems));
@@ -413,9 +421,9 @@ impl Snapshot {
     }
 }
 
-/// The name of the blob that a link in a snapshot leads to, if it is one for a SHA-256.
+/// Returns the name of the blob that a link in a snapshot leads to, if the name is a SHA-256.
 ///
-/// The first link alone: a shared blob, which a blob may link to in turn, is named for another hash.
+/// Only the first link counts: a shared blob, to which a blob may link in turn, is named by another hash.
 fn named_sha256(path: &Path) -> Option<String> {
     let target = fs::read_link(path).ok()?;
     let name = target.file_name()?.to_str()?;
@@ -423,12 +431,12 @@ fn named_sha256(path: &Path) -> Option<String> {
     is_sha256.then(|| name.to_ascii_lowercase())
 }
 
-/// The repositories of models by their folders' names.
+/// Returns the repositories of models, by the names of their folders.
 fn ids(cache: &Path) -> io::Result<Vec<RepoId>> {
     let mut ids = Vec::new();
     for entry in fs::read_dir(cache)? {
         let name = entry?.file_name();
-        // `unnamed` tells of the others.
+        // `unnamed` reports the others.
         if let Some(Ok(id)) = name.to_str().and_then(RepoId::of_folder) {
             ids.push(id);
         }
@@ -437,7 +445,7 @@ fn ids(cache: &Path) -> io::Result<Vec<RepoId>> {
     Ok(ids)
 }
 
-/// Folders of models in a cache whose names are those of no repository, and which [`repos`] passes over.
+/// Returns the folders of models whose names are not those of a repository, and which [`repos`] skips.
 ///
 /// # Errors
 /// If the cache itself cannot be read.
@@ -465,7 +473,7 @@ fn unreadable(path: &Path, error: &io::Error) -> Problem {
     problem(path, Flaw::Unreadable(error.to_string()))
 }
 
-/// What is in the folder of one repository of the canonical folder `cache`.
+/// Reads the folder of one repository in `cache`, a path without symbolic links.
 pub(super) fn repo(cache: &Path, id: RepoId) -> Repo {
     let folder = cache.join(id.folder_name());
     let bounds = Bounds {
@@ -493,7 +501,7 @@ pub(super) fn repo(cache: &Path, id: RepoId) -> Repo {
         };
         let folder = entry.path();
         let Ok(commit) = name.parse::<Commit>() else {
-            problems.push(problem(&folder, Flaw::Name("it is not a commit's")));
+            problems.push(problem(&folder, Flaw::Name("it is not a commit id")));
             continue;
         };
         if !is_folder(&folder, problems) {
@@ -530,7 +538,7 @@ pub(super) fn repo(cache: &Path, id: RepoId) -> Repo {
     repo
 }
 
-/// Whether `path` is a folder, rather than a link to one.
+/// Returns true if `path` is a folder, and not a link to one.
 fn is_folder(path: &Path, problems: &mut Vec<Problem>) -> bool {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => return true,
@@ -540,7 +548,7 @@ fn is_folder(path: &Path, problems: &mut Vec<Problem>) -> bool {
     false
 }
 
-/// What is in a folder; nothing if there is none.
+/// Returns the entries of a folder; none if it does not exist.
 fn entries(folder: &Path, problems: &mut Vec<Problem>) -> Vec<DirEntry> {
     let missing = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
     if fs::symlink_metadata(folder).is_err_and(missing) || !is_folder(folder, problems) {
@@ -553,7 +561,7 @@ fn entries(folder: &Path, problems: &mut Vec<Problem>) -> Vec<DirEntry> {
     })
 }
 
-/// The name of something in `refs` or `snapshots`; `None` if it is the system's, or is none.
+/// Returns the name of an entry in `refs` or `snapshots`; `None` if it is a system file, or not UTF-8.
 fn usable_name(entry: &DirEntry, problems: &mut Vec<Problem>) -> Option<String> {
     match entry.file_name().into_string() {
         Ok(name) if litter(&name).is_some() => None,
@@ -571,7 +579,7 @@ fn read_refs(root: &Path, folder: &Path, refs: &mut Vec<Ref>, problems: &mut Vec
         if usable_name(&entry, problems).is_none() {
             continue;
         }
-        // The rule for revisions also bounds how deep this goes.
+        // The rule for revisions also bounds the depth of this recursion.
         let relative = path.strip_prefix(root).ok().and_then(Path::to_str);
         let name = match relative.unwrap_or_default().parse::<Revision>() {
             Ok(name) => name,
@@ -587,15 +595,15 @@ fn read_refs(root: &Path, folder: &Path, refs: &mut Vec<Ref>, problems: &mut Vec
                 Ok(None) => problems.push(problem(&path, Flaw::NotACommit)),
                 Err(error) => problems.push(unreadable(&path, &error)),
             },
-            // A link could lead to any file, a pipe would never end.
+            // A link could lead to any file, and reading a pipe might never end.
             Ok(_) => problems.push(problem(&path, Flaw::NotAFile)),
             Err(error) => problems.push(unreadable(&path, &error)),
         }
     }
 }
 
-/// The commit that a ref names; `None` if it is damaged. White space around it counts for nothing, and capitals are as
-/// good: people and tools write both.
+/// Returns the commit that a ref names; `None` if the ref is damaged. White space around the digits is ignored, and
+/// upper case is accepted, because people and tools write both.
 fn read_ref(path: &Path) -> io::Result<Option<Commit>> {
     let mut content = Vec::new();
     File::open(path)?
@@ -606,7 +614,7 @@ fn read_ref(path: &Path) -> io::Result<Option<Commit>> {
         .and_then(|text| text.trim().to_ascii_lowercase().parse().ok()))
 }
 
-/// A walk through a snapshot, by the same rules as [`index::index`] goes.
+/// A walk through a snapshot, by the same rules as [`index::index`].
 struct Walk<'a> {
     bounds: &'a Bounds,
     files: u64,

@@ -1,11 +1,11 @@
-//! Where an export puts things.
+//! The paths at which an export writes.
 
 use std::path::{Path, PathBuf};
 
 use super::{Commit, Etag, NameError, RepoId, Revision};
 use crate::{Manifest, manifest::File};
 
-/// The places of one model in one cache. Reading it touches no disk.
+/// The paths of one model in one cache. Computing them does not access the disk.
 #[derive(Debug, Clone)]
 pub struct Layout {
     pub(super) cache: PathBuf,
@@ -14,23 +14,24 @@ pub struct Layout {
     pub(super) commit: Commit,
 }
 
-/// Where the content of one file goes.
+/// The path for the content of one file.
 #[derive(Debug, Clone)]
 pub struct Place<'a> {
     /// The file in the manifest.
     pub file: &'a File,
     /// The blob's path, for a file in Git LFS: a download may write there. `None` for a small file, of at most
-    /// [`LFS_SIZE`](super::LFS_SIZE) bytes, whose blob is called by its content: it goes elsewhere first, and an
-    /// [`Export`](super::Export) brings it here.
+    /// [`LFS_SIZE`](super::LFS_SIZE) bytes, whose blob is named by its content. Such a file is first written to another
+    /// folder, and an [`Export`](super::Export) brings it here.
     pub blob: Option<PathBuf>,
 }
 
 impl Layout {
-    /// The places of `repo` at `revision` in `cache`, which is `commit`. Where no commit is known, it is
+    /// Makes the layout of `repo` at `revision` in `cache`; the revision leads to `commit`. If no commit is known, pass
     /// [`Commit::of_model`].
     ///
     /// # Errors
-    /// [`NameError`] if the revision looks like a commit and is another: huggingface_hub would not look for a ref of that name.
+    /// [`NameError`] if the revision looks like a commit and is not `commit`: huggingface_hub would not look for a ref
+    /// of that name.
     pub fn new(
         cache: &Path,
         repo: &RepoId,
@@ -44,7 +45,7 @@ impl Layout {
                 return Err(NameError {
                     text: revision.as_str().to_owned(),
                     what: "a name for this commit",
-                    reason: "it is the id of another one",
+                    reason: "it is the id of another commit",
                 });
             }
         };
@@ -56,40 +57,40 @@ impl Layout {
         })
     }
 
-    /// The repository's folder.
+    /// Returns the repository's folder.
     pub fn folder(&self) -> PathBuf {
         self.cache.join(&self.folder_name)
     }
 
-    /// The folder of its locks.
+    /// Returns the folder of the repository's locks.
     pub(super) fn locks(&self) -> PathBuf {
         self.cache.join(".locks").join(&self.folder_name)
     }
 
-    /// The folder of the blobs.
+    /// Returns the folder of the blobs.
     pub fn blobs(&self) -> PathBuf {
         self.folder().join("blobs")
     }
 
-    /// The folder that holds the model's files, as links.
+    /// Returns the folder that holds the model's files, as links.
     pub fn snapshot(&self) -> PathBuf {
         self.folder()
             .join("snapshots")
             .join(self.commit.to_string())
     }
 
-    /// The file that says which commit the revision is; `None` if the revision is the commit itself.
+    /// Returns the ref, the file that contains the revision's commit; `None` if the revision is the commit itself.
     pub fn reference(&self) -> Option<PathBuf> {
         let revision = self.revision.as_ref()?;
         Some(self.folder().join("refs").join(revision.as_str()))
     }
 
-    /// The blob called by `etag`.
+    /// Returns the path of the blob that is named `etag`.
     pub fn blob(&self, etag: &Etag) -> PathBuf {
         self.blobs().join(etag.to_string())
     }
 
-    /// Where the content of each of the manifest's files goes, in their order.
+    /// Returns the paths for the content of the manifest's files, in their order.
     pub fn places<'a>(&self, manifest: &'a Manifest) -> Vec<Place<'a>> {
         let blobs = self.blobs();
         manifest
@@ -103,7 +104,8 @@ impl Layout {
     }
 }
 
-/// What the link at `path` in a snapshot says: one `..` for each folder of the path, and two for the snapshot's own.
+/// Returns the target of the link at `path` in a snapshot: one `..` for each folder of the path, and two for the
+/// snapshot's own.
 pub(super) fn link(path: &str, etag: &Etag) -> PathBuf {
     let depth = path.matches('/').count();
     format!("{}blobs/{etag}", "../".repeat(depth + 2)).into()
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_names_itself_and_no_other() {
+    fn a_commit_leads_to_itself_only() {
         let commit = Commit::of_model(&Hash::of(b"1"));
         let other = Commit::of_model(&Hash::of(b"2"));
         let layout = |revision: &str| {

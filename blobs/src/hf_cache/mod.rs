@@ -1,19 +1,22 @@
-//! The cache that huggingface_hub keeps on disk: models that are in it already, and models put there for others to find.
+//! Reads and writes the cache that huggingface_hub keeps on disk: uses models that it has, and adds models that other
+//! programs then find.
 //!
 //! ```text
 //! <cache>/models--<org>--<name>/blobs/<etag>                    content
 //!                               snapshots/<commit>/<path>       a link, ../../blobs/<etag>
 //!                               refs/<revision>                 40 hex digits: the commit
-//! <cache>/blobs/<xx>/<hash>                                     content that blobs of several repositories link to (2.x)
+//! <cache>/blobs/<xx>/<hash>                                     content shared by blobs of several repositories (2.x)
 //! ```
 //!
-//! - [`repos`] and [`find`] read it: what is there, at which revisions, what is damaged. [`Snapshot::index`] makes a manifest.
-//! - [`Export`] writes it: blobs, then links, then the ref, so that a crash anywhere leaves what huggingface_hub can read.
-//! - [`Destination`] brings a model in from elsewhere: what the cache lacks of it is fetched beside the blobs, and moved.
-//! - [`Layout`] says where an export puts things, for those who write into `blobs` themselves.
+//! - [`repos`] and [`find`] read the cache: its models, their revisions, and damaged files. [`Snapshot::index`] makes a
+//!   manifest.
+//! - [`Export`] writes a model: blobs, then links, then the ref, so that huggingface_hub can read the cache after a
+//!   crash.
+//! - [`Destination`] fetches a model into the cache: missing content is fetched beside the blobs, and then moved.
+//! - [`Layout`] gives the paths of an export, for callers that write into `blobs` themselves.
 //!
-//! It promises: no file from outside the repository and the shared blobs is indexed, wherever the links of a cache lead; an
-//! export writes nothing outside the repository's folder and its lock, and overwrites no content but a ref.
+//! Guarantees: no file from outside the repository and the shared blobs is indexed, wherever the links of a cache lead.
+//! An export writes only into the repository's folder and its lock, and overwrites no content except a ref.
 //!
 //! Source: <https://huggingface.co/docs/huggingface_hub/guides/manage-cache>, and huggingface_hub 0.25 to 2.4.
 
@@ -43,10 +46,10 @@ pub use self::{
     name::{Commit, NameError, RepoId, Revision},
 };
 
-/// The cache of this user, by the rules of huggingface_hub: `$HF_HUB_CACHE`, `$HUGGINGFACE_HUB_CACHE`, `$HF_HOME/hub`,
-/// `$XDG_CACHE_HOME/huggingface/hub`, `~/.cache/huggingface/hub`. It need not exist.
+/// Returns the cache of this user, by the rules of huggingface_hub: `$HF_HUB_CACHE`, `$HUGGINGFACE_HUB_CACHE`,
+/// `$HF_HOME/hub`, `$XDG_CACHE_HOME/huggingface/hub`, `~/.cache/huggingface/hub`. It need not exist.
 ///
-/// A variable that is empty counts as unset. `None` if it comes to the home folder and there is none.
+/// An empty variable counts as unset. `None` if only the last rule is left and there is no home directory.
 pub fn default_cache() -> Option<PathBuf> {
     cache_from(|name| env::var_os(name), env::home_dir())
 }
@@ -64,8 +67,8 @@ fn cache_from(
         .or_else(|| Some(home.as_ref()?.join(".cache/huggingface/hub")))
 }
 
-/// `~` and `~/` at the beginning, `$name` and `${name}` anywhere, as Python's `expanduser` and `expandvars`; what is unknown
-/// stays as it is.
+/// Expands `~` and `~/` at the start, and `$name` and `${name}` anywhere, like Python's `expanduser` and `expandvars`.
+/// Unknown variables are left as they are.
 fn expand(
     text: &OsStr,
     variable: impl Fn(&str) -> Option<OsString>,
@@ -95,7 +98,7 @@ fn expand(
     OsString::from_vec(out).into()
 }
 
-/// The variable's name at the beginning of what follows a `$`, and what is behind it.
+/// Splits the text after a `$` into the name of the variable and the rest.
 fn reference(text: &[u8]) -> Option<(&str, &[u8])> {
     let (name, after) = match text.strip_prefix(b"{") {
         Some(braced) => {
@@ -111,7 +114,7 @@ fn reference(text: &[u8]) -> Option<(&str, &[u8])> {
     Some((name, after))
 }
 
-/// A path for a message: a name in it may hold line breaks, and codes that move the cursor of a terminal.
+/// Formats a path for a message: line breaks and terminal control codes in it are escaped.
 fn on_one_line(path: &Path) -> String {
     let mut text = String::new();
     for char in path.to_string_lossy().chars() {

@@ -1,4 +1,4 @@
-//! Names of the hub: repositories, revisions, commits.
+//! Names on the hub: repositories, revisions, commits.
 
 use std::{fmt, str::FromStr};
 
@@ -10,24 +10,24 @@ use crate::{
 /// The longest part of a repository's name, in bytes.
 const MAX_PART: usize = 96;
 
-/// What the folder of a repository of models begins with.
+/// The prefix of the folder of a model repository.
 const MODELS: &str = "models--";
 
-/// What stands for the slash in the folder's name. The hub allows it in no name.
+/// The text that replaces the slash in the folder's name. The hub does not allow it in names.
 const SEPARATOR: &str = "--";
 
-/// The revision that a name without one means.
+/// The revision of a name that gives none.
 const DEFAULT_REVISION: &str = "main";
 
-/// The text is not a name of that kind.
+/// The error for a text that is not a valid name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not {what}: {reason}")]
 pub struct NameError {
     /// The text as given, at most its first 200 characters.
     pub text: String,
-    /// What it was to be.
+    /// The kind of name that was expected.
     pub what: &'static str,
-    /// Why it is not.
+    /// The reason why the text is refused.
     pub reason: &'static str,
 }
 
@@ -39,25 +39,26 @@ fn refuse(text: &str, what: &'static str, reason: &'static str) -> NameError {
     }
 }
 
-/// A repository of a model on the hub: `org/name`, or just `name` for some that are older than organisations, like `gpt2`.
+/// A model repository on the hub: `org/name`, or just `name` for some that are older than organisations, like `gpt2`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RepoId(String);
 
 impl RepoId {
-    /// The name as the hub writes it.
+    /// Returns the name as the hub writes it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The folder's name in a cache: `models--org--name`.
+    /// Returns the name of the repository's folder in a cache: `models--org--name`.
     pub fn folder_name(&self) -> String {
         format!("{MODELS}{}", self.0.replace('/', SEPARATOR))
     }
 
-    /// The reverse of [`folder_name`](Self::folder_name); `None` if a folder of this name is none of a model.
+    /// Returns the repository of a folder, the reverse of [`folder_name`](Self::folder_name); `None` if the folder is
+    /// not that of a model.
     ///
     /// # Errors
-    /// [`NameError`] if it is one by its beginning, and the rest is not a name.
+    /// [`NameError`] if the folder has the prefix of a model, and the rest is not a valid name.
     pub(super) fn of_folder(folder: &str) -> Option<Result<Self, NameError>> {
         let name = folder.strip_prefix(MODELS)?;
         Some(name.replacen(SEPARATOR, "/", 1).parse())
@@ -73,7 +74,7 @@ impl fmt::Display for RepoId {
 impl FromStr for RepoId {
     type Err = NameError;
 
-    /// By the rules of huggingface_hub's `validate_repo_id`.
+    /// Checks the rules of huggingface_hub's `validate_repo_id`.
     fn from_str(text: &str) -> Result<Self, NameError> {
         let refuse = |reason| Err(refuse(text, "the name of a repository", reason));
         let (org, name) = match text.split_once('/') {
@@ -112,19 +113,19 @@ impl FromStr for RepoId {
 pub struct Revision(String);
 
 impl Revision {
-    /// The revision as text.
+    /// Returns the revision as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The commit, if the revision is one: huggingface_hub then asks no ref.
+    /// Returns the commit, if the revision is a commit id: huggingface_hub then reads no ref.
     pub fn commit(&self) -> Option<Commit> {
         self.0.parse().ok()
     }
 }
 
 impl Default for Revision {
-    /// `main`.
+    /// Returns `main`.
     fn default() -> Self {
         Self(DEFAULT_REVISION.to_owned())
     }
@@ -139,7 +140,7 @@ impl fmt::Display for Revision {
 impl FromStr for Revision {
     type Err = NameError;
 
-    /// A revision becomes a path below `refs`: what [`crate::path::check`] refuses is none.
+    /// A revision becomes a path below `refs`, so names that [`crate::path::check`] refuses are not revisions.
     fn from_str(text: &str) -> Result<Self, NameError> {
         match path::check(text) {
             Ok(()) => Ok(Self(text.to_owned())),
@@ -153,18 +154,18 @@ impl FromStr for Revision {
 pub struct Commit([u8; 20]);
 
 impl Commit {
-    /// The commit of these 20 bytes; `None` if there are more or fewer.
+    /// Makes a commit of these bytes; `None` if there are not 20 of them.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Some(Self(bytes.try_into().ok()?))
     }
 
-    /// Its 20 bytes.
+    /// Returns the 20 bytes.
     pub fn as_bytes(&self) -> &[u8; 20] {
         &self.0
     }
 
-    /// What stands for the commit of a model that came from no hub: the first 40 hex digits of its id. The same files have
-    /// the same one, whoever exports them.
+    /// Returns the commit id for a model that does not come from the hub: the first 40 hex digits of the model's id.
+    /// The same files always get the same commit.
     pub fn of_model(id: &Hash) -> Self {
         let (first, _) = id
             .as_bytes()
@@ -189,7 +190,8 @@ impl fmt::Debug for Commit {
 impl FromStr for Commit {
     type Err = NameError;
 
-    /// Just 40 lower-case digits: huggingface_hub takes nothing else for a commit, not even a line's end behind them.
+    /// Accepts exactly 40 lower-case digits: huggingface_hub accepts no other commit ids, not even with a line break at
+    /// the end.
     fn from_str(text: &str) -> Result<Self, NameError> {
         let parsed = (|| {
             let mut bytes = [0; 20];
@@ -204,8 +206,8 @@ impl FromStr for Commit {
         parsed.ok_or_else(|| {
             refuse(
                 text,
-                "a commit's id",
-                "one has 40 hex digits, in lower case",
+                "a commit id",
+                "a commit id has 40 hex digits, in lower case",
             )
         })
     }
@@ -229,17 +231,17 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// What an export's own temporary files are called: `.weft-<what>.new`.
+/// Returns the name of a temporary file of an export: `.weft-<what>.new`.
 pub(super) fn temporary(what: &str) -> String {
     format!("{OWN_PREFIX}{what}{TEMPORARY}")
 }
 
-/// What the folder is called in which a model arrives that exports as `commit`.
+/// Returns the name of the folder into which a model is fetched that exports as `commit`.
 pub(super) fn temporary_folder(commit: &Commit) -> String {
     format!("{OWN_PREFIX}{commit}")
 }
 
-/// Whether a file is one that an export left when it was interrupted. A part file of a download ends differently.
+/// Returns true if a file is a leftover of an interrupted export. Part files of downloads end differently.
 pub(super) fn is_temporary(name: &str) -> bool {
     name.starts_with(OWN_PREFIX) && name.ends_with(TEMPORARY)
 }

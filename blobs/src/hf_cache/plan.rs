@@ -1,6 +1,6 @@
-//! What an export finds, and what it is to do.
+//! Finds out what an export has to do.
 //!
-//! Nothing here writes. So an export that is refused has changed nothing.
+//! Nothing here writes, so an export that is refused has changed nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
@@ -24,46 +24,46 @@ use crate::{
 /// Bytes read at a time for hashing.
 const PIECE: usize = 1024 * 1024;
 
-/// A ref that is longer names no commit, in bytes.
+/// Size in bytes above which a ref is not read: it cannot name a commit.
 const MAX_REF: u64 = 256;
 
-/// A blob to be.
+/// A blob that is to be written.
 #[derive(Debug)]
 pub(super) struct Blob {
-    /// Its content, as it was when it was checked.
+    /// The file with its content, as it was when it was checked.
     pub(super) source: Location,
     /// The path in the manifest of the first file that needs it.
     pub(super) file: String,
 }
 
-/// What is to be done, in the order of doing it.
+/// The steps of an export, in the order of doing them.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) blobs: BTreeMap<Etag, Blob>,
-    /// By path in the manifest.
+    /// Links to make in the snapshot, by path in the manifest.
     pub(super) links: BTreeMap<String, Etag>,
-    /// The ref to write, if it does not say yet what it is to.
+    /// The ref to write, if it does not name the commit already.
     pub(super) reference: Option<PathBuf>,
-    /// In the manifest's order, all as if they were there already.
+    /// The files, in the manifest's order, as if all of them were in the cache already.
     pub(super) files: Vec<ExportedFile>,
 }
 
 impl Plan {
-    /// Looks at all that is there.
+    /// Checks everything that is in the cache, and makes the plan.
     pub(super) fn of(export: &Export<'_>, progress: &Progress) -> Result<Self, ExportError> {
         let mut plan = Self::default();
-        let mut eye = Eye {
+        let mut checker = Checker {
             progress,
             folders: BTreeSet::new(),
             hashed: HashMap::new(),
         };
         let folder = export.layout.folder();
-        eye.check_way(&folder, &export.layout.blobs())?;
-        eye.check_way(&folder, &export.layout.snapshot())?;
+        checker.check_folders(&folder, &export.layout.blobs())?;
+        checker.check_folders(&folder, &export.layout.snapshot())?;
         for file in export.manifest.files() {
             stop_if_cancelled(progress)?;
             let source = source(export, file)?;
-            let blob = plan.file(export, file, source, &mut eye)?;
+            let blob = plan.file(export, file, source, &mut checker)?;
             plan.files.push(ExportedFile {
                 path: file.path.clone(),
                 blob,
@@ -72,7 +72,7 @@ impl Plan {
         }
         if let Some(reference) = export.layout.reference() {
             if let Some(parent) = reference.parent() {
-                eye.check_way(&folder, parent)?;
+                checker.check_folders(&folder, parent)?;
             }
             let right = names(&reference, export.layout.commit)?;
             plan.reference = (!right).then_some(reference);
@@ -80,23 +80,23 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Where `file`'s content will be, after what this adds is done.
+    /// Adds `file` to the plan. Returns the path that its content has after the export.
     fn file(
         &mut self,
         export: &Export<'_>,
         file: &manifest::File,
         source: Option<Location>,
-        eye: &mut Eye<'_>,
+        checker: &mut Checker<'_>,
     ) -> Result<PathBuf, ExportError> {
         let snapshot = export.layout.snapshot();
         let target = snapshot.join(&file.path);
         if let Some(parent) = target.parent() {
-            eye.check_way(&snapshot, parent)?;
+            checker.check_folders(&snapshot, parent)?;
         }
-        // The hub may have named the blob by other rules: what counts is what the snapshot shows.
-        if let Some(there) = look(&target)? {
-            eye.check_content(&there, file, source.as_ref(), &target)?;
-            done(eye.progress, file.size);
+        // The hub may have named the blob by other rules, so the snapshot's entry decides.
+        if let Some(there) = existing(&target)? {
+            checker.check_content(&there, file, source.as_ref(), &target)?;
+            done(checker.progress, file.size);
             return Ok(there);
         }
         let no_source = || ExportError::NoSource(file.path.clone());
@@ -107,28 +107,28 @@ impl Plan {
         };
         self.links.insert(file.path.clone(), etag);
         let blob = export.layout.blob(&etag);
-        if let Some(there) = look(&blob)? {
-            eye.check_content(&there, file, source.as_ref(), &blob)?;
+        if let Some(there) = existing(&blob)? {
+            checker.check_content(&there, file, source.as_ref(), &blob)?;
         } else if let Entry::Vacant(vacant) = self.blobs.entry(etag) {
             let source = source.ok_or_else(no_source)?;
             let file = file.path.clone();
             vacant.insert(Blob { source, file });
-            // Not yet done.
+            // Not done yet.
             return Ok(blob);
         }
-        done(eye.progress, file.size);
+        done(checker.progress, file.size);
         Ok(blob)
     }
 }
 
-/// Where `file` is now, if the caller says so, it is there and it has the right size.
+/// Returns the source of `file`, if the caller gave one that exists and has the right size.
 fn source(export: &Export<'_>, file: &manifest::File) -> Result<Option<Location>, ExportError> {
     let Some(path) = export.sources.get(&file.path) else {
         return Ok(None);
     };
     let metadata = match fs::metadata(path) {
         Ok(metadata) => metadata,
-        // As after an export that took it.
+        // An earlier export may have moved it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(StoreError::io("cannot read", path)(error).into()),
     };
@@ -136,42 +136,42 @@ fn source(export: &Export<'_>, file: &manifest::File) -> Result<Option<Location>
         return Err(refuse(&file.path, path, "it is not a file"));
     }
     if metadata.len() != file.size {
-        return Err(refuse(&file.path, path, "it has another size"));
+        return Err(refuse(&file.path, path, "its size is different"));
     }
     Ok(Some(Location::from_metadata(path, &metadata)))
 }
 
-/// The name of a small file's blob, by its content, which is checked on the way.
+/// Returns the name of a small file's blob. Reads its content and checks it.
 fn git_blob(source: &Location, file: &manifest::File) -> Result<Etag, ExportError> {
     let mut content = Vec::new();
     files::open(&source.path)
         .and_then(|open| open.take(file.size + 1).read_to_end(&mut content))
         .map_err(StoreError::io("cannot read", &source.path))?;
     if Sha256::digest(&content)[..] != file.sha256 {
-        return Err(refuse(&file.path, &source.path, "it has other content"));
+        return Err(refuse(&file.path, &source.path, "its content is different"));
     }
     Ok(Etag::git_blob(&content))
 }
 
-/// Looks at what is on disk, and reads nothing twice.
-struct Eye<'a> {
+/// Checks files on disk, and reads none of them twice.
+struct Checker<'a> {
     progress: &'a Progress,
-    /// Folders that the way to was checked of.
+    /// Folders whose paths were checked.
     folders: BTreeSet<PathBuf>,
-    /// SHA-256 by path without links.
+    /// SHA-256 of files that were read, by path without symbolic links.
     hashed: HashMap<PathBuf, [u8; 32]>,
 }
 
-impl Eye<'_> {
-    /// [`check_way`], once for each folder.
-    fn check_way(&mut self, root: &Path, folder: &Path) -> Result<(), ExportError> {
+impl Checker<'_> {
+    /// Calls [`check_folders`], once for each folder.
+    fn check_folders(&mut self, root: &Path, folder: &Path) -> Result<(), ExportError> {
         if self.folders.insert(folder.to_owned()) {
-            check_way(root, folder)?;
+            check_folders(root, folder)?;
         }
         Ok(())
     }
 
-    /// Refuses content at `there` that is not `file`'s. A source that is that very file is vouched for.
+    /// Refuses content at `there` that is not that of `file`. A source that is this same file is accepted unread.
     fn check_content(
         &mut self,
         there: &Path,
@@ -189,7 +189,7 @@ impl Eye<'_> {
             return Err(conflict("a file is needed here"));
         }
         if metadata.len() != file.size {
-            return Err(conflict("it has another size than the file of the model"));
+            return Err(conflict("its size differs from that of the model's file"));
         }
         if source.is_some_and(|source| is_same(&source.path, &metadata)) {
             return Ok(());
@@ -200,15 +200,17 @@ impl Eye<'_> {
         };
         self.hashed.insert(there.to_owned(), hash);
         if hash != file.sha256 {
-            return Err(conflict("it has other content than the file of the model"));
+            return Err(conflict(
+                "its content differs from that of the model's file",
+            ));
         }
         Ok(())
     }
 }
 
-/// Refuses anything but folders on the way from `root` to `folder`, both included: a link there would let an export write
-/// wherever it leads.
-pub(super) fn check_way(root: &Path, folder: &Path) -> Result<(), ExportError> {
+/// Refuses anything but folders on the path from `root` to `folder`, both included. A link there would let an export
+/// write to another folder.
+pub(super) fn check_folders(root: &Path, folder: &Path) -> Result<(), ExportError> {
     let mut way: Vec<&Path> = folder
         .ancestors()
         .take_while(|ancestor| ancestor.starts_with(root))
@@ -223,7 +225,7 @@ pub(super) fn check_way(root: &Path, folder: &Path) -> Result<(), ExportError> {
                     reason: "a folder is needed here",
                 });
             }
-            // Then nothing is below it either.
+            // Then nothing below it exists either.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(StoreError::io("cannot read", step)(error).into()),
         }
@@ -246,8 +248,8 @@ fn sha256(path: &Path, progress: &Progress) -> Result<[u8; 32], ExportError> {
     }
 }
 
-/// What a path leads to, without links; `None` if there is nothing, or a link to nothing.
-pub(super) fn look(path: &Path) -> Result<Option<PathBuf>, ExportError> {
+/// Returns the target of a path, without symbolic links; `None` if it does not exist, or is a dangling link.
+pub(super) fn existing(path: &Path) -> Result<Option<PathBuf>, ExportError> {
     match path.canonicalize() {
         Ok(there) => Ok(Some(there)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -255,20 +257,20 @@ pub(super) fn look(path: &Path) -> Result<Option<PathBuf>, ExportError> {
     }
 }
 
-/// Whether the ref at `path` names `commit` already.
+/// Returns true if the ref at `path` names `commit` already.
 fn names(path: &Path, commit: Commit) -> Result<bool, ExportError> {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_file() && metadata.len() > MAX_REF => Ok(false),
         Ok(metadata) if metadata.is_file() => {
-            // huggingface_hub reads a ref as it is: white space around the digits would send it astray.
+            // huggingface_hub reads a ref as it is, so white space around the digits would mislead it.
             let named = fs::read(path).map_err(StoreError::io("cannot read", path))?;
             Ok(named == commit.to_string().as_bytes())
         }
-        // A link is replaced, and what it leads to is not read.
+        // A link is replaced, and its target is not read.
         Ok(metadata) if metadata.is_symlink() => Ok(false),
         Ok(_) => Err(ExportError::Conflict {
             path: path.to_owned(),
-            reason: "the ref of the revision goes here",
+            reason: "the ref of the revision is needed here",
         }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(StoreError::io("cannot read", path)(error).into()),
@@ -280,7 +282,7 @@ fn is_same(path: &Path, other: &Metadata) -> bool {
         .is_ok_and(|metadata| metadata.dev() == other.dev() && metadata.ino() == other.ino())
 }
 
-/// The error for a source that does not hold `file`.
+/// Returns the error for a source that does not have the content of `file`.
 pub(super) fn refuse(file: &str, source: &Path, reason: &'static str) -> ExportError {
     ExportError::Source {
         file: file.to_owned(),

@@ -1,9 +1,8 @@
-//! Files that a model lacks by its own account.
+//! Finds files that a model refers to but does not have.
 //!
-//! A model may be in several files: an index names them, or their names count them, as in
-//! `model-00001-of-00003.safetensors`. A person who publishes the model, or is about to use it, needs to know if one is
-//! missing. A missing file is no reason to refuse the model: complete models with an index of an older layout are
-//! common.
+//! A model may consist of several files. An index file names them, or their names count them, as in
+//! `model-00001-of-00003.safetensors`. A user who publishes the model, or is about to use it, needs to know if a file
+//! is missing. A missing file is reported and not an error: complete models with an outdated index file are common.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -14,26 +13,27 @@ use crate::{
     shards::{MAX_INDEX, shards},
 };
 
-/// Endings of the names of indices: those of safetensors files, and of PyTorch's.
+/// Suffixes of index files: those of safetensors and of PyTorch.
 const INDEX: [&str; 2] = [".safetensors.index.json", ".bin.index.json"];
 
-/// Endings of files that are counted by their names.
+/// Suffixes of files that are numbered in their names.
 const COUNTED: [&str; 3] = [".safetensors", ".gguf", ".bin"];
 
-/// Names that a note lists; of more, the number is said.
+/// The most names listed in a note; further names are only counted.
 const SHOWN: usize = 5;
 
-/// Notes at most. A hostile manifest could have fifty thousand indices.
+/// The most notes returned. A hostile manifest could have fifty thousand index files.
 const MAX_NOTES: usize = 100;
 
-/// Indices of a model that are read at most. Real models have one, or one a component.
+/// The most index files read for a model. Real models have one, or one for each component.
 const MAX_INDICES: usize = 16;
 
-/// Files of a split model at most. The largest that are published have some hundreds.
+/// The most files of a split model. The largest published models have some hundreds.
 const MAX_SPLIT: u32 = 10_000;
 
-/// Describes the files that `manifest` lacks, in words, one entry for each index or split file. `read` returns the
-/// content of a file, if the file is here; it is called only for indices of at most [`MAX_INDEX`] bytes.
+/// Describes the files that `manifest` lacks, as text with one entry for each index file or set of numbered files.
+/// `read` returns the content of a file, if the file is here. It is called only for index files of at most
+/// [`MAX_INDEX`] bytes.
 pub fn lacking(
     manifest: &Manifest,
     mut read: impl FnMut(&manifest::File) -> Option<Vec<u8>>,
@@ -62,14 +62,14 @@ pub fn lacking(
         };
         let folder = &index.path[..index.path.rfind('/').map_or(0, |at| at + 1)];
         let mut missing = Vec::new();
-        let mut elsewhere = 0;
+        let mut misplaced = 0;
         for (name, tensors) in &shards {
             let path = format!("{folder}{name}");
             match files.get(path.as_str()) {
                 None => missing.push(path),
                 Some(file) if !file.tensors.is_empty() => {
                     let has: HashSet<_> = file.tensors.iter().map(|one| &*one.name).collect();
-                    elsewhere += tensors.iter().filter(|one| !has.contains(&***one)).count();
+                    misplaced += tensors.iter().filter(|one| !has.contains(&***one)).count();
                 }
                 Some(_) => {}
             }
@@ -80,14 +80,14 @@ pub fn lacking(
                 "{} names {} that the model does not have: {}",
                 index.path,
                 counted(names, "file"),
-                shown(&missing),
+                listed(&missing),
             ));
         }
-        if elsewhere > 0 {
+        if misplaced > 0 {
             notes.push(format!(
                 "{} names {} in files that do not have them",
                 index.path,
-                counted(elsewhere, "tensor"),
+                counted(misplaced, "tensor"),
             ));
         }
         named.extend(missing);
@@ -98,7 +98,7 @@ pub fn lacking(
         }
         let all = (1..=set.of).filter(|number| !numbers.contains(number));
         let missing: Vec<String> = all.map(|number| set.name(number)).collect();
-        // Said once.
+        // Already reported by an index file.
         if missing.is_empty() || missing.iter().all(|path| named.contains(path)) {
             continue;
         }
@@ -107,13 +107,13 @@ pub fn lacking(
             numbers.len(),
             set.of,
             set.name(0).replacen(&set.number(0), "*", 1),
-            shown(&missing),
+            listed(&missing),
         ));
     }
     notes
 }
 
-fn shown(paths: &[String]) -> String {
+fn listed(paths: &[String]) -> String {
     let more = paths.len().saturating_sub(SHOWN);
     let mut text = paths[..paths.len() - more].join(", ");
     if more > 0 {
@@ -122,13 +122,13 @@ fn shown(paths: &[String]) -> String {
     text
 }
 
-/// Files that count each other.
+/// A set of numbered files: `before-<number>-of-<written><ending>`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Split<'a> {
     before: &'a str,
     digits: usize,
     of: u32,
-    /// The number of all, as it is written.
+    /// The total, as spelled in the names.
     written: &'a str,
     ending: &'static str,
 }
@@ -157,7 +157,7 @@ fn split(manifest: &Manifest) -> BTreeMap<Split<'_>, BTreeSet<u32>> {
     sets
 }
 
-/// Reads `before-00001-of-00003.ending`.
+/// Parses a name such as `before-00001-of-00003.ending`.
 fn numbered(path: &str) -> Option<(Split<'_>, u32)> {
     let ending = *COUNTED.iter().find(|ending| path.ends_with(**ending))?;
     let (rest, written) = path.strip_suffix(ending)?.rsplit_once("-of-")?;
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_an_index_or_a_split_name_counts_and_that_are_not_there_are_named() {
+    fn missing_files_that_an_index_or_a_numbered_name_refers_to_are_reported() {
         let m = "m.safetensors.index.json";
         for (paths, says, expected) in [
             (
@@ -227,22 +227,25 @@ mod tests {
                     "m-00002-of-00002.safetensors",
                 ])),
                 &[
-                    "m.safetensors.index.json names 1 file that the model does not have: m-00002-of-00002.safetensors",
+                    "m.safetensors.index.json names 1 file that the model does not have: \
+                     m-00002-of-00002.safetensors",
                 ],
             ),
-            // An index of an older layout, beside a complete model.
+            // An outdated index file, beside a complete model.
             (
                 &["m-00001-of-00001.safetensors", m],
                 Some(index(&["m-00001-of-00005.safetensors"])),
                 &[
-                    "m.safetensors.index.json names 1 file that the model does not have: m-00001-of-00005.safetensors",
+                    "m.safetensors.index.json names 1 file that the model does not have: \
+                     m-00001-of-00005.safetensors",
                 ],
             ),
             (
                 &["q/m-00002-of-00003.gguf"],
                 None,
                 &[
-                    "1 of 3 files of q/m-*-of-00003.gguf are here; missing: q/m-00001-of-00003.gguf, q/m-00003-of-00003.gguf",
+                    "1 of 3 files of q/m-*-of-00003.gguf are here; missing: q/m-00001-of-00003.gguf, \
+                     q/m-00003-of-00003.gguf",
                 ],
             ),
             (
@@ -266,7 +269,7 @@ mod tests {
         }
         let broken = lacking(&model(&[m]), |_| Some(b"{\"weight_map\": {".to_vec()));
         assert!(broken[0].contains("malformed"), "{broken:?}");
-        // An index that is not here cannot be checked.
+        // An index file that is not here cannot be checked.
         assert!(lacking(&model(&[m]), |_| None).is_empty());
     }
 }

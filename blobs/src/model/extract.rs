@@ -1,11 +1,12 @@
-//! A safetensors file of some tensors of another file.
+//! Makes a safetensors file from some tensors of another file.
 //!
-//! [`plan`] says, from the manifest and the source's header, how the result begins and which bytes are copied where;
-//! [`Plan::write`] does it. The same choice of tensors gives the same bytes on every machine: the order is the source's, nothing
-//! lies between two tensors, and keys of the metadata are sorted.
+//! [`plan`] determines, from the manifest and the source's header, how the result begins and which bytes are copied
+//! where. [`Plan::write`] writes the result. The same selection gives the same bytes on every machine: the tensors have
+//! the source's order, there are no gaps between them, and metadata keys are sorted.
 //!
-//! A manifest and a header come from strangers and need not agree. What is written is checked to be a valid file whose every tensor
-//! is the source's, so the plan is refused if they differ in anything about a chosen tensor.
+//! Manifests and headers come from strangers and may contradict each other. A result must be a valid file in which
+//! every tensor equals the source's. So a plan is refused if manifest and header differ in anything about a chosen
+//! tensor.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -31,31 +32,31 @@ use crate::{
     manifest::{self, MAX_DIMENSIONS, Tensor},
 };
 
-/// Bytes read and written at a time: 1 MiB, beyond which a disk is not faster.
+/// Bytes read and written at a time: 1 MiB. Larger pieces do not make a disk faster.
 pub const PIECE: u64 = 1024 * 1024;
 
-/// The most entries of a header's `__metadata__`. Files have a handful; a hostile header of 100 MB could have ten million, which
-/// take a gigabyte as strings.
+/// The most entries of a header's `__metadata__`. Files have a handful. A hostile header of 100 MB could have ten
+/// million, which take a gigabyte as strings.
 pub const MAX_METADATA: usize = 65_536;
 
-/// The key in a header that is no tensor's name.
+/// The header key that is not a tensor name.
 const METADATA: &str = "__metadata__";
 
-/// The types of ggml that safetensors has too, under the same names and with the same bytes. All others are blocks of quantised
+/// The ggml types that safetensors has too, with the same names and the same bytes. All others are blocks of quantised
 /// numbers.
 const PLAIN: [&str; 8] = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8"];
 
-/// How a file holds its tensors.
+/// The file format of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// The file's name ends in `.safetensors`.
+    /// safetensors: the file's name ends in `.safetensors`.
     Safetensors,
-    /// Every other file that a manifest lists tensors of, whatever its name.
+    /// GGUF: every other file for which a manifest lists tensors, whatever its name.
     Gguf,
 }
 
 impl Format {
-    /// The format of the file at this path of a manifest.
+    /// Returns the format of the file at a manifest path.
     pub fn of(path: &str) -> Self {
         if path.ends_with(".safetensors") {
             Self::Safetensors
@@ -65,8 +66,8 @@ impl Format {
     }
 }
 
-/// Where the result of a selection from the file at `path` belongs: there for a safetensors file, at `x.safetensors` for `x.gguf`,
-/// and with `.safetensors` behind it for other names.
+/// Returns the path of the result of a selection from the file at `path`. It is the same path for a safetensors file
+/// and `x.safetensors` for `x.gguf`. Other names get `.safetensors` appended.
 pub fn result_path(path: &str) -> String {
     match Format::of(path) {
         Format::Safetensors => path.to_owned(),
@@ -74,12 +75,13 @@ pub fn result_path(path: &str) -> String {
     }
 }
 
-/// The bytes of `file` that [`plan`] needs to know: its header for safetensors, none for GGUF, whose manifest says all.
+/// Returns the bytes of `file` that [`plan`] needs: the header for safetensors; nothing for GGUF, because the manifest
+/// is enough.
 pub fn header_range(file: &manifest::File) -> Range<u64> {
     match Format::of(&file.path) {
         Format::Gguf => 0..0,
         Format::Safetensors => {
-            // Without data nothing but the file's end says where the header ends.
+            // Without tensor data, the header ends at the end of the file.
             let has_data = file.tensors.iter().any(|tensor| tensor.start < tensor.end);
             let starts = file.tensors.iter().map(|tensor| tensor.start);
             0..starts.min().filter(|_| has_data).unwrap_or(file.size)
@@ -87,7 +89,7 @@ pub fn header_range(file: &manifest::File) -> Range<u64> {
     }
 }
 
-/// How a file of chosen tensors is made.
+/// A plan for writing a file of chosen tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     header: Vec<u8>,
@@ -95,49 +97,49 @@ pub struct Plan {
     size: u64,
 }
 
-/// Bytes of the source and where they go.
+/// A range of the source and its offset in the result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Copy {
-    /// Within the source. Not empty.
+    /// Byte range in the source. Not empty.
     pub source: Range<u64>,
-    /// First byte within the result.
+    /// Offset of the first byte in the result.
     pub to: u64,
 }
 
-/// Why chosen tensors do not make a file. Names in it are cut after 200 characters.
+/// The reason why a file cannot be made from the chosen tensors. Names in messages are cut after 200 characters.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExtractError {
-    /// The file has no tensor of this index.
+    /// The file has no tensor with this index.
     #[error("there is no tensor {index}; the file has {tensors}")]
     NoTensor {
-        /// As asked for.
+        /// The requested index.
         index: usize,
-        /// Tensors in the file.
+        /// Number of tensors in the file.
         tensors: usize,
     },
-    /// Two chosen tensors have one name, or one was chosen twice.
+    /// Two chosen tensors have the same name, or one was chosen twice.
     #[error("two of the chosen tensors are named {0:?}")]
     Duplicate(String),
-    /// A tensor has the name that a header keeps for its metadata.
+    /// A tensor has the name that the header uses for its metadata.
     #[error("a tensor is named `__metadata__`, which no safetensors file can hold")]
     Reserved,
     /// Two chosen tensors share bytes, or one ends before it starts.
-    #[error("the bytes of {0:?} are not its own")]
+    #[error("the byte range of {0:?} is invalid or overlaps another tensor")]
     Overlap(String),
-    /// The given header is not what its first eight bytes announce, or does not end where the first tensor starts.
+    /// The given header does not have the announced length, or does not end where the first tensor starts.
     #[error(
-        "the header has {given} bytes where the manifest has {expected} and it says {announced} itself"
+        "the header has {given} bytes, but the manifest expects {expected} and the header itself announces {announced}"
     )]
     HeaderSize {
-        /// Bytes given.
+        /// Number of bytes given.
         given: u64,
-        /// Where the manifest's first tensor starts.
+        /// Offset at which the manifest's first tensor starts.
         expected: u64,
-        /// What the header says, with the eight bytes of the length.
+        /// The length that the header announces, including the eight bytes of the length field.
         announced: u64,
     },
-    /// The header is not what the format says.
+    /// The header does not follow the format.
     #[error("the header is malformed: {0}")]
     Malformed(#[from] serde_json::Error),
     /// The manifest lists a tensor that the header does not have.
@@ -148,44 +150,45 @@ pub enum ExtractError {
     Differs {
         /// The tensor.
         tensor: String,
-        /// What differs.
+        /// The differing property.
         what: &'static str,
     },
-    /// No type that safetensors has.
-    #[error("the tensor {tensor:?} is of the unknown type {dtype:?}")]
+    /// The tensor's type is not a safetensors type.
+    #[error("the tensor {tensor:?} has the unknown type {dtype:?}")]
     Dtype {
         /// The tensor.
         tensor: String,
-        /// Its type.
+        /// The type of the tensor.
         dtype: String,
     },
-    /// A tensor's type and shape do not give the size that it has.
-    #[error("the tensor {tensor:?} has {present} bytes, which its type and shape do not give")]
+    /// The size of a tensor does not match its type and shape.
+    #[error("the tensor {tensor:?} has {present} bytes, which does not match its type and shape")]
     Size {
         /// The tensor.
         tensor: String,
         /// Its size in bytes.
         present: u64,
     },
-    /// The result's header would be longer than the format allows.
+    /// The header of the result would exceed the limit of the format.
     #[error("the header of the chosen tensors would have {0} bytes; the limit is 100000000")]
     TooLong(u64),
 }
 
-/// The beginning of a name that may have any length.
+/// Returns the first 200 characters of a name that may have any length.
 pub(crate) fn shown(name: &str) -> String {
     name.chars().take(200).collect()
 }
 
-/// Plans the file that holds those of `file`'s tensors whose indices are in `tensors`, in any order.
+/// Plans a file with the tensors of `file` whose indices are in `tensors`, in any order.
 ///
-/// `header` is the source's bytes in [`header_range`]. From a safetensors file the tensors keep type and shape, and the file its
-/// `__metadata__`. From a GGUF file those of a type that safetensors has keep type and shape; the others become `U8` of
-/// shape `[bytes]`, and `__metadata__` has their type at `gguf.dtype.<name>` and their shape, outermost dimension first, as a JSON
-/// array at `gguf.shape.<name>`.
+/// `header` is the source's bytes in [`header_range`]. Tensors from a safetensors file keep their type and shape, and
+/// the result keeps the file's `__metadata__`. Tensors from a GGUF file keep their type and shape if safetensors has
+/// the type. The others become `U8` of shape `[bytes]`; their type is in `__metadata__` at `gguf.dtype.<name>`, and
+/// their shape, outermost dimension first, as a JSON array at `gguf.shape.<name>`.
 ///
 /// # Errors
-/// [`ExtractError`] if the choice is none, the header is malformed, or it and the manifest disagree about a chosen tensor.
+/// [`ExtractError`] if the selection is invalid, the header is malformed, or header and manifest disagree about a
+/// chosen tensor.
 pub fn plan(file: &manifest::File, tensors: &[usize], header: &[u8]) -> Result<Plan, ExtractError> {
     let chosen = choose(file, tensors)?;
     match Format::of(&file.path) {
@@ -195,28 +198,29 @@ pub fn plan(file: &manifest::File, tensors: &[usize], header: &[u8]) -> Result<P
 }
 
 impl Plan {
-    /// The result's first bytes: eight of length, then JSON, then spaces up to a multiple of eight.
+    /// Returns the first bytes of the result: eight bytes of length, then JSON, then spaces up to a multiple of eight.
     pub fn header(&self) -> &[u8] {
         &self.header
     }
 
-    /// What follows the header, in order, without a gap. What is adjacent in the source is one copy.
+    /// Returns the ranges that follow the header, in order and without gaps. Adjacent ranges of the source are one
+    /// copy.
     pub fn copies(&self) -> &[Copy] {
         &self.copies
     }
 
-    /// The result's size in bytes.
+    /// Returns the size of the result, in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Writes the result to `destination`, which gets its size first and keeps nothing of what it held. `source` fills a buffer of
-    /// at most [`PIECE`] bytes from an offset of the source; with a file that is [`FileExt::read_exact_at`].
+    /// Writes the result to `destination`, which first loses its content and gets its final size. `source` fills a
+    /// buffer of at most [`PIECE`] bytes from an offset of the source; for a file, use [`FileExt::read_exact_at`].
     ///
-    /// Nothing is synced: the caller does it before it tells anyone that the file is there. The two must not be one file.
+    /// Does not sync: the caller syncs the file before reporting it. Source and destination must be different files.
     ///
     /// # Errors
-    /// What `source` returns, which ends the writing, or what the disk says. The destination is incomplete then.
+    /// An error of `source`, which ends the writing, or of the disk. The destination is incomplete then.
     pub fn write(
         &self,
         mut source: impl FnMut(&mut [u8], u64) -> io::Result<()>,
@@ -242,7 +246,7 @@ impl Plan {
     }
 }
 
-/// The chosen tensors in the source's order, with ranges that do not touch each other's bytes.
+/// Returns the chosen tensors in the source's order, and checks that their ranges do not overlap.
 fn choose<'a>(
     file: &'a manifest::File,
     tensors: &[usize],
@@ -256,7 +260,7 @@ fn choose<'a>(
             })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    chosen.sort_by_key(|tensor| order(tensor));
+    chosen.sort_by_key(|tensor| sort_key(tensor));
     let mut names = HashSet::with_capacity(chosen.len());
     let mut end = 0;
     for tensor in &chosen {
@@ -266,7 +270,7 @@ fn choose<'a>(
         if !names.insert(tensor.name.as_str()) {
             return Err(ExtractError::Duplicate(shown(&tensor.name)));
         }
-        // Without this a list of tensors that all are the whole file would make a result larger than any disk.
+        // Otherwise tensors that each cover the whole file would make a result larger than any disk.
         if tensor.start < end || tensor.end < tensor.start {
             return Err(ExtractError::Overlap(shown(&tensor.name)));
         }
@@ -275,8 +279,8 @@ fn choose<'a>(
     Ok(chosen)
 }
 
-/// What tensors of a file are sorted by. An empty tensor comes before the one that starts where it does.
-pub(crate) fn order(tensor: &Tensor) -> (u64, u64, &str) {
+/// Returns the sort key of a file's tensors. An empty tensor comes before the tensor that starts at the same offset.
+pub(crate) fn sort_key(tensor: &Tensor) -> (u64, u64, &str) {
     (tensor.start, tensor.end, &tensor.name)
 }
 
@@ -326,9 +330,9 @@ fn from_safetensors(
         if data_start.checked_add(start) != Some(tensor.start)
             || data_start.checked_add(end) != Some(tensor.end)
         {
-            return differs("place");
+            return differs("offset");
         }
-        // A type that is not known here is the reader's to know: the result says of it what the source does.
+        // An unknown type is left to the reader: the result describes the tensor as the source does.
         if dtype(tensor).is_some() {
             check_size(tensor)?;
         }
@@ -368,20 +372,20 @@ fn from_gguf(chosen: &[&Tensor]) -> Result<Plan, ExtractError> {
     pack((!metadata.is_empty()).then_some(metadata), entries)
 }
 
-/// The tensor's element type; `None` if it is not known here.
+/// Returns the tensor's element type; `None` if it is unknown.
 fn dtype(tensor: &Tensor) -> Option<Dtype> {
     let name: StrDeserializer<'_, de::value::Error> = tensor.dtype.as_str().into_deserializer();
     Dtype::deserialize(name).ok()
 }
 
-/// Checks that type and shape give the tensor's size, as every reader of safetensors does.
+/// Checks that type and shape match the tensor's size, as every safetensors reader does.
 fn check_size(tensor: &Tensor) -> Result<(), ExtractError> {
     let dtype = dtype(tensor).ok_or_else(|| ExtractError::Dtype {
         tensor: shown(&tensor.name),
         dtype: shown(&tensor.dtype),
     })?;
     let present = tensor.end - tensor.start;
-    // In the reader's steps, so that what overflows there is refused here.
+    // In the same steps as the reader, so that a shape that overflows there is refused here.
     let bits = tensor
         .shape
         .iter()
@@ -398,11 +402,11 @@ fn check_size(tensor: &Tensor) -> Result<(), ExtractError> {
     }
 }
 
-/// A chosen tensor as the result describes it.
+/// A chosen tensor as described in the result.
 struct Described<'a> {
     tensor: &'a Tensor,
     dtype: &'a str,
-    /// Its shape is its size in bytes, not that of the source.
+    /// True if its shape in the result is its size in bytes, and not the shape in the source.
     as_bytes: bool,
 }
 
@@ -412,7 +416,7 @@ impl Described<'_> {
     }
 }
 
-/// Lays the tensors out one behind the other.
+/// Lays out the tensors one after the other.
 fn pack(
     metadata: Option<BTreeMap<String, String>>,
     tensors: Vec<Described<'_>>,
@@ -439,7 +443,7 @@ fn pack(
             Some(last) if last.source.end == source.start => last.source.end = source.end,
             _ => copies.push(Copy { source, to: size }),
         }
-        // Tensors are disjoint and the header has its limit; only a file of 2^64 bytes could come here.
+        // Tensors are disjoint and the header has a limit, so only a file of 2^64 bytes could overflow here.
         size = size
             .checked_add(described.size())
             .ok_or_else(|| ExtractError::Size {
@@ -454,7 +458,7 @@ fn pack(
     })
 }
 
-/// The JSON of the result.
+/// The JSON header of the result.
 struct Header<'a> {
     metadata: &'a Option<BTreeMap<String, String>>,
     tensors: &'a [Described<'a>],
@@ -494,10 +498,10 @@ impl Serialize for Header<'_> {
     }
 }
 
-/// What a header says about the chosen tensors.
+/// The parts of a header that concern the chosen tensors.
 struct Parsed {
     metadata: Option<BTreeMap<String, String>>,
-    /// One for each chosen tensor.
+    /// One entry for each chosen tensor.
     entries: Vec<Option<Entry>>,
 }
 
@@ -509,9 +513,9 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-/// Reads what is needed of a header, so that it takes no more memory than the chosen tensors do.
+/// Reads only the needed parts of a header, so that memory is bounded by the number of chosen tensors.
 struct HeaderSeed<'a> {
-    /// Which chosen tensor has a name.
+    /// Position of each chosen tensor, by name.
     indices: HashMap<&'a str, usize>,
 }
 
@@ -541,10 +545,11 @@ impl<'de> Visitor<'de> for HeaderSeed<'_> {
                 }
                 metadata = Some(map.next_value::<Option<Strings>>()?);
             } else if let Some(index) = self.indices.get(key.as_str()) {
-                // Readers take the first or the last of two, and would not agree on what the file holds.
+                // Some readers take the first of two entries and others the last, so they would disagree about the
+                // content.
                 if entries[*index].replace(map.next_value()?).is_some() {
                     return Err(de::Error::custom(format_args!(
-                        "the tensor {:?} is there twice",
+                        "the tensor {:?} occurs twice",
                         shown(&key)
                     )));
                 }
@@ -587,7 +592,7 @@ impl<'de> Deserialize<'de> for Strings {
     }
 }
 
-/// At most [`MAX_DIMENSIONS`] dimensions.
+/// Reads a shape of at most [`MAX_DIMENSIONS`] dimensions.
 fn shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
     struct ShapeVisitor;
     impl<'de> Visitor<'de> for ShapeVisitor {

@@ -1,9 +1,9 @@
-//! From files on disk to a manifest: walk, read headers, hash on all cores. Files stay where they are, and each is read
-//! once.
+//! Indexing: builds a manifest from files on disk. It walks the folder, reads headers, and hashes on all cores. Files
+//! stay in place, and each is read once.
 //!
-//! Reading headers is an optimisation and never a condition: a file whose header cannot be read is published as bytes,
-//! and named in [`Indexed::opaque`]. A file or folder that cannot be published, or should not be unless the user says
-//! so, is left out and named in [`Indexed::skipped`]. So one odd file keeps no folder from being added.
+//! Reading headers is optional: a file whose header cannot be read is published as bytes, and listed in
+//! [`Indexed::opaque`]. A file or folder that cannot be published, or that needs the user's consent, is left out and
+//! listed in [`Indexed::skipped`]. So one odd file does not prevent a folder from being added.
 
 mod walk;
 
@@ -22,7 +22,7 @@ use std::{
 };
 
 pub(crate) use self::walk::litter;
-use self::walk::{Place, Walker};
+use self::walk::{FoundFile, Walker};
 use crate::{
     Hash,
     complete::lacking,
@@ -34,27 +34,27 @@ use crate::{
     shards::MAX_INDEX,
 };
 
-/// Files that are hashed at a time: enough for fast disks and many cores, few enough for those that turn.
+/// Number of files hashed at a time: enough for fast disks and many cores, and few enough for rotating disks.
 const AT_A_TIME: usize = 4;
 
 /// Folders that tools keep beside a model and that are not part of it.
 pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
 
-/// Entries in each list of notes; of more, the number is said. A note may hold two paths, some 5 KiB: so an answer
-/// stays below the 4 MiB that a message of gRPC may have.
+/// The most entries in each list of notes; further entries are only counted. A note may hold two paths, some 5 KiB, so
+/// an answer stays below the gRPC message limit of 4 MiB.
 const MAX_NOTES: usize = 300;
 
-/// Faults that an error message names; of more, the number is said.
+/// The most faults listed in an error message; further faults are only counted.
 const MAX_SHOWN: usize = 20;
 
-/// The beginning of a Git LFS pointer, a small file in place of the file that it stands for
+/// The beginning of a Git LFS pointer: a small file that stands in for a large one
 /// (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>).
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\n";
 
-/// The longest pointer of Git LFS, in bytes: by its specification a pointer is smaller than this.
+/// Upper bound on the size of a Git LFS pointer, in bytes, from its specification.
 const MAX_LFS_POINTER: u64 = 1024;
 
-/// How far indexing is. Shared with whoever shows it; also the way to stop it.
+/// Progress of indexing, shared with the code that shows it. Also used to stop indexing.
 #[derive(Debug, Default)]
 pub struct Progress {
     /// Files found.
@@ -65,55 +65,56 @@ pub struct Progress {
     pub bytes_total: AtomicU64,
     /// Bytes hashed.
     pub bytes_done: AtomicU64,
-    /// Set to stop: indexing ends with [`IndexError::Cancelled`] within a piece.
+    /// Set this to stop: indexing ends with [`IndexError::Cancelled`] within one piece.
     pub cancelled: AtomicBool,
 }
 
-/// Choices of a person who adds a folder. The default publishes no hidden file and nothing from outside the folder.
+/// Options for adding a folder. By default, no hidden file and nothing from outside the folder is published.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Rules {
-    /// Refuse the folder, with all reasons, where a file would be published as bytes although its name says that it has
-    /// a header, or left out because it cannot be read.
+    /// Refuse the folder, with all reasons, if a file cannot be read, or if its name says that it has a header but the
+    /// header cannot be read. Otherwise the former is left out, and the latter is published as bytes.
     pub strict: bool,
-    /// Include hidden files and folders, but for `.git` and `.cache`. Without it, only files like `.gitattributes` are.
+    /// Include hidden files and folders, except `.git` and `.cache`. Otherwise only files like `.gitattributes` are
+    /// included.
     pub hidden: bool,
-    /// Follow links to folders, and links that lead out of the folder or to what is left out of it.
+    /// Follow links to folders, and links to targets outside the folder or to targets that are left out.
     pub follow_links: bool,
-    /// Leave out files whose names other systems cannot hold, rather than refuse the folder.
+    /// Leave out files whose names other systems do not support, instead of refusing the folder.
     pub skip_unportable: bool,
-    /// Folders outside that links may lead to. Absolute and without links.
+    /// Folders outside the added one that links may lead to. Absolute and without links.
     pub(crate) within: Vec<PathBuf>,
-    /// Paths in the folder, absolute, to leave out without a word: the caller has one.
+    /// Absolute paths in the folder to leave out silently. The caller reports them.
     pub(crate) without: Vec<PathBuf>,
 }
 
-/// A model found on disk.
+/// The result of indexing a folder or file.
 #[derive(Debug)]
 pub struct Indexed {
-    /// What it is made of.
+    /// The manifest of the model.
     pub manifest: Manifest,
     /// The folder that the manifest's paths are relative to.
     pub root: PathBuf,
-    /// Where each file's content is and how its tree looks, by path in the manifest.
+    /// Location and outboard of each file, by path in the manifest.
     pub files: BTreeMap<String, IndexedFile>,
-    /// Files and folders that were left out, each with the reason; at most 300 entries, and the number of the rest.
+    /// Files and folders that were left out, with reasons: at most 300 entries, and the number of further ones.
     pub skipped: Vec<String>,
-    /// Files that are in the manifest as bytes alone, although their names say that they hold tensors, and pointers of
-    /// Git LFS.
+    /// Files that are in the manifest as bytes only, although their names say that they hold tensors, and Git LFS
+    /// pointers.
     pub opaque: Vec<Opaque>,
     /// Links out of the folder that were followed.
     pub followed: Vec<String>,
-    /// Files that the model lacks by its own account: those that an index names, and the rest of a split one.
+    /// Files that the model refers to but does not have: those that an index file names, and the rest of a split model.
     pub incomplete: Vec<String>,
 }
 
 /// A file that is published as bytes, without its tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Opaque {
-    /// Its path in the manifest.
+    /// Path of the file in the manifest.
     pub path: String,
-    /// Why its tensors are not listed.
+    /// The reason why its tensors are not listed.
     pub reason: String,
 }
 
@@ -123,64 +124,67 @@ impl fmt::Display for Opaque {
     }
 }
 
-/// A file's content, hashed.
+/// The result of hashing a file.
 #[derive(Debug)]
 pub struct IndexedFile {
     /// The file, after following links.
     pub location: Location,
-    /// The parents of its tree, in pre-order.
+    /// The parents of the file's tree, in pre-order.
     pub outboard: Vec<u8>,
 }
 
-/// A file as it was when its content was read.
+/// A file, with its state when its content was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location {
-    /// Absolute.
+    /// Absolute path.
     pub path: PathBuf,
     /// Size in bytes.
     pub size: u64,
-    /// Time of the last change, nanoseconds since the Unix epoch.
+    /// Modification time, in nanoseconds since the Unix epoch.
     pub modified: i64,
 }
 
-/// Why indexing failed.
+/// The reason why indexing failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IndexError {
     /// A file or folder could not be read.
     #[error("cannot read {}: {source}", .path.display())]
     Io {
-        /// What could not be read.
+        /// The path that could not be read.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The path leads to nothing a model can be made of.
+    /// The path cannot be indexed as a model.
     #[error("{} cannot be a model: {reason}", .path.display())]
     Unusable {
-        /// The offending path.
+        /// The path.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         reason: &'static str,
     },
-    /// Names that other systems could not hold: all of them.
-    #[error("{} cannot be part of a model: {}", counted(.0.len(), "name"), first(.0.iter().map(named)))]
+    /// Names that other systems do not support: all of them.
+    #[error("{} cannot be part of a model: {}", counted(.0.len(), "name"), first_few(.0.iter().map(named)))]
     Names(Vec<PathError>),
-    /// Nothing is left to publish, and why.
+    /// No file can be published; the reasons are listed.
     #[error("{} has no file that can be published{}", .folder.display(), left_out(.skipped))]
     NothingLeft {
         /// The folder.
         folder: PathBuf,
-        /// Files and folders that were left out.
+        /// Files and folders that were left out, with reasons.
         skipped: Vec<String>,
     },
-    /// Faults that [`Rules::strict`] does not let pass.
-    #[error("{} cannot be published with --strict: {}", counted(.0.len(), "file"), first(.0.iter().cloned()))]
+    /// Faults that [`Rules::strict`] does not allow.
+    #[error("{} cannot be published with --strict: {}", counted(.0.len(), "file"), first_few(.0.iter().cloned()))]
     Strict(Vec<String>),
     /// A file changed, or was deleted, while it was read.
-    #[error("{} changed or was deleted while the folder was read; add it again when nothing writes to it", .0.display())]
+    #[error(
+        "{} changed or was deleted while the folder was read; add it again when no program writes to it",
+        .0.display()
+    )]
     Changed(PathBuf),
-    /// The files do not make a manifest.
+    /// The files do not form a valid manifest.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
     /// [`Progress::cancelled`] was set.
@@ -188,7 +192,7 @@ pub enum IndexError {
     Cancelled,
 }
 
-/// Says how many there are, as in "1 file" and "2 files".
+/// Returns a count with its noun, as in "1 file" and "2 files".
 pub(crate) fn counted(n: usize, what: &str) -> String {
     match n {
         1 => format!("1 {what}"),
@@ -205,8 +209,8 @@ fn named(error: &PathError) -> String {
     text
 }
 
-/// The first few of a list, and how many more there are.
-fn first(list: impl ExactSizeIterator<Item = String>) -> String {
+/// Joins the first entries of a list, and adds the number of further ones.
+fn first_few(list: impl ExactSizeIterator<Item = String>) -> String {
     let more = list.len().saturating_sub(MAX_SHOWN);
     let mut text = list.take(MAX_SHOWN).collect::<Vec<_>>().join("; ");
     if more > 0 {
@@ -215,15 +219,15 @@ fn first(list: impl ExactSizeIterator<Item = String>) -> String {
     text
 }
 
-/// Says which files and folders were left out, if any were.
+/// Describes which files and folders were left out, if any.
 fn left_out(skipped: &[String]) -> String {
     match skipped {
         [] => String::new(),
-        skipped => format!("; left out: {}", first(skipped.iter().cloned())),
+        skipped => format!("; left out: {}", first_few(skipped.iter().cloned())),
     }
 }
 
-/// Notes for a person, of which there may be as many as files.
+/// Notes for the user; there may be as many as files.
 #[derive(Debug, Default)]
 struct Notes {
     first: Vec<String>,
@@ -247,10 +251,10 @@ impl Notes {
 }
 
 impl Location {
-    /// The file's state now.
+    /// Returns the current state of the file.
     ///
     /// # Errors
-    /// What `metadata` returns.
+    /// The error of `metadata`.
     pub fn of(path: &Path, file: &File) -> io::Result<Self> {
         Ok(Self::from_metadata(path, &file.metadata()?))
     }
@@ -266,28 +270,28 @@ impl Location {
         }
     }
 
-    /// Opens the file if it is unchanged by size and time; `None` if it is gone or changed.
+    /// Opens the file if its size and time are unchanged; returns `None` if it is gone or has changed.
     pub(crate) fn open(&self) -> Option<File> {
         let file = files::open(&self.path).ok()?;
         let now = Self::of(&self.path, &file).ok()?;
         (now == *self).then_some(file)
     }
 
-    /// The first `size` bytes, of at most [`MAX_INDEX`]; `None` if the file has changed or cannot be read.
+    /// Reads the first `size` bytes, at most [`MAX_INDEX`]; returns `None` if the file has changed or cannot be read.
     fn read(&self, size: u64) -> Option<Vec<u8>> {
         let mut content = vec![0; usize::try_from(size).ok()?.min(MAX_INDEX)];
         self.open()?.read_exact_at(&mut content, 0).ok()?;
         Some(content)
     }
 
-    /// Returns true if the path still leads to a file of this size and time. Opens nothing.
+    /// Returns true if the path still leads to a file of this size and time. Does not open the file.
     fn is_there(&self) -> bool {
         fs::metadata(&self.path)
             .is_ok_and(|metadata| Self::from_metadata(&self.path, &metadata) == *self)
     }
 }
 
-/// Indexes the folder or file at `path` by the default [`Rules`]. Blocks; uses all cores.
+/// Indexes the folder or file at `path` with the default [`Rules`]. Blocks; uses all cores.
 ///
 /// # Errors
 /// [`IndexError`].
@@ -297,7 +301,7 @@ pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
 
 /// Indexes the folder or file at `path`. Blocks; uses all cores.
 ///
-/// A file that is named itself is taken whatever it is called, hidden or not.
+/// If `path` is a file, it is included whatever its name is, hidden or not.
 ///
 /// # Errors
 /// [`IndexError`].
@@ -336,14 +340,14 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
         skipped.push(named(&error));
         found.remove(&error.path);
     }
-    for (name, place) in &found {
+    for (name, found_file) in &found {
         progress.files_total.fetch_add(1, Ordering::Relaxed);
         progress
             .bytes_total
-            .fetch_add(place.seen.size, Ordering::Relaxed);
-        // Before hours of hashing, if it is to be refused after all.
+            .fetch_add(found_file.seen.size, Ordering::Relaxed);
+        // Checked before hours of hashing, because the folder may be refused.
         if rules.strict
-            && let Err(reason) = probe(name, place)
+            && let Err(reason) = probe(name, found_file)
         {
             faults.push(format!("{name}: {reason}"));
         }
@@ -358,9 +362,10 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
         mut opaque,
     } = gather(contents, &mut faults, &mut skipped);
     for path in manifest::leave_out_tensors(&mut entries) {
-        let reason = "with its tensors the model would be over the limits of a manifest, 1000000 \
-                      tensors and 64 MiB; they cannot be fetched one by one"
-            .to_owned();
+        let reason =
+            "with its tensors the model would exceed the manifest limits of 1000000 tensors and \
+                      64 MiB; its tensors cannot be fetched individually"
+                .to_owned();
         opaque.push(Opaque { path, reason });
     }
     if rules.strict && !(faults.is_empty() && opaque.is_empty()) {
@@ -391,7 +396,7 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
     })
 }
 
-/// What was read of the files of a folder.
+/// The files of a folder after reading.
 #[derive(Default)]
 struct Gathered {
     entries: Vec<manifest::File>,
@@ -399,7 +404,7 @@ struct Gathered {
     opaque: Vec<Opaque>,
 }
 
-/// Sorts what was read; files that could not be read are noted.
+/// Collects the results of reading, and notes files that could not be read.
 fn gather(
     contents: BTreeMap<String, Readable>,
     faults: &mut Vec<String>,
@@ -432,7 +437,7 @@ fn gather(
 }
 
 impl Indexed {
-    /// The same without the files at `paths`.
+    /// Returns the same model without the files at `paths`.
     pub(crate) fn without(mut self, paths: &BTreeSet<String>) -> Result<Self, IndexError> {
         let mut entries = self.manifest.files().to_vec();
         entries.retain(|file| !paths.contains(&file.path));
@@ -447,10 +452,10 @@ impl Indexed {
     }
 }
 
-/// Hashes one file whose expected hash is known, to learn whether it holds that content.
+/// Hashes one file, to find out whether it holds an expected content.
 ///
 /// # Errors
-/// [`IndexError`] if it cannot be read.
+/// [`IndexError`] if the file cannot be read.
 pub(crate) fn hash_file(
     path: &Path,
     progress: &Progress,
@@ -458,7 +463,7 @@ pub(crate) fn hash_file(
     hash_file_with(&Hashers::start(), path, progress)
 }
 
-/// As [`hash_file`], with threads that hash several files one after another.
+/// As [`hash_file`], but with hashing threads that the caller reuses for several files.
 pub(crate) fn hash_file_with(
     hashers: &Hashers,
     path: &Path,
@@ -469,13 +474,13 @@ pub(crate) fn hash_file_with(
     Ok((content.blake3, content.file))
 }
 
-/// A file's content, or why the file cannot be read.
+/// The content of a file, or the reason why it cannot be read.
 type Readable = Result<Content, String>;
 
-/// The files, by name, several at a time: SHA-256 keeps one core busy for each. The first error ends all of it; a file
-/// that cannot be read is none.
+/// Hashes the files, several at a time, because SHA-256 uses only one core per file. The first error ends all work; an
+/// unreadable file is not an error.
 fn index_files(
-    found: BTreeMap<String, Place>,
+    found: BTreeMap<String, FoundFile>,
     progress: &Progress,
 ) -> Result<BTreeMap<String, Readable>, IndexError> {
     let hashers = Hashers::start();
@@ -487,11 +492,11 @@ fn index_files(
     let work = || {
         loop {
             let next = left.lock().expect("taking the next does not panic").next();
-            let (Some((name, place)), false) = (next, failed.load(Ordering::Relaxed)) else {
+            let (Some((name, found_file)), false) = (next, failed.load(Ordering::Relaxed)) else {
                 return;
             };
             let stop = [&progress.cancelled, &failed];
-            let Place { path, seen } = place;
+            let FoundFile { path, seen } = found_file;
             let content = index_file(
                 (&path, Some(&seen)),
                 Format::of(&name),
@@ -499,7 +504,7 @@ fn index_files(
                 (progress, &stop),
             );
             let content = match content {
-                // It was found a moment ago.
+                // The file existed a moment ago.
                 Err(IndexError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
                     Err(IndexError::Changed(path))
                 }
@@ -516,7 +521,7 @@ fn index_files(
                     failed.store(true, Ordering::Relaxed);
                     *done = Err(error);
                 }
-                // Another failed first.
+                // Another file failed first.
                 (_, Err(_)) => {}
             }
         }
@@ -529,16 +534,16 @@ fn index_files(
     done.into_inner().expect("noting a result does not panic")
 }
 
-/// Why a file is left out that the system does not let us read.
+/// Describes why a file that cannot be read is left out.
 fn unreadable(error: &io::Error) -> String {
     format!("it cannot be read: {error}")
 }
 
-/// Reads what [`Rules::strict`] asks of a file before anything is hashed.
-fn probe(name: &str, place: &Place) -> Result<(), String> {
+/// Checks before hashing that a file meets [`Rules::strict`].
+fn probe(name: &str, found_file: &FoundFile) -> Result<(), String> {
     let read = || {
-        let Some(file) = files::open_seen(&place.path, &place.seen)? else {
-            return Err(io::Error::other("another has taken its place meanwhile"));
+        let Some(file) = files::open_seen(&found_file.path, &found_file.seen)? else {
+            return Err(io::Error::other("another file has replaced it"));
         };
         let size = file.metadata()?.len();
         header(&file, size, Format::of(name))
@@ -550,16 +555,16 @@ fn probe(name: &str, place: &Place) -> Result<(), String> {
     }
 }
 
-/// Reads a file's header. Returns its tensors, or no tensors and the reason if the header cannot be read. A file of no
-/// known format has neither tensors nor a reason.
+/// Reads a file's header. Returns its tensors; if the header cannot be read, no tensors and the reason. A file of an
+/// unknown format has neither tensors nor a reason.
 fn header(
     file: &File,
     size: u64,
     format: Option<Format>,
 ) -> io::Result<(Vec<crate::header::TensorInfo>, Option<String>)> {
     if is_lfs_pointer(file, size)? {
-        let reason = "it is a pointer of Git LFS, and not the file that it stands for: run `git lfs pull` in \
-                      the folder and add it again";
+        let reason = "it is a Git LFS pointer and not the file itself: run `git lfs pull` in the folder and \
+                      add it again";
         return Ok((Vec::new(), Some(reason.to_owned())));
     }
     let Some(format) = format else {
@@ -567,7 +572,7 @@ fn header(
     };
     match format.read(file, size) {
         Ok(tensors) => Ok((tensors, None)),
-        // Cut off meanwhile: that is seen when it is hashed.
+        // The file was truncated in the meantime; hashing detects that.
         Err(HeaderError::Io(error)) if error.kind() != ErrorKind::UnexpectedEof => Err(error),
         Err(error) => {
             let reason = format!("it cannot be read as {format}: {error}");
@@ -588,8 +593,8 @@ fn is_lfs_pointer(file: &File, size: u64) -> io::Result<bool> {
     }
 }
 
-/// One file, which is to be the one that was seen: what its header says, then all hashes. Each byte is read from disk
-/// once; those of the header come from memory the second time.
+/// Reads one file's header, and hashes the file. With `seen`, the file must be the one that was seen. Each byte is read
+/// from disk once; the header's bytes come from the page cache the second time.
 fn index_file(
     (path, seen): (&Path, Option<&Sighting>),
     format: Option<Format>,
@@ -636,12 +641,12 @@ fn index_file(
     })
 }
 
-/// What is learned from a file's bytes.
+/// The result of reading a file.
 struct Content {
     blake3: Hash,
     sha256: [u8; 32],
     tensors: Vec<Tensor>,
-    /// Why no tensors are listed, where the file's name says that it has some.
+    /// The reason why no tensors are listed, if the file's name says that it has some.
     opaque: Option<String>,
     file: IndexedFile,
 }
@@ -658,7 +663,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_walked_links_to_files_are_followed_and_the_rest_is_named() {
+    fn a_folder_is_walked_with_links_to_files_and_everything_left_out_is_reported() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("model");
         write(&root.join("a.bin"), 10);
@@ -695,12 +700,15 @@ mod tests {
     fn tensors_of_both_formats_have_the_hashes_of_their_bytes() {
         let folder = tempfile::tempdir().unwrap();
         let data: Vec<u8> = (0..3_000_000_u32).map(|i| (i * 7 / 3) as u8).collect();
-        let json = r#"{"a":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},"b":{"dtype":"F32","shape":[749750],"data_offsets":[1000,3000000]}}"#;
+        let json = concat!(
+            r#"{"a":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},"#,
+            r#""b":{"dtype":"F32","shape":[749750],"data_offsets":[1000,3000000]}}"#
+        );
         let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
         bytes.extend_from_slice(json.as_bytes());
         bytes.extend_from_slice(&data);
         fs::write(folder.path().join("m.safetensors"), &bytes).unwrap();
-        // The same tensors in another place and order; 24 is I8, 0 is F32.
+        // The same tensors at other offsets and in another order; 24 is I8, 0 is F32.
         let mut bytes = b"GGUF\x03\0\0\0".to_vec();
         bytes.extend([2, 0].map(u64::to_le_bytes).concat());
         for (name, size, kind, offset) in
@@ -764,7 +772,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_the_place_of_a_file_that_was_found_is_not_published() {
+    fn a_path_that_replaces_a_found_file_is_not_published() {
         use std::os::unix::fs::symlink;
 
         let home = tempfile::tempdir().unwrap();
@@ -804,7 +812,7 @@ mod tests {
     }
 
     #[test]
-    fn indexing_stops_when_told_to() {
+    fn indexing_stops_when_it_is_cancelled() {
         let folder = tempfile::tempdir().unwrap();
         write(&folder.path().join("a"), 1);
         let progress = Progress::default();

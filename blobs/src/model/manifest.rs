@@ -1,4 +1,4 @@
-//! What a model is made of.
+//! The manifest: the list of a model's files and tensors.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,7 +14,7 @@ use crate::{
     path::{self, PathError},
 };
 
-/// The longest encoded manifest, in bytes: room for 10,000 files and some 400,000 tensors with names of 60 bytes.
+/// The longest encoded manifest, in bytes. Room for 10,000 files and some 400,000 tensors with names of 60 bytes.
 pub const MAX_MANIFEST: u64 = 64 * 1024 * 1024;
 
 /// The most files in a manifest.
@@ -26,19 +26,20 @@ pub const MAX_TENSORS: usize = 1_000_000;
 /// The most dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 32;
 
-/// The most bytes in all files: 16 TiB. What is had of a model is a bit for each 64 KiB, and so 32 MiB at most.
+/// The most bytes in all files: 16 TiB. A bitfield has one bit for each 64 KiB, so that of a model takes at most 32
+/// MiB.
 pub const MAX_SIZE: u64 = 1 << 44;
 
 /// The longest name of a tensor, in bytes.
 pub const MAX_TENSOR_NAME: usize = 1024;
 
-/// The format's version.
+/// Version of the manifest format.
 const VERSION: u32 = 1;
 
-/// A model: its files and their tensors, checked.
+/// A checked manifest: a model's files and their tensors.
 ///
-/// Holding one means: the paths are safe and do not clash, the hashes have the right length, tensors lie within their files, in
-/// order and apart.
+/// Every value satisfies these rules: paths are safe and do not clash; hashes have the right length; tensors lie within
+/// their files, in order, and do not overlap.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     files: Vec<File>,
@@ -47,24 +48,24 @@ pub struct Manifest {
 /// A file of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct File {
-    /// Relative to the model's folder, `/`-separated.
+    /// Path relative to the model's folder, separated by `/`.
     pub path: String,
     /// Size in bytes.
     pub size: u64,
-    /// BLAKE3 of the content.
+    /// BLAKE3 hash of the content.
     pub blake3: Hash,
-    /// SHA-256 of the content.
+    /// SHA-256 hash of the content.
     pub sha256: [u8; 32],
-    /// The tensors in it, by start, then name; empty for files that are neither safetensors nor GGUF.
+    /// The tensors in the file, by start, then name; empty for files that are neither safetensors nor GGUF.
     pub tensors: Vec<Tensor>,
 }
 
 /// A tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Element type as the file spells it.
+    /// Element type as spelled in the file.
     pub dtype: String,
     /// Dimensions, outermost first.
     pub shape: Vec<u64>,
@@ -72,12 +73,12 @@ pub struct Tensor {
     pub start: u64,
     /// One past the last byte within the file.
     pub end: u64,
-    /// BLAKE3 of its bytes. Tensors of the same hash have the same bytes, wherever they are.
+    /// BLAKE3 hash of the bytes. Tensors with the same hash have the same bytes, wherever they are.
     pub blake3: Hash,
 }
 
 impl Tensor {
-    /// The tensor that a header describes, whose bytes have this hash.
+    /// Makes a tensor from its description in a header and the hash of its bytes.
     pub fn new(info: TensorInfo, blake3: Hash) -> Self {
         Self {
             name: info.name,
@@ -90,48 +91,48 @@ impl Tensor {
     }
 }
 
-/// Why bytes are not a manifest, or files do not make one.
+/// The reason why bytes or files do not form a valid manifest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ManifestError {
-    /// Not a protobuf message of the schema.
+    /// The bytes are not a protobuf message of the schema.
     #[error("the manifest is malformed: {0}")]
     Decode(#[from] prost::DecodeError),
-    /// Of a later version than this program knows.
-    #[error("the manifest is of version {0}; this program reads version {VERSION}")]
+    /// The manifest has a later version than this program supports.
+    #[error("the manifest has version {0}; this program supports version {VERSION}")]
     Version(u32),
-    /// A path is refused.
+    /// A path is not allowed.
     #[error(transparent)]
     Path(#[from] PathError),
-    /// A field breaks a rule.
-    #[error("the manifest's entry {path:?} is refused: {reason}")]
+    /// An entry breaks a rule.
+    #[error("the manifest's entry {path:?} is invalid: {reason}")]
     Entry {
-        /// The file.
+        /// Path of the file.
         path: String,
-        /// What is wrong.
+        /// The broken rule.
         reason: &'static str,
     },
-    /// It names no file.
+    /// The manifest lists no file.
     #[error("the model has no files")]
     Empty,
-    /// Over [`MAX_MANIFEST`] or [`MAX_FILES`].
-    #[error("the model is over the limit of {limit} {what}")]
+    /// A limit such as [`MAX_MANIFEST`] or [`MAX_FILES`] is exceeded.
+    #[error("the model exceeds the limit of {limit} {what}")]
     TooLarge {
         /// The limit.
         limit: u64,
-        /// What it counts.
+        /// The counted unit.
         what: &'static str,
     },
 }
 
-/// The most groups that a model's files are in; a set of them is the bits of a `u64`.
+/// The most shard groups of a model. A set of them fits the bits of a `u64`.
 pub const SHARD_GROUPS: usize = 64;
 
 impl Manifest {
-    /// A manifest of `files`, in any order.
+    /// Makes a manifest of `files`, given in any order.
     ///
     /// # Errors
-    /// [`ManifestError`] if they break a rule that a receiver would refuse them for.
+    /// [`ManifestError`] if the files break a rule that receivers check.
     pub fn new(mut files: Vec<File>) -> Result<Self, ManifestError> {
         files.sort_by(|a, b| a.path.cmp(&b.path));
         let manifest = Self { files };
@@ -145,14 +146,14 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The shard group that a file is in: the files in their order, in at most [`SHARD_GROUPS`] groups of neighbours. Whoever has a part of a model says
-    /// which groups are whole.
+    /// Returns the shard group of the file with index `file`. The files, in order, form at most [`SHARD_GROUPS`] groups
+    /// of neighbours. A provider of a part of a model announces which groups it has completely.
     pub fn shard_group(&self, file: usize) -> usize {
         let groups = self.files.len().min(SHARD_GROUPS);
         file * groups / self.files.len().max(1)
     }
 
-    /// Decodes and checks what a stranger sent.
+    /// Decodes and checks a manifest from an untrusted peer.
     ///
     /// # Errors
     /// [`ManifestError`] with the rule that is broken.
@@ -163,7 +164,8 @@ impl Manifest {
                 what: "bytes of manifest",
             });
         }
-        // An entry of two bytes becomes a structure of a hundred: count before anything is allocated.
+        // An entry of two bytes becomes a structure of a hundred bytes, so entries are counted before anything is
+        // allocated.
         count_entries(bytes)?;
         let message = wire::Manifest::decode(bytes)?;
         if message.version != VERSION {
@@ -180,18 +182,18 @@ impl Manifest {
                 Ok(File {
                     size: file.size,
                     blake3: Hash::from_slice(&file.blake3)
-                        .ok_or_else(|| refuse("its BLAKE3 hash is not 32 bytes"))?,
+                        .ok_or_else(|| refuse("its BLAKE3 hash does not have 32 bytes"))?,
                     sha256: file
                         .sha256
                         .as_ref()
                         .try_into()
-                        .map_err(|_| refuse("its SHA-256 hash is not 32 bytes"))?,
+                        .map_err(|_| refuse("its SHA-256 hash does not have 32 bytes"))?,
                     tensors: file
                         .tensors
                         .into_iter()
                         .map(Tensor::decode)
                         .collect::<Option<_>>()
-                        .ok_or_else(|| refuse("a tensor's BLAKE3 hash is not 32 bytes"))?,
+                        .ok_or_else(|| refuse("a tensor's BLAKE3 hash does not have 32 bytes"))?,
                     path: file.path,
                 })
             })
@@ -201,22 +203,22 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The bytes whose hash is the model's id.
+    /// Returns the bytes whose hash is the model's id.
     pub fn encode(&self) -> Vec<u8> {
         self.to_wire().encode_to_vec()
     }
 
-    /// The files, by path.
+    /// Returns the files, by path.
     pub fn files(&self) -> &[File] {
         &self.files
     }
 
-    /// The sum of the files' sizes in bytes.
+    /// Returns the total size of the files, in bytes.
     pub fn size(&self) -> u64 {
         self.files.iter().map(|file| file.size).sum()
     }
 
-    /// The number of tensors in all files.
+    /// Returns the number of tensors in all files.
     pub fn tensors(&self) -> usize {
         self.files.iter().map(|file| file.tensors.len()).sum()
     }
@@ -264,7 +266,7 @@ impl Manifest {
                 _ => return refuse("the sizes add up to more than 16 TiB"),
             };
             if *sizes.entry(file.blake3).or_insert(file.size) != file.size {
-                return refuse("it has the hash of something of another size");
+                return refuse("it has the same hash as content of another size");
             }
             let tensors = file
                 .tensors
@@ -276,7 +278,7 @@ impl Manifest {
             for tensor in &file.tensors {
                 let length = tensor.end - tensor.start;
                 if *sizes.entry(tensor.blake3).or_insert(length) != length {
-                    return refuse("a tensor has the hash of something of another size");
+                    return refuse("a tensor has the same hash as content of another size");
                 }
             }
         }
@@ -284,8 +286,8 @@ impl Manifest {
     }
 }
 
-/// Leaves out lists of tensors, the longest first, until the files can be in one manifest; the paths of the files that
-/// have none now.
+/// Removes tensor lists from files, longest first, until the files fit into one manifest. Returns the paths of the
+/// files whose list was removed.
 pub(crate) fn leave_out_tensors(files: &mut [File]) -> Vec<String> {
     leave_out(files, MAX_TENSORS, MAX_MANIFEST)
 }
@@ -293,11 +295,11 @@ pub(crate) fn leave_out_tensors(files: &mut [File]) -> Vec<String> {
 fn leave_out(files: &mut [File], max_tensors: usize, max_bytes: u64) -> Vec<String> {
     let encoded = |file: &File| {
         let file = wire::ManifestFile::from(file.clone()).encoded_len();
-        // A key of a byte, and the length.
+        // A key of one byte, and the length.
         (1 + prost::length_delimiter_len(file) + file) as u64
     };
     let mut tensors: usize = files.iter().map(|file| file.tensors.len()).sum();
-    // The version takes two.
+    // The version takes two bytes.
     let mut bytes = 2 + files.iter().map(encoded).sum::<u64>();
     let mut longest: Vec<usize> = (0..files.len())
         .filter(|at| !files[*at].tensors.is_empty())
@@ -319,8 +321,8 @@ fn leave_out(files: &mut [File], max_tensors: usize, max_bytes: u64) -> Vec<Stri
     left_out
 }
 
-/// Checks the tensors of a file of `size` bytes, given as name, shape and range: they are in order and do not overlap. An error names the
-/// tensor that breaks a rule.
+/// Checks that the tensors of a file of `size` bytes, given as name, shape and range, are in order and do not overlap.
+/// An error names the tensor that breaks a rule.
 pub(crate) fn check_tensors<'a>(
     size: u64,
     tensors: impl Iterator<Item = (&'a str, &'a [u64], Range<u64>)>,
@@ -331,7 +333,7 @@ pub(crate) fn check_tensors<'a>(
     for (name, shape, range) in tensors {
         let refuse = |reason| Err((name, reason));
         if name.len() > MAX_TENSOR_NAME {
-            return refuse("a tensor's name is over 1024 bytes");
+            return refuse("a tensor's name is longer than 1024 bytes");
         }
         if shape.len() > MAX_DIMENSIONS {
             return refuse("a tensor has more than 32 dimensions");
@@ -346,7 +348,7 @@ pub(crate) fn check_tensors<'a>(
         if !names.insert(name) {
             return refuse("two tensors have the same name");
         }
-        // An empty one holds no byte that could be another's.
+        // An empty tensor has no bytes that could overlap.
         if !range.is_empty() {
             if range.start < end {
                 return refuse("two tensors overlap");
@@ -357,9 +359,9 @@ pub(crate) fn check_tensors<'a>(
     Ok(())
 }
 
-/// Checks the numbers of files, tensors and dimensions in an encoded manifest, by a walk over its fields.
+/// Checks the numbers of files, tensors and dimensions in an encoded manifest, by scanning its fields.
 fn count_entries(bytes: &[u8]) -> Result<(), ManifestError> {
-    // The fields' numbers in manifest.proto.
+    // Field numbers in manifest.proto.
     const FILES: u64 = 2;
     const TENSORS: u64 = 5;
     const SHAPE: u64 = 3;
@@ -368,7 +370,7 @@ fn count_entries(bytes: &[u8]) -> Result<(), ManifestError> {
         let of_file = fields(file, TENSORS, MAX_TENSORS - tensors, "tensors")?;
         tensors += of_file.len();
         for tensor in of_file {
-            // Packed, each takes at least a byte; unpacked, each is a field of its own.
+            // A packed dimension takes at least one byte; an unpacked one is a field of its own.
             let dimensions: usize = fields(tensor, SHAPE, MAX_DIMENSIONS, "dimensions")?
                 .iter()
                 .map(|packed| packed.iter().filter(|byte| **byte < 0x80).count().max(1))
@@ -384,7 +386,7 @@ fn count_entries(bytes: &[u8]) -> Result<(), ManifestError> {
     Ok(())
 }
 
-/// The contents of the fields of this number, at most `limit` of them.
+/// Returns the contents of the fields with this number, at most `limit`.
 fn fields<'a>(
     message: &'a [u8],
     number: u64,
@@ -396,7 +398,7 @@ fn fields<'a>(
         if field.number == GROUP {
             return Err(ManifestError::Entry {
                 path: String::new(),
-                reason: "it holds a protobuf group, which no manifest does",
+                reason: "it contains a protobuf group, which is not allowed",
             });
         }
         if field.number == number {
@@ -412,10 +414,10 @@ fn fields<'a>(
     Ok(found)
 }
 
-/// Stands for the number of a group, in which entries could hide from the count. No field has it.
+/// Stands for the number of a protobuf group, in which entries could hide from the count. No field has this number.
 const GROUP: u64 = u64::MAX;
 
-/// The fields of an encoded protobuf message, up to the first that is malformed: decoding reports that.
+/// The fields of an encoded protobuf message, up to the first malformed one; decoding reports that one.
 struct Fields<'a>(&'a [u8]);
 
 struct Field<'a> {
@@ -460,7 +462,7 @@ impl<'a> Iterator for Fields<'a> {
 }
 
 impl Tensor {
-    /// `None` if the hash is not one.
+    /// Returns `None` if the hash does not have 32 bytes.
     fn decode(tensor: wire::ManifestTensor) -> Option<Self> {
         Some(Self {
             name: tensor.name,
@@ -576,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_in_order_apart_and_named_once() {
+    fn tensors_must_be_in_order_disjoint_and_uniquely_named() {
         let decode = |tensors: Vec<Tensor>| {
             let mut message = Manifest::new(vec![file("a", 10), file("b", 20)])
                 .unwrap()
@@ -604,12 +606,12 @@ mod tests {
         let longest = "n".repeat(MAX_TENSOR_NAME);
         for good in [
             vec![tensor("y", 0..4), tensor("x", 4..10), tensor("z", 12..20)],
-            // Empty ones lie anywhere.
+            // Empty tensors may lie anywhere.
             vec![tensor("a", 0..0), tensor("b", 0..4), tensor("c", 0..0)],
             vec![tensor("b", 0..4), tensor("c", 2..2), tensor("d", 20..20)],
             vec![tensor(&longest, 0..1)],
             vec![many_dimensions],
-            // The same bytes twice, and those of a file.
+            // The same bytes twice, and the bytes of another file.
             vec![tensor("x", 0..4), like_x(4..8)],
             vec![of_the_file(10)],
         ] {
@@ -683,7 +685,7 @@ mod tests {
                 Err(ManifestError::TooLarge { .. })
             ));
         };
-        // Empty files; a file of empty tensors; a tensor of many dimensions, packed and not.
+        // Empty files; a file of empty tensors; a tensor of many dimensions, packed and unpacked.
         refused(&[0x12, 0].repeat(MAX_FILES + 1));
         let field = |tag: u8, content: Vec<u8>| {
             let mut bytes = vec![tag];
@@ -694,7 +696,7 @@ mod tests {
         refused(&field(0x12, [0x2a, 0].repeat(MAX_TENSORS + 1)));
         refused(&field(0x12, field(0x2a, field(0x1a, vec![1; 33]))));
         refused(&field(0x12, field(0x2a, [0x18, 1].repeat(33))));
-        // A group, which could hide entries from the count, is none of ours.
+        // A group could hide entries from the count, and is refused.
         let mut hidden = vec![0x7b, 0x7c];
         hidden.extend([0x12, 0].repeat(MAX_FILES + 1));
         assert!(matches!(

@@ -1,5 +1,5 @@
-//! What a model is made of: files and tensors, by their own headers and indices, and choices among them. No part of it
-//! knows where content is, but for [`index`], which reads files to make a manifest of them.
+//! Model contents: files and tensors, as their headers and index files describe them, and selections of them. Nothing
+//! here knows where content is stored, except [`index`], which reads files to build a manifest.
 
 pub mod complete;
 pub mod extract;

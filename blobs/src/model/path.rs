@@ -1,7 +1,8 @@
-//! Paths that may stand in a manifest.
+//! Rules for the paths in a manifest.
 //!
-//! A manifest comes from a stranger and its paths become files here, so only paths that mean the same on every system are
-//! allowed: relative, `/`-separated, no component that climbs, hides our own files, or that some file system reads in another way.
+//! A manifest comes from a stranger, and its paths become files on this node. So a path must mean the same on every
+//! system: it is relative and separated by `/`. No component may lead upwards, look like one of Weft's own files, or
+//! have a special meaning for some file system.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,20 +14,20 @@ use icu_normalizer::ComposingNormalizerBorrowed;
 /// The longest path, in bytes.
 pub const MAX_PATH: usize = 1024;
 
-/// The longest component, in bytes: what common file systems take.
+/// The longest component, in bytes: the limit of common file systems.
 pub const MAX_COMPONENT: usize = 255;
 
-/// What Weft's own temporary files begin with; no manifest may name such a file.
+/// Prefix of Weft's own temporary files; no manifest may name such a file.
 pub const OWN_PREFIX: &str = ".weft-";
 
-/// Why a path is refused.
+/// The reason why a path is not allowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PathError {
-    /// The path as given.
+    /// The path.
     pub path: String,
-    /// What is wrong with it.
+    /// The broken rule.
     pub reason: &'static str,
-    /// The path that it clashes with, if that is what is wrong.
+    /// The other path, if two paths clash.
     pub other: Option<String>,
 }
 
@@ -34,7 +35,11 @@ impl std::error::Error for PathError {}
 
 impl fmt::Display for PathError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the path {:?} is refused: {}", self.path, self.reason)?;
+        write!(
+            f,
+            "the path {:?} is not allowed: {}",
+            self.path, self.reason
+        )?;
         match &self.other {
             Some(other) => write!(f, ": {other:?}"),
             None => Ok(()),
@@ -42,47 +47,50 @@ impl fmt::Display for PathError {
     }
 }
 
-/// Characters that Windows or its file systems give a meaning, each with the reason for refusing it.
-const MEANING: [(char, &str); 9] = [
+/// Characters that have a meaning on Windows or its file systems, each with the reason why it is not allowed.
+const NOT_PORTABLE: [(char, &str); 9] = [
     (
         '\\',
-        "it has the character `\\`, which separates folders on Windows",
+        "it contains the character `\\`, which separates folders on Windows",
     ),
     (
         ':',
-        "it has the character `:`, which Windows allows in no name",
+        "it contains the character `:`, which Windows does not allow in names",
     ),
     (
         '<',
-        "it has the character `<`, which Windows allows in no name",
+        "it contains the character `<`, which Windows does not allow in names",
     ),
     (
         '>',
-        "it has the character `>`, which Windows allows in no name",
+        "it contains the character `>`, which Windows does not allow in names",
     ),
     (
         '"',
-        "it has the character `\"`, which Windows allows in no name",
+        "it contains the character `\"`, which Windows does not allow in names",
     ),
     (
         '|',
-        "it has the character `|`, which Windows allows in no name",
+        "it contains the character `|`, which Windows does not allow in names",
     ),
     (
         '?',
-        "it has the character `?`, which Windows allows in no name",
+        "it contains the character `?`, which Windows does not allow in names",
     ),
     (
         '*',
-        "it has the character `*`, which Windows allows in no name",
+        "it contains the character `*`, which Windows does not allow in names",
     ),
-    ('\0', "it has a NUL character, which no system allows"),
+    (
+        '\0',
+        "it contains a NUL character, which no system allows in names",
+    ),
 ];
 
 /// Checks one path.
 ///
 /// # Errors
-/// [`PathError`] with the reason.
+/// [`PathError`] with the broken rule.
 pub fn check(path: &str) -> Result<(), PathError> {
     let refuse = |reason| {
         Err(PathError {
@@ -105,20 +113,20 @@ pub fn check(path: &str) -> Result<(), PathError> {
             return refuse("it has an empty component");
         }
         if component == "." || component == ".." {
-            return refuse("it has a component `.` or `..`");
+            return refuse("it contains a component `.` or `..`");
         }
         if component.len() > MAX_COMPONENT {
             return refuse("it has a component longer than 255 bytes");
         }
         if component.starts_with(OWN_PREFIX) {
-            return refuse("names that begin with `.weft-` are for Weft's own files");
+            return refuse("names that begin with `.weft-` are reserved for Weft's own files");
         }
-        let meant = |c: char| MEANING.iter().find(|(meant, _)| *meant == c);
-        if let Some((_, reason)) = component.chars().find_map(meant) {
+        let listed = |c: char| NOT_PORTABLE.iter().find(|(listed, _)| *listed == c);
+        if let Some((_, reason)) = component.chars().find_map(listed) {
             return refuse(reason);
         }
         if component.chars().any(char::is_control) {
-            return refuse("it has a control character, such as a line break or a tab");
+            return refuse("it contains a control character, such as a line break or a tab");
         }
         if component.ends_with(' ') {
             return refuse("a component ends with a space, which Windows drops");
@@ -127,13 +135,13 @@ pub fn check(path: &str) -> Result<(), PathError> {
             return refuse("a component ends with a dot, which Windows drops");
         }
         if is_device(component) {
-            return refuse("it has a component that names a device on Windows");
+            return refuse("a component is the name of a device on Windows");
         }
     }
     Ok(())
 }
 
-/// Names that Windows keeps for devices, with or without an extension.
+/// Returns true for names that Windows reserves for devices, with or without an extension.
 fn is_device(component: &str) -> bool {
     let stem = component.split('.').next().unwrap_or(component);
     let upper = stem.to_ascii_uppercase();
@@ -143,31 +151,30 @@ fn is_device(component: &str) -> bool {
             && upper.as_bytes()[3].is_ascii_digit())
 }
 
-/// Checks that all of `paths` can stand beside each other: each allowed, no two equal when case is ignored, none a file where
-/// another needs a folder.
+/// Checks that all of `paths` can exist together. Each path is allowed, no two are equal when case is ignored, and no
+/// path is a file where another needs a folder.
 ///
 /// # Errors
-/// [`PathError`] for the first path that cannot.
+/// [`PathError`] for the first path that breaks a rule.
 pub fn check_all<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<(), PathError> {
-    let mut beside = Beside::new(|text| text.to_lowercase());
+    let mut set = PathSet::new(|text| text.to_lowercase());
     for path in paths {
         check(path)?;
-        beside.place(path)?;
+        set.add(path)?;
     }
     Ok(())
 }
 
-/// Finds every path that cannot be published beside those before it: as [`check_all`], and no two that a system takes
-/// for the same name when it ignores case and how characters are composed (Unicode's NFC and NFD, compatibility forms),
-/// as macOS does.
+/// Finds every path that cannot be published together with the paths before it. Applies the rules of [`check_all`]. In
+/// addition, no two paths may be equal on a system such as macOS, which ignores case and how characters are composed
+/// (Unicode's NFC and NFD, compatibility forms).
 ///
-/// Stricter than the check of a manifest that comes from elsewhere: such names work on the system that they were made
-/// on.
+/// Stricter than the check of a manifest from a peer: such names work on the system where they were created.
 pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<PathError> {
-    let mut beside = Beside::new(fold);
+    let mut set = PathSet::new(fold);
     let errors = paths.into_iter().filter_map(|path| {
-        let placed = check(path).and_then(|()| beside.place(path));
-        // In full, however long: the caller goes by it.
+        let placed = check(path).and_then(|()| set.add(path));
+        // The full path, however long: the caller compares it.
         placed.err().map(|error| PathError {
             path: path.to_owned(),
             ..error
@@ -176,24 +183,24 @@ pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<Pa
     errors.collect()
 }
 
-/// The form in which two names are equal if some system takes them for the same: compatibility composition, without
-/// case.
+/// Returns a form of the text in which two names are equal if some system treats them as equal: compatibility
+/// composition, without case.
 fn fold(text: &str) -> String {
     let normal = ComposingNormalizerBorrowed::new_nfkc();
-    // By way of capitals: `ß` is `SS` there, and both sigmas are one.
+    // Upper case first: it turns `ß` into `SS`, and both sigmas into one letter.
     let folded = normal.normalize(text).to_uppercase().to_lowercase();
     normal.normalize(&folded).into_owned()
 }
 
-/// The paths that are placed so far, in the form in which they are compared.
-struct Beside<'a> {
+/// The paths added so far, in the form in which they are compared.
+struct PathSet<'a> {
     fold: fn(&str) -> String,
     files: HashMap<String, &'a str>,
     folders: HashMap<String, &'a str>,
     seen_folders: HashSet<&'a str>,
 }
 
-impl<'a> Beside<'a> {
+impl<'a> PathSet<'a> {
     fn new(fold: fn(&str) -> String) -> Self {
         Self {
             fold,
@@ -203,8 +210,8 @@ impl<'a> Beside<'a> {
         }
     }
 
-    /// Places one more; one that is refused takes no place.
-    fn place(&mut self, path: &'a str) -> Result<(), PathError> {
+    /// Adds a path. A path that is not allowed is not added.
+    fn add(&mut self, path: &'a str) -> Result<(), PathError> {
         let refuse = |reason, other: &str| {
             Err(PathError {
                 path: path.to_owned(),
@@ -246,14 +253,14 @@ impl<'a> Beside<'a> {
     }
 }
 
-/// Reasons for refusing a second name: equal without case, and equal only in another form of Unicode.
+/// Reasons for rejecting a second path: equal when case is ignored, and equal only in another Unicode form.
 const SAME_FILE: [&str; 2] = [
     "another path is the same when case is ignored",
-    "another path is the same when Unicode's composed and decomposed forms are, as on macOS",
+    "another path is the same when composed and decomposed forms of Unicode are equal, as on macOS",
 ];
 const SAME_FOLDER: [&str; 2] = [
     "a folder of another path is the same when case is ignored",
-    "a folder of another path is the same when Unicode's composed and decomposed forms are, as on macOS",
+    "a folder of another path is the same when composed and decomposed forms of Unicode are equal, as on macOS",
 ];
 
 fn same(path: &str, other: &str, reasons: [&'static str; 2]) -> &'static str {
@@ -280,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_that_climb_hide_or_mean_something_else_are_refused() {
+    fn paths_that_lead_upwards_are_reserved_or_are_not_portable_are_refused() {
         let long = "a".repeat(256);
         let deep = "a/".repeat(600) + "b";
         for path in [
@@ -328,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_which_character_it_is_for() {
+    fn an_error_names_the_character_that_is_not_allowed() {
         for (path, says) in [
             ("results_12:30:05.json", "`:`"),
             ("What is Lazy Loading?.txt", "`?`"),
@@ -345,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_one_on_another_system_are_all_found_before_publishing() {
+    fn all_names_that_are_equal_on_another_system_are_found_before_publishing() {
         for (paths, refused) in [
             (&["a", "b", "c/d", "c/e"][..], 0),
             (&["caf\u{e9}.txt", "cafe\u{301}.txt"], 1),
@@ -355,9 +362,9 @@ mod tests {
             (&["STRASSE.txt", "stra\u{df}e.txt"], 1),
             (&["\u{fb01}le", "file"], 1),
             (&["a:b", "c?d", "fine", "aux"], 3),
-            // A refused path takes no place that another could have.
+            // A path that is not allowed does not clash with later paths.
             (&["A:/x", "a/x"], 1),
-            // One system's equal names are another's two: what is published elsewhere stays valid.
+            // Names that are equal on one system and not on another remain valid in manifests of peers.
             (&["\u{130}.txt", "i.txt"], 0),
         ] {
             let errors = unportable(paths.iter().copied());

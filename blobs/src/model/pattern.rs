@@ -1,22 +1,22 @@
-//! Patterns for the names of files and tensors, as a shell writes them: `*.json`, `model.layers.{0..11}.*`.
+//! Patterns for the names of files and tensors, in the style of a shell: `*.json`, `model.layers.{0..11}.*`.
 //!
-//! A pattern is compiled once into a small automaton that reads a name character by character and holds a set of places
-//! where it may be. So a match takes at most (characters of the name) × (parts of the pattern) steps, whatever both say: names
-//! come from strangers, and a matcher that tries one way after another can be kept busy for years by forty stars.
+//! A pattern is compiled once into a small automaton. The automaton reads a name character by character and keeps the
+//! set of states that it may be in. So a match takes at most (characters of the name) × (parts of the pattern) steps.
+//! The bound matters because names come from strangers: forty stars can keep a backtracking matcher busy for years.
 
 use std::{fmt, str::FromStr};
 
 /// The longest pattern, in bytes.
 pub const MAX_LENGTH: usize = 1024;
 
-/// The most parts of a compiled pattern. A byte of a pattern becomes one or two parts; a range of numbers becomes a few for each
-/// digit, so only a long list of wide ranges comes here.
+/// The most parts of a compiled pattern. A byte of a pattern becomes one or two parts, and a range of numbers becomes a
+/// few for each digit. Only a long list of wide ranges reaches this limit.
 pub const MAX_PARTS: usize = 4096;
 
-/// How deep braces may be nested.
+/// The deepest nesting of braces.
 pub const MAX_DEPTH: usize = 8;
 
-/// The most digits of a bound of a range of numbers: what fits into a `u64` whatever the digits are.
+/// The most digits of a bound of a range of numbers. Any number of 18 digits fits into a `u64`.
 pub const MAX_DIGITS: usize = 18;
 
 /// A pattern for the paths of files or the names of tensors.
@@ -30,58 +30,59 @@ pub const MAX_DIGITS: usize = 18;
 /// | `[a-cx]`, `[!a-c]` | one character of these, or none of these; in a path, not `/`; `[^a-c]` is `[!a-c]` |
 /// | `{a,b,c*}` | any of the alternatives, which are patterns themselves, nested up to [`MAX_DEPTH`] deep |
 /// | `{0..11}` | a number of the range, bounds included, in decimal without leading zeros |
-/// | `{00001..00012}` | the same with exactly as many digits as the longer bound, because one bound begins with a zero |
+/// | `{00001..00012}` | the same with as many digits as the longer bound, because one bound begins with a zero |
 /// | `\` | the next character as it stands |
 ///
-/// Everything else matches itself; case matters. A character is a Unicode scalar value.
+/// All other characters match themselves; case matters. A character is a Unicode scalar value.
 ///
-/// As in a `.gitignore`, a pattern without `/` is matched against a file's name in any folder, and a pattern with `/` anywhere
-/// against the whole path: `*.json` matches `onnx/config.json`, `onnx/*.json` does not match `a/onnx/config.json`. A `/` at the
-/// start stands for the model's folder: `/*.json` matches `config.json` alone. A pattern does not match a folder: what
-/// lies in `onnx` is `onnx/**`. A tensor's name is always matched whole, and `/` in it is a character like others.
+/// As in a `.gitignore`, a pattern without `/` is matched against a file's name in any folder. A pattern with `/` is
+/// matched against the whole path: `*.json` matches `onnx/config.json`, but `onnx/*.json` does not match
+/// `a/onnx/config.json`. A `/` at the start stands for the model's folder: `/*.json` matches only `config.json`. A
+/// pattern does not match a folder; the content of `onnx` is `onnx/**`. A tensor's name is always matched as a whole,
+/// and `/` in it has no special meaning.
 #[derive(Clone)]
 pub struct Pattern {
     source: String,
     program: Vec<Op>,
-    /// What every match begins with.
+    /// Text at the beginning of every match.
     prefix: String,
-    /// What every match ends with.
+    /// Text at the end of every match.
     suffix: String,
-    /// There is nothing else than `prefix`.
+    /// True if the pattern is only `prefix`.
     literal: bool,
-    /// A `/` is among what it matches literally.
+    /// True if the pattern contains a literal `/`.
     has_slash: bool,
-    /// The texts that stand in it literally.
+    /// The runs of literal text in the pattern.
     runs: Vec<String>,
 }
 
-/// Why a text is not a pattern.
+/// The reason why a text is not a valid pattern.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the pattern {pattern:?} is refused at byte {at}: {reason}")]
+#[error("invalid pattern {pattern:?} at byte {at}: {reason}")]
 pub struct PatternError {
     /// The text, cut after 200 characters.
     pub pattern: String,
-    /// Where in the text, in bytes from its start.
+    /// Offset of the error in the text, in bytes.
     pub at: usize,
-    /// What is wrong there.
+    /// The kind of error.
     pub reason: PatternReason,
 }
 
-/// What is wrong at a place in a pattern.
+/// An error at a position in a pattern.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatternReason {
-    /// It is empty, and would match nothing.
+    /// The pattern is empty, and would match nothing.
     #[error("it is empty")]
     Empty,
-    /// It is longer than [`MAX_LENGTH`].
+    /// The pattern is longer than [`MAX_LENGTH`].
     #[error("it is longer than {MAX_LENGTH} bytes")]
     TooLong,
-    /// It has more than [`MAX_PARTS`] parts.
+    /// The pattern has more than [`MAX_PARTS`] parts.
     #[error("it has more than {MAX_PARTS} parts; split it into several patterns")]
     TooManyParts,
     /// Braces are nested deeper than [`MAX_DEPTH`].
-    #[error("its braces are nested more than {MAX_DEPTH} deep")]
+    #[error("its braces are nested more than {MAX_DEPTH} levels deep")]
     TooDeep,
     /// A `{` without its `}`.
     #[error("this `{{` is never closed; write `\\{{` for the character")]
@@ -89,13 +90,11 @@ pub enum PatternReason {
     /// A `}` without its `{`.
     #[error("this `}}` was never opened; write `\\}}` for the character")]
     UnopenedBrace,
-    /// Nothing between `{` and `}`.
+    /// Empty braces.
     #[error("there is nothing between these braces")]
     EmptyBraces,
-    /// Something else than two decimal numbers around the `..` of a range.
-    #[error(
-        "a range is two decimal numbers, as in `{{0..11}}`; write `\\.` for dots in a name of its own"
-    )]
+    /// A range whose bounds are not two decimal numbers.
+    #[error("a range needs two decimal numbers, as in `{{0..11}}`; write `\\.` for literal dots")]
     BadRange,
     /// A bound with more than [`MAX_DIGITS`] digits.
     #[error("a bound of a range has more than {MAX_DIGITS} digits")]
@@ -106,18 +105,18 @@ pub enum PatternReason {
     /// A `[` without its `]`.
     #[error("this `[` is never closed; write `\\[` for the character")]
     UnclosedClass,
-    /// Bounds of a class in the wrong order.
+    /// The bounds of a class are in the wrong order.
     #[error("the first character of this range comes after its last")]
     ReversedClass,
     /// A named class such as `[:digit:]`.
     #[error("classes have no names here; write `[0-9]` for `[[:digit:]]`")]
     NamedClass,
-    /// A backslash with nothing behind it.
-    #[error("a backslash stands at the end; write `\\\\` for the character")]
+    /// A backslash at the end of the pattern.
+    #[error("the pattern ends with a backslash; write `\\\\` for the character")]
     LoneBackslash,
 }
 
-/// A part of a pattern as it is written.
+/// A part of a pattern, as written.
 enum Node {
     Char(char),
     One,
@@ -152,31 +151,31 @@ impl Class {
     }
 }
 
-/// A place in the automaton and what leads on from it. Targets are always ahead, so following them ends.
+/// A state of the automaton, and its transitions. Targets are always later states, so following them ends.
 #[derive(Debug, Clone)]
 enum Op {
-    /// This character leads to the next place.
+    /// The given character leads to the next state.
     Char(char),
-    /// Any character does.
+    /// Any character leads to the next state.
     One,
-    /// One of a class does.
+    /// A character of the class leads to the next state.
     Class(Class),
-    /// Any character leads here again; the next place is reached without one.
+    /// Any character leads back to this state; the next state is reached without a character.
     Run {
-        /// In a path, `/` too.
+        /// True if `/` in a path counts as well.
         crosses: bool,
     },
-    /// The next place and this one are reached without a character.
+    /// The next state and the target are reached without a character.
     Split(usize),
-    /// The same, the target in paths only.
+    /// As `Split`, but the target is reached in paths only.
     SplitInPaths(usize),
-    /// This place is reached without a character.
+    /// The target is reached without a character.
     Jump(usize),
     /// The end of a match.
     Match,
 }
 
-/// What a name is, which decides what `/` in it means.
+/// The kind of a name, which decides the meaning of `/` in it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Path,
@@ -184,7 +183,8 @@ enum Kind {
 }
 
 impl Pattern {
-    /// Whether the pattern matches the `/`-separated path of a file: its last component if the pattern has no `/`, else all of it.
+    /// Returns true if the pattern matches the path of a file, separated by `/`. A pattern without `/` is matched
+    /// against the last component only.
     pub fn matches_path(&self, path: &str) -> bool {
         let text = if self.has_slash {
             path
@@ -199,7 +199,7 @@ impl Pattern {
             && self.run(text, Kind::Path)
     }
 
-    /// Whether the pattern matches the whole name of a tensor.
+    /// Returns true if the pattern matches the whole name of a tensor.
     pub fn matches_tensor(&self, name: &str) -> bool {
         if self.literal {
             return name == self.prefix;
@@ -209,25 +209,25 @@ impl Pattern {
             && self.run(name, Kind::Tensor)
     }
 
-    /// The pattern as it was written.
+    /// Returns the pattern as written.
     pub fn as_str(&self) -> &str {
         &self.source
     }
 
-    /// The text that every match begins with; empty if the pattern begins with something else.
+    /// Returns the text at the beginning of every match; empty if the pattern does not begin with literal text.
     pub(crate) fn prefix(&self) -> &str {
         &self.prefix
     }
 
-    /// The texts that stand in the pattern literally, in its order.
+    /// Returns the runs of literal text in the pattern, in order.
     pub(crate) fn runs(&self) -> &[String] {
         &self.runs
     }
 
     fn run(&self, text: &str, kind: Kind) -> bool {
         let slash_ends = |c| kind == Kind::Path && c == '/';
-        let mut now = Places::new(self.program.len());
-        let mut next = Places::new(self.program.len());
+        let mut now = StateSet::new(self.program.len());
+        let mut next = StateSet::new(self.program.len());
         now.reach(&self.program, 0, kind);
         for c in text.chars() {
             if now.list.is_empty() {
@@ -250,21 +250,21 @@ impl Pattern {
     }
 }
 
-/// A set of places, each once.
-struct Places {
+/// A set of states.
+struct StateSet {
     list: Vec<usize>,
-    /// For each place, the last round in which it was reached.
+    /// For each state, the last round in which it was reached.
     reached: Vec<u64>,
     round: u64,
-    /// Places still to be followed; kept for its memory.
+    /// States still to be followed; kept to reuse its memory.
     stack: Vec<usize>,
 }
 
-impl Places {
-    fn new(places: usize) -> Self {
+impl StateSet {
+    fn new(states: usize) -> Self {
         Self {
             list: Vec::new(),
-            reached: vec![0; places],
+            reached: vec![0; states],
             round: 1,
             stack: Vec::new(),
         }
@@ -275,7 +275,7 @@ impl Places {
         self.round += 1;
     }
 
-    /// Adds a place, and all that is reached from it without a character.
+    /// Adds a state, and all states that it reaches without a character.
     fn reach(&mut self, program: &[Op], at: usize, kind: Kind) {
         self.stack.push(at);
         while let Some(at) = self.stack.pop() {
@@ -326,7 +326,7 @@ impl FromStr for Pattern {
         };
         let nodes = parser.sequence(true).map_err(refuse)?;
         let mut program = Vec::new();
-        // A leading slash says where to look; paths do not have it.
+        // A leading slash anchors the pattern to the model's folder; the paths themselves have no leading slash.
         if let Some(Node::Char('/')) = nodes.first() {
             program.push(Op::SplitInPaths(2));
         }
@@ -366,7 +366,7 @@ impl fmt::Debug for Pattern {
 }
 
 impl PartialEq for Pattern {
-    /// Written the same; patterns that are written in two ways and match the same are not equal.
+    /// Compares the patterns as written: two spellings of the same pattern are not equal.
     fn eq(&self, other: &Self) -> bool {
         self.source == other.source
     }
@@ -450,7 +450,7 @@ fn literals(nodes: &[Node], runs: &mut Vec<String>) {
     }
 }
 
-/// Reads a pattern from left to right. Errors are a place and what is wrong there.
+/// Parses a pattern from left to right. An error has a position and a reason.
 struct Parser<'a> {
     source: &'a str,
     at: usize,
@@ -478,13 +478,13 @@ impl<'a> Parser<'a> {
         eaten
     }
 
-    /// The character behind a backslash at `at`.
+    /// Returns the character after a backslash at `at`.
     fn escaped(&mut self, at: usize) -> Result<char, Refusal> {
         self.next().ok_or((at, PatternReason::LoneBackslash))
     }
 
-    /// Parts up to the end, or within braces to the `,` or `}` that ends the alternative. `starts` says that a path's component
-    /// begins here.
+    /// Parses parts up to the end; within braces, up to the `,` or `}` that ends the alternative. `starts` is true if a
+    /// path component begins here.
     fn sequence(&mut self, starts: bool) -> Result<Vec<Node>, Refusal> {
         let mut nodes = Vec::new();
         loop {
@@ -521,7 +521,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// What follows a `[` at `open`.
+    /// Parses the rest of a class after the `[` at `open`.
     fn class(&mut self, open: usize) -> Result<Class, Refusal> {
         let unclosed = (open, PatternReason::UnclosedClass);
         let negated = self.eat("!") || self.eat("^");
@@ -529,7 +529,7 @@ impl<'a> Parser<'a> {
         loop {
             let at = self.at;
             let first = match self.next().ok_or(unclosed)? {
-                // Right behind the bracket it is a member, as in every shell.
+                // Directly after the opening bracket, `]` is a member, as in every shell.
                 ']' if !ranges.is_empty() => return Ok(Class { negated, ranges }),
                 '[' if self.rest().starts_with(':') => {
                     return Err((at, PatternReason::NamedClass));
@@ -553,7 +553,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// What follows a `{` at `open`.
+    /// Parses the rest of a brace expression after the `{` at `open`.
     fn braces(&mut self, open: usize, starts: bool) -> Result<Node, Refusal> {
         if self.depth == MAX_DEPTH {
             return Err((open, PatternReason::TooDeep));
@@ -571,7 +571,7 @@ impl<'a> Parser<'a> {
             alternatives.push(self.sequence(starts)?);
             match self.next() {
                 Some(',') => {}
-                // Only these two and the end stop a sequence.
+                // A sequence ends only at `,`, at `}` or at the end.
                 Some(_) => break,
                 None => return Err((open, PatternReason::UnclosedBrace)),
             }
@@ -580,7 +580,7 @@ impl<'a> Parser<'a> {
         Ok(Node::Any(alternatives))
     }
 
-    /// A range of numbers, if the alternative that begins here is one; it takes the closing brace with it.
+    /// Parses a range of numbers with its closing brace, if the alternative at this position is one.
     fn range(&mut self, is_first: bool) -> Result<Option<Node>, Refusal> {
         let at = self.at;
         let rest = self.rest();
@@ -608,7 +608,7 @@ impl<'a> Parser<'a> {
     }
 }
 
-/// The decimal numbers from one bound to the other, of at most [`MAX_DIGITS`] digits each, in whatever order the bounds are.
+/// Returns a node for the decimal numbers between two bounds of at most [`MAX_DIGITS`] digits, given in any order.
 fn numbers(first: &str, last: &str) -> Node {
     let value = |text: &str| {
         text.bytes()
@@ -639,8 +639,8 @@ fn numbers(first: &str, last: &str) -> Node {
     Node::Any(alternatives)
 }
 
-/// The numbers from `low` to `high`, which have the same number of digits: those that share the first digit with a bound are
-/// bounded further, those between take any digits.
+/// Returns nodes for the numbers from `low` to `high`, which have the same number of digits. Numbers that share the
+/// first digit with a bound are restricted further; for those in between, the other digits are free.
 fn of_width(low: &[u8], high: &[u8]) -> Vec<Node> {
     let (Some((l, low_rest)), Some((h, high_rest))) = (low.split_first(), high.split_first())
     else {

@@ -1,4 +1,4 @@
-//! A part of a model: which files, which tensors, and so which bytes.
+//! Selections: the part of a model that is wanted, as files, tensors and bytes.
 
 use std::ops::Range;
 
@@ -11,85 +11,86 @@ use crate::{
     tree::{GROUP, Tree},
 };
 
-/// The most patterns for files, and for tensors. With the most tensors that a manifest may have, each pattern takes some tenths
-/// of a second.
+/// The most patterns for files, and the most for tensors. With the most tensors that a manifest may list, each pattern
+/// takes some tenths of a second.
 pub const MAX_PATTERNS: usize = 1024;
 
-/// How many names an error suggests.
+/// The most names that an error suggests.
 const SUGGESTIONS: usize = 3;
 
-/// What of a model is wanted. Without any pattern, everything is.
+/// Patterns for the wanted part of a model. Without any pattern, the whole model is wanted.
 ///
-/// A file that a pattern of `files` matches is wanted whole. From other files those tensors are wanted that a pattern of `tensors`
-/// matches, and nothing else.
+/// A file that matches a pattern of `files` is wanted whole. Of other files, only the tensors that match a pattern of
+/// `tensors` are wanted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Selection {
-    /// For paths of files.
+    /// Patterns for paths of files.
     pub files: Vec<Pattern>,
-    /// For names of tensors.
+    /// Patterns for names of tensors.
     pub tensors: Vec<Pattern>,
 }
 
-/// What a selection wants of one model.
+/// The result of applying a selection to a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selected {
     files: Vec<SelectedFile>,
 }
 
-/// What is wanted of one file.
+/// The wanted part of one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SelectedFile {
     /// Index of the file in the manifest.
     pub file: usize,
-    /// The file's size in bytes.
+    /// Size of the file, in bytes.
     pub size: u64,
-    /// What of it.
+    /// The wanted part.
     pub wanted: Wanted,
 }
 
-/// How much of a file is wanted.
+/// The wanted part of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wanted {
-    /// All of it.
+    /// The whole file.
     Whole,
     /// Some tensors.
     Tensors {
-        /// Indices into the file's tensors, in the order of their places. Not empty.
+        /// Indices of the wanted tensors in the file's tensor list, sorted by offset. Not empty.
         tensors: Vec<usize>,
         /// The bytes that [`extract::plan`] needs; empty for GGUF.
         header: Range<u64>,
-        /// All bytes that are needed: the header, then the tensors, by start. None is empty, overlaps or touches another.
+        /// All needed byte ranges, by start: the header, then the tensors. They are not empty, and do not overlap or
+        /// touch.
         ranges: Vec<Range<u64>>,
     },
 }
 
-/// Why a selection cannot be made of a model.
+/// The reason why a selection cannot be applied to a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SelectionError {
-    /// More than [`MAX_PATTERNS`].
+    /// There are more patterns than [`MAX_PATTERNS`].
     #[error("there are more than {MAX_PATTERNS} patterns for {0}s")]
     TooManyPatterns(&'static str),
-    /// A pattern matches nothing in the model, so it is not what was meant.
+    /// A pattern matches nothing in the model, and is probably wrong.
     #[error("no {what} of the model matches {pattern:?}{}", suggest(.close))]
     NoMatch {
         /// `file` or `tensor`.
         what: &'static str,
         /// The first pattern that matches nothing.
         pattern: String,
-        /// Up to three names that look like it, the closest first, each cut after 200 characters.
+        /// Up to three similar names, closest first, each cut after 200 characters.
         close: Vec<String>,
     },
-    /// The manifest puts a safetensors file's first tensor where no header of the format can end.
+    /// The manifest puts the first tensor of a safetensors file at an offset that exceeds the longest header.
     #[error("the header of {path:?} would have {bytes} bytes, more than the format allows")]
     Header {
-        /// The file.
+        /// Path of the file.
         path: String,
-        /// Bytes before its first tensor.
+        /// Bytes before the first tensor.
         bytes: u64,
     },
-    /// Two results would have one path, as of `x.gguf` and `x.safetensors`.
-    #[error("the selection's files cannot stand beside each other: {0}")]
+    /// Two results would have the same path, for example those of `x.gguf` and `x.safetensors`.
+    #[error("two files of the selection would clash: {0}")]
     Clash(#[from] PathError),
 }
 
@@ -98,19 +99,19 @@ fn suggest(close: &[String]) -> String {
         return String::new();
     }
     let quoted: Vec<_> = close.iter().map(|name| format!("{name:?}")).collect();
-    format!("; names that come close: {}", quoted.join(", "))
+    format!("; similar names: {}", quoted.join(", "))
 }
 
 impl Selection {
-    /// Whether everything is wanted.
+    /// Returns true if the whole model is selected.
     pub fn is_everything(&self) -> bool {
         self.files.is_empty() && self.tensors.is_empty()
     }
 
-    /// What is wanted of this model.
+    /// Applies the selection to a model.
     ///
-    /// A pattern for tensors that matches only in files that are wanted whole has matched. The time is bounded by the number of
-    /// patterns times the length of all names, whatever they are.
+    /// A tensor pattern that matches only in files that are wanted whole counts as matched. The time is bounded by the
+    /// number of patterns times the length of all names, whatever their content.
     ///
     /// # Errors
     /// [`SelectionError`] if a pattern matches nothing, or the result cannot be written as files.
@@ -120,14 +121,15 @@ impl Selection {
                 return Err(SelectionError::TooManyPatterns(what));
             }
         }
-        let mut wanted_files = Wants::new(&self.files);
-        let mut wanted_tensors = Wants::new(&self.tensors);
+        let mut wanted_files = PatternHits::new(&self.files);
+        let mut wanted_tensors = PatternHits::new(&self.tensors);
         let mut files = Vec::new();
         for (index, file) in manifest.files().iter().enumerate() {
-            let is_whole = wanted_files.offer(|pattern| pattern.matches_path(&file.path));
+            let is_whole = wanted_files.any_matches(|pattern| pattern.matches_path(&file.path));
             let tensors: Vec<usize> = (0..file.tensors.len())
                 .filter(|i| {
-                    wanted_tensors.offer(|pattern| pattern.matches_tensor(&file.tensors[*i].name))
+                    wanted_tensors
+                        .any_matches(|pattern| pattern.matches_tensor(&file.tensors[*i].name))
                 })
                 .collect();
             let wanted = if is_whole || self.is_everything() {
@@ -144,11 +146,11 @@ impl Selection {
             });
         }
         let all = manifest.files();
-        if let Some(pattern) = wanted_files.missed() {
+        if let Some(pattern) = wanted_files.first_without_match() {
             let names = all.iter().map(|file| file.path.as_str());
             return Err(no_match("file", pattern, names));
         }
-        if let Some(pattern) = wanted_tensors.missed() {
+        if let Some(pattern) = wanted_tensors.first_without_match() {
             let tensors = all.iter().flat_map(|file| &file.tensors);
             let names = tensors.map(|tensor| tensor.name.as_str());
             return Err(no_match("tensor", pattern, names));
@@ -166,7 +168,7 @@ impl Selection {
 }
 
 impl Selected {
-    /// Whole files, by their paths.
+    /// Selects whole files by their paths.
     pub fn of_files(manifest: &Manifest, is_wanted: impl Fn(&str) -> bool) -> Self {
         let files = manifest.files().iter().enumerate();
         let files = files.filter(|(_, file)| is_wanted(&file.path));
@@ -180,30 +182,32 @@ impl Selected {
         }
     }
 
-    /// The files of which anything is wanted, in the manifest's order.
+    /// Returns the files with wanted content, in the manifest's order.
     pub fn files(&self) -> &[SelectedFile] {
         &self.files
     }
 
-    /// What is wanted of the manifest's file of this index, if anything.
+    /// Returns the wanted part of the manifest's file with this index, if any.
     pub fn get(&self, file: usize) -> Option<&SelectedFile> {
         let at = self.files.binary_search_by_key(&file, |f| f.file).ok()?;
         Some(&self.files[at])
     }
 
-    /// The number of wanted bytes, headers included.
+    /// Returns the number of wanted bytes, including headers.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(SelectedFile::bytes).sum()
     }
 
-    /// The chunk groups that hold what is wanted of the manifest's file of this index; see [`SelectedFile::groups`].
+    /// Returns the chunk groups with wanted content in the manifest's file with this index; see
+    /// [`SelectedFile::groups`].
     pub fn groups(&self, file: usize) -> Vec<Range<u64>> {
         self.get(file).map(SelectedFile::groups).unwrap_or_default()
     }
 }
 
 impl SelectedFile {
-    /// The wanted bytes, by start. None is empty, overlaps or touches another; of an empty file there is none.
+    /// Returns the wanted byte ranges, by start. They are not empty, and do not overlap or touch; an empty file has
+    /// none.
     pub fn ranges(&self) -> Vec<Range<u64>> {
         match &self.wanted {
             Wanted::Whole if self.size == 0 => Vec::new(),
@@ -212,7 +216,7 @@ impl SelectedFile {
         }
     }
 
-    /// The number of wanted bytes.
+    /// Returns the number of wanted bytes.
     pub fn bytes(&self) -> u64 {
         match &self.wanted {
             Wanted::Whole => self.size,
@@ -220,8 +224,8 @@ impl SelectedFile {
         }
     }
 
-    /// The chunk groups of [`GROUP`] bytes that hold the wanted bytes, as ranges of their indices, by start. None is empty, overlaps
-    /// or touches another. A wanted file that is empty has one group, of no bytes.
+    /// Returns the chunk groups of [`GROUP`] bytes that hold wanted bytes, as ranges of their indices, by start. The
+    /// ranges are not empty, and do not overlap or touch. An empty file that is wanted has one group, of no bytes.
     pub fn groups(&self) -> Vec<Range<u64>> {
         match &self.wanted {
             Wanted::Whole => std::iter::once(0..Tree::new(self.size).groups()).collect(),
@@ -234,20 +238,20 @@ impl SelectedFile {
     }
 }
 
-/// `tensors` are not in any order yet.
+/// Returns the wanted part of a file for `tensors`, given in any order.
 fn wanted_tensors_of(
     file: &manifest::File,
     mut tensors: Vec<usize>,
 ) -> Result<Wanted, SelectionError> {
     let header = extract::header_range(file);
-    // A hostile manifest could else have a terabyte fetched, and read into memory, as a header.
+    // Otherwise a hostile manifest could have a terabyte fetched, and read into memory, as a header.
     if header.end > MAX_SAFETENSORS_HEADER + 8 {
         return Err(SelectionError::Header {
             path: shown(&file.path),
             bytes: header.end,
         });
     }
-    tensors.sort_by_key(|index| extract::order(&file.tensors[*index]));
+    tensors.sort_by_key(|index| extract::sort_key(&file.tensors[*index]));
     let places = tensors.iter().map(|index| {
         let tensor = &file.tensors[*index];
         tensor.start..tensor.end
@@ -260,7 +264,7 @@ fn wanted_tensors_of(
     })
 }
 
-/// Joins what overlaps or touches, and drops what is empty. The ranges come by start.
+/// Joins ranges that overlap or touch, and drops empty ones. The ranges are sorted by start.
 fn merge(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
     let mut merged: Vec<Range<u64>> = Vec::new();
     for range in ranges.filter(|range| !range.is_empty()) {
@@ -272,13 +276,13 @@ fn merge(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
     merged
 }
 
-/// Patterns, and which of them have matched anything.
-struct Wants<'a> {
+/// Patterns, with a record of which have matched.
+struct PatternHits<'a> {
     patterns: &'a [Pattern],
     hit: Vec<bool>,
 }
 
-impl<'a> Wants<'a> {
+impl<'a> PatternHits<'a> {
     fn new(patterns: &'a [Pattern]) -> Self {
         Self {
             patterns,
@@ -286,8 +290,8 @@ impl<'a> Wants<'a> {
         }
     }
 
-    /// Whether any pattern matches. A pattern is not asked if its answer could change nothing.
-    fn offer(&mut self, matches: impl Fn(&Pattern) -> bool) -> bool {
+    /// Returns true if any pattern matches. Skips patterns whose answer cannot change anything.
+    fn any_matches(&mut self, matches: impl Fn(&Pattern) -> bool) -> bool {
         let mut is_wanted = false;
         for (pattern, hit) in self.patterns.iter().zip(&mut self.hit) {
             if (!is_wanted || !*hit) && matches(pattern) {
@@ -298,8 +302,8 @@ impl<'a> Wants<'a> {
         is_wanted
     }
 
-    /// The first pattern that has matched nothing.
-    fn missed(&self) -> Option<&'a Pattern> {
+    /// Returns the first pattern that has matched nothing.
+    fn first_without_match(&self) -> Option<&'a Pattern> {
         let at = self.hit.iter().position(|hit| !hit)?;
         Some(&self.patterns[at])
     }
@@ -317,11 +321,12 @@ fn no_match<'a>(
     }
 }
 
-/// The names that have most in common with a pattern's text: the characters they begin with, and the triples of characters that
-/// are anywhere in both. Case does not count; of names as close as each other, the shorter is first. One pass over the names, a
-/// few steps a byte.
+/// Returns the names most similar to a pattern's text. The score of a name counts the characters of its common prefix
+/// with the pattern, and the triples of characters that occur in both. Case is ignored; of equally similar names, the
+/// shorter comes first. Makes one pass over the names, with a few steps per byte.
 fn close<'a>(pattern: &Pattern, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    // A place for each triple, by a hash of 16 bits: 0 if the pattern does not have it, else the last name that it was counted for.
+    // A slot for each triple, by a 16-bit hash. It is 0 if the pattern does not contain the triple, else the number of
+    // the last name for which the triple was counted.
     let mut triples = vec![0_u32; 1 << 16];
     let place = |triple: &[u8]| {
         let mixed = triple.iter().fold(0_u32, |mixed, byte| {
@@ -458,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_wanted_whole_and_of_others_their_tensors_with_the_header() {
+    fn selected_files_are_wanted_whole_and_of_other_files_the_tensors_and_the_header() {
         let selected = selection(
             &["*.json", "model-2.*"],
             &["model.layers.{0..1}.*", "blk.1.*"],
@@ -484,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn files_alone_bring_no_tensors_and_tensors_alone_no_files() {
+    fn file_patterns_select_no_tensors_and_tensor_patterns_no_whole_files() {
         let selected = selection(&["*.json"], &[]).select(&model()).unwrap();
         assert_eq!(selected.files().len(), 2);
         let selected = selection(&[], &["norm", "model.layers.2.a"])
@@ -498,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_file_of_empty_tensors_all_is_header() {
+    fn a_file_with_only_empty_tensors_is_all_header() {
         let model = Manifest::new(vec![file(
             "m.safetensors",
             500,
@@ -510,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_for_tensors_of_whole_files_has_matched() {
+    fn a_tensor_pattern_that_matches_only_in_whole_files_counts_as_matched() {
         selection(&["model-2*"], &["norm"])
             .select(&model())
             .unwrap();
@@ -528,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_that_matches_nothing_is_named_with_names_that_come_close() {
+    fn a_pattern_that_matches_nothing_is_reported_with_similar_names() {
         let (what, pattern, close) = missed(&["*.json", "Config.jsn"], &[]);
         assert_eq!((what, pattern.as_str()), ("file", "Config.jsn"));
         assert_eq!(close[..2], ["config.json", "onnx/config.json"]);
@@ -547,12 +552,12 @@ mod tests {
         let error = selection(&[], &["nrm"]).select(&model()).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "no tensor of the model matches \"nrm\"; names that come close: \"none\", \"norm\""
+            "no tensor of the model matches \"nrm\"; similar names: \"none\", \"norm\""
         );
     }
 
     #[test]
-    fn results_that_would_be_one_file_are_refused() {
+    fn results_with_the_same_path_are_refused() {
         let model = Manifest::new(vec![
             file("x.gguf", 100, &[("a", 0, 10)]),
             file("x.safetensors", 100, &[("a", 50, 60), ("b", 60, 100)]),
@@ -588,7 +593,7 @@ mod tests {
         for _ in 0..500 {
             let size = random.below(1_000_000) as u64;
             let names: Vec<String> = (0..1 + random.below(20)).map(|i| format!("t{i}")).collect();
-            // No manifest has tensors that overlap: places in order, in pairs.
+            // Tensors of a manifest never overlap: offsets in order, in pairs.
             let mut places: Vec<u64> = (0..2 * names.len())
                 .map(|_| random.below(size as usize + 1) as u64)
                 .collect();
@@ -623,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn hundreds_of_thousands_of_tensors_are_selected_from_and_suggested_in_seconds() {
+    fn selecting_and_suggesting_among_hundreds_of_thousands_of_tensors_takes_seconds() {
         let tensors: Vec<Tensor> = (0..400_000)
             .map(|i| Tensor {
                 name: format!("model.layers.{}.mlp.experts.{i}.w", i / 10_000),
@@ -650,7 +655,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!((what, close.len()), ("tensor", 3));
-        // It takes a second or two; the rest is for a busy machine.
+        // Takes a second or two; the rest is for a busy machine.
         assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
     }
 

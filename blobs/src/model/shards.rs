@@ -1,9 +1,9 @@
-//! The index of a model in several files: which tensor is in which file.
+//! The index file of a model that is split into several files: it maps each tensor to its file.
 //!
-//! Format, of Hugging Face's libraries: a JSON object with `weight_map`, from tensor to file name relative to the index's folder,
-//! and `metadata` with `total_size`, the bytes of all tensors
-//! (<https://huggingface.co/docs/safetensors/index#sharded-checkpoints> and `save_pretrained` of Transformers). The file is called
-//! `model.safetensors.index.json` or alike. It comes from a stranger as all content does.
+//! The format is that of the Hugging Face libraries: a JSON object with two fields. `weight_map` maps each tensor to a
+//! file name relative to the index file's folder. `metadata` contains `total_size`, the size of all tensors in bytes
+//! (<https://huggingface.co/docs/safetensors/index#sharded-checkpoints> and `save_pretrained` of Transformers). The
+//! file is called `model.safetensors.index.json` or similar. Like all content, it comes from a stranger.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -24,35 +24,35 @@ use crate::{
     selection::{Selected, Wanted},
 };
 
-/// The longest index read, in bytes: 64 bytes for each of a million tensors.
+/// The longest index file read, in bytes: 64 bytes for each of a million tensors.
 pub const MAX_INDEX: usize = 64 * 1024 * 1024;
 
-/// The most JSON values beside the `weight_map`. Indices have one or two; a hostile one could have thirty million, which take two
-/// gigabytes as values.
+/// The most JSON values beside the `weight_map`. Index files have one or two. A hostile one could have thirty million,
+/// which take two gigabytes as values.
 pub const MAX_VALUES: usize = 10_000;
 
-/// What the names of indices end in.
+/// Suffix of index files.
 const SUFFIX: &str = ".safetensors.index.json";
 
-/// Why bytes are not an index.
+/// The reason why bytes are not a valid index file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ShardError {
-    /// Longer than [`MAX_INDEX`].
+    /// The index file is longer than [`MAX_INDEX`].
     #[error("the index has {0} bytes; the limit is {MAX_INDEX}")]
     TooLarge(usize),
-    /// Not the JSON that the format says, or over [`MAX_TENSORS`], [`MAX_FILES`] or [`MAX_VALUES`].
+    /// The index file is not JSON of the format, or exceeds [`MAX_TENSORS`], [`MAX_FILES`] or [`MAX_VALUES`].
     #[error("the index is malformed: {0}")]
     Malformed(#[from] serde_json::Error),
-    /// A file's name is not safe.
-    #[error("the index names a file that is refused: {0}")]
+    /// The index file names a file whose path is not allowed.
+    #[error("the index names a file that is not allowed: {0}")]
     Path(#[from] PathError),
 }
 
-/// The tensors in each file that an index names, by the file's name relative to the index's folder.
+/// Returns the tensors of each file that an index file names, by file name relative to the index file's folder.
 ///
 /// # Errors
-/// [`ShardError`] if `index` is not an index, or names a file outside its folder.
+/// [`ShardError`] if `index` is not a valid index file, or names a file outside its folder.
 pub fn shards(index: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>, ShardError> {
     let weights = Index::parse(index)?.weights;
     let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -67,11 +67,11 @@ pub fn shards(index: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>, ShardE
     Ok(shards)
 }
 
-/// The manifest's files that are indices over files of which some tensors are wanted: those to be replaced by what [`reduce`] makes
-/// of them, so that the selection can be loaded. They may themselves be wanted or not.
+/// Returns the manifest's index files that cover files of which only some tensors are wanted. Each is to be replaced by
+/// the result of [`reduce`], so that the selection can be loaded. The index files themselves may be wanted or not.
 pub fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
     let files = manifest.files();
-    // An index names files in its folder and in those below.
+    // An index file names files in its own folder and in the folders below.
     let folders: HashSet<&str> = selected
         .files()
         .iter()
@@ -90,14 +90,14 @@ pub fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
         .collect()
 }
 
-/// The index that goes with a selection: of the original at `path` in the manifest, what it says about tensors that are wanted, with
-/// the `total_size` of those. Everything else that it holds is kept, also what counts all tensors under another name. `None` if it
+/// Reduces the index file at `path` in the manifest to the wanted tensors, and sets `total_size` to their size. All
+/// other fields are kept, including any that count all tensors under another name. Returns `None` if the index file
 /// names no wanted tensor.
 ///
-/// The manifest says which tensor a file has; what the index alone claims is dropped.
+/// The manifest decides which tensors a file has; other claims of the index file are dropped.
 ///
 /// # Errors
-/// [`ShardError`] if `index` is not an index.
+/// [`ShardError`] if `index` is not a valid index file.
 pub fn reduce(
     index: &[u8],
     path: &str,
@@ -112,13 +112,13 @@ pub fn reduce(
     let wanted: Vec<HashMap<&str, u64>> = weights
         .files
         .iter()
-        .map(|name| wanted_of(&format!("{}{name}", folder(path)), manifest, selected))
+        .map(|name| wanted_sizes(&format!("{}{name}", folder(path)), manifest, selected))
         .collect();
     let mut weight_map = Map::new();
     let mut total_size: u64 = 0;
     for (tensor, file) in weights.tensors {
         if let Some(bytes) = wanted[file].get(tensor.as_str()) {
-            // A hostile manifest's tensors may overlap, and add up to more than their files.
+            // The tensors of a hostile manifest may overlap, and add up to more than their files.
             total_size = total_size.saturating_add(*bytes);
             weight_map.insert(tensor, Value::from(weights.files[file].as_str()));
         }
@@ -135,13 +135,17 @@ pub fn reduce(
     Ok(Some(bytes))
 }
 
-/// The part of a path before its last component, with the `/`.
+/// Returns the part of a path before its last component, including the `/`.
 fn folder(path: &str) -> &str {
     &path[..path.rfind('/').map_or(0, |at| at + 1)]
 }
 
-/// The sizes in bytes of the wanted tensors of the manifest's file at `path`, by name.
-fn wanted_of<'a>(path: &str, manifest: &'a Manifest, selected: &Selected) -> HashMap<&'a str, u64> {
+/// Returns the sizes, in bytes, of the wanted tensors in the manifest's file at `path`, by name.
+fn wanted_sizes<'a>(
+    path: &str,
+    manifest: &'a Manifest,
+    selected: &Selected,
+) -> HashMap<&'a str, u64> {
     let files = manifest.files();
     let Ok(at) = files.binary_search_by(|file| file.path.as_str().cmp(path)) else {
         return HashMap::new();
@@ -160,18 +164,18 @@ fn wanted_of<'a>(path: &str, manifest: &'a Manifest, selected: &Selected) -> Has
     }
 }
 
-/// An index, checked.
+/// A checked index file.
 struct Index {
     weights: Weights,
     metadata: Option<Map<String, Value>>,
-    /// Fields that the format does not name.
+    /// Fields that are not part of the format.
     rest: BTreeMap<String, Value>,
 }
 
-/// The `weight_map`, with each file's name once.
+/// The `weight_map`, with each file name stored once.
 #[derive(Default)]
 struct Weights {
-    /// The index of its file, by tensor.
+    /// For each tensor, the position of its file in `files`.
     tensors: BTreeMap<String, usize>,
     files: Vec<String>,
 }
@@ -211,13 +215,13 @@ impl<'de> Deserialize<'de> for Index {
                         others.insert(key.clone(), value).is_some()
                     };
                     if is_second {
-                        return Err(twice(&key));
+                        return Err(duplicate(&key));
                     }
                 }
                 let metadata = match others.remove("metadata") {
                     None | Some(Value::Null) => None,
                     Some(Value::Object(metadata)) => Some(metadata),
-                    Some(_) => return Err(de::Error::custom("its `metadata` is no object")),
+                    Some(_) => return Err(de::Error::custom("its `metadata` is not an object")),
                 };
                 Ok(Index {
                     weights: weights.ok_or_else(|| de::Error::missing_field("weight_map"))?,
@@ -230,8 +234,8 @@ impl<'de> Deserialize<'de> for Index {
     }
 }
 
-fn twice<E: de::Error>(key: &str) -> E {
-    E::custom(format_args!("{:?} is there twice", shown(key)))
+fn duplicate<E: de::Error>(key: &str) -> E {
+    E::custom(format_args!("{:?} occurs twice", shown(key)))
 }
 
 impl<'de> Deserialize<'de> for Weights {
@@ -265,9 +269,9 @@ impl<'de> Deserialize<'de> for Weights {
                             weights.files.len() - 1
                         }
                     };
-                    // In two files it would be in neither for sure.
+                    // A tensor that is listed in two files could be in either.
                     if weights.tensors.contains_key(&tensor) {
-                        return Err(twice(&tensor));
+                        return Err(duplicate(&tensor));
                     }
                     weights.tensors.insert(tensor, index);
                 }
@@ -278,8 +282,8 @@ impl<'de> Deserialize<'de> for Weights {
     }
 }
 
-/// Reads a JSON value of at most so many values within it, and lowers the number by what it read. How deep they are nested is
-/// bounded by `serde_json`.
+/// Reads a JSON value, and subtracts the number of values in it from a budget. The nesting depth is bounded by
+/// `serde_json`.
 struct Budget<'a>(&'a mut usize);
 
 impl<'de> DeserializeSeed<'de> for Budget<'_> {
@@ -362,7 +366,9 @@ mod tests {
 
     const INDEX: &str = r#"{
         "metadata": {"total_size": 999, "format": "pt", "x": [1, {"y": null}, -2.5, true]},
-        "weight_map": {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors", "only.here": "m-2.safetensors"},
+        "weight_map": {
+            "a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors", "only.here": "m-2.safetensors"
+        },
         "more": "kept"
     }"#;
 
@@ -421,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_says_which_tensors_each_file_has() {
+    fn an_index_file_maps_tensors_to_files() {
         let shards = shards(INDEX.as_bytes()).unwrap();
         let set = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
         assert_eq!(
@@ -434,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reduced_index_has_the_wanted_tensors_their_size_and_all_else() {
+    fn a_reduced_index_file_has_the_wanted_tensors_their_size_and_all_other_fields() {
         let expected = json!({
             "metadata": {"total_size": 700, "format": "pt", "x": [1, {"y": null}, -2.5, true]},
             "weight_map": {"b": "m-1.safetensors"},
@@ -452,12 +458,13 @@ mod tests {
         let bytes = reduce(bare, "unet/x", &model(), &select(&[], &["a"])).unwrap();
         assert_eq!(
             String::from_utf8(bytes.unwrap()).unwrap(),
-            "{\n  \"metadata\": {\n    \"total_size\": 200\n  },\n  \"weight_map\": {\n    \"a\": \"m-1.safetensors\"\n  }\n}\n"
+            "{\n  \"metadata\": {\n    \"total_size\": 200\n  },\n  \
+             \"weight_map\": {\n    \"a\": \"m-1.safetensors\"\n  }\n}\n"
         );
     }
 
     #[test]
-    fn the_indices_to_reduce_are_those_above_files_with_chosen_tensors() {
+    fn the_index_files_to_reduce_are_those_above_files_with_chosen_tensors() {
         let model = model();
         let paths = |selected: &Selected| -> Vec<_> {
             indices(&model, selected)
@@ -475,14 +482,14 @@ mod tests {
     }
 
     #[test]
-    fn hostile_indices_are_errors() {
+    fn hostile_index_files_are_errors() {
         let values = |n: usize| {
             format!(
                 r#"{{"weight_map":{{}},"metadata":{{"x":[{}]}}}}"#,
                 vec!["0"; n].join(",")
             )
         };
-        // The array and the object around the numbers count, too.
+        // The array and the object around the numbers also count.
         assert!(shards(values(MAX_VALUES - 2).as_bytes()).is_ok());
         for bad in [
             "",
@@ -527,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn no_change_of_an_index_makes_reducing_panic() {
+    fn mutated_index_files_never_make_reducing_panic() {
         let mut random = Random(1);
         let (model, selected) = (model(), select(&[], &["a", "c"]));
         for _ in 0..20_000 {

@@ -1,4 +1,4 @@
-//! Content that is elsewhere on this machine is copied, and checked on the way.
+//! Copies content that this machine has in other files, and verifies it.
 
 use std::{
     collections::VecDeque,
@@ -23,19 +23,20 @@ use crate::{
     tree::GROUP,
 };
 
-/// How often what is copied is made durable: what a crash can cost.
+/// The interval at which copied content is made durable: at most what a crash costs.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Files that are found in place and taken in with one commit: each holds its tree in memory, a thousandth of its size,
-/// and a crash costs reading them again.
+/// The most files found in place that are recorded with one commit. Each holds its tree in memory, a thousandth of its
+/// size, and a crash costs reading them again.
 pub(super) const ADOPTED: usize = 64;
 
-/// The largest file of which copies are made together, in bytes: 16 MiB, which take less than a second, so that a crash
-/// costs no more of one than of a larger file, which is settled once a second.
+/// The largest file whose copies are recorded together, in bytes: 16 MiB. Such a copy takes less than a second, so a
+/// crash costs no more than for a larger file, which is settled once a second.
 const TOGETHER: u64 = MAX_GROUPS * GROUP;
 
-/// Fills what is wanted from the same content elsewhere on this machine, whole or in parts, checking it on the way, and says in it what is there now;
-/// whether that is all. If it is a whole blob, the file is in place. Blocks.
+/// Copies wanted content from other copies of the blob on this machine, complete or partial, and verifies it. Sets
+/// `want.had` to the bytes that are present then. Returns true if that is all that is wanted. If it is a whole blob,
+/// the file is in place. Blocks.
 pub(super) fn fill(
     store: &Store,
     want: &mut Want,
@@ -45,13 +46,13 @@ pub(super) fn fill(
         0 => Vec::new(),
         size => store.sources_of(&want.hash, size)?,
     };
-    // What an earlier run left is gone on from, and not copied onto itself.
+    // Content that an earlier run left is continued, and not copied onto itself.
     let own = part_path(&want.target, &want.hash);
     sources.retain(|source| source.part() != Some(&own) && want.wanted(source.have()).count() > 0);
     if sources.is_empty() && want.tree.size() > 0 {
         let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
-        // Groups that a trusted row vouches for are read when the whole blob is here. If only a part of it is wanted,
-        // files are made as soon as that part is here.
+        // Groups whose database row is trusted are read when the whole blob is here. If only a part of the blob is
+        // wanted, files are made as soon as that part is here, so the groups are read now.
         let now = claim.as_ref().is_some_and(|claim| {
             claim.groups.count() > 0 && (!claim.trusted || want.groups.is_some())
         });
@@ -65,7 +66,7 @@ pub(super) fn fill(
     }
     let partial = open(store, want, &progress.check.cancelled)?;
     if !partial.is_trusted() || want.groups.is_some() {
-        // Shown while it lasts; whoever called counts what is here.
+        // These bytes count only while the groups are read; the caller counts what is here afterwards.
         let read = AtomicU64::new(0);
         let done = |bytes| {
             read.fetch_add(bytes, Ordering::Relaxed);
@@ -90,7 +91,7 @@ pub(super) fn fill(
             Ok(()) => {}
             Err(CopyError::Store(error)) => return Err(error),
             Err(CopyError::Source(error)) => {
-                tracing::warn!(hash = %want.hash, %error, "a local copy does not hold what it should");
+                tracing::warn!(hash = %want.hash, %error, "a local copy is damaged or unreadable");
                 if let ReadError::Damaged(mismatch) = &error {
                     store.note_damage(source, mismatch.group..mismatch.group + 1)?;
                 }
@@ -109,20 +110,20 @@ pub(super) fn fill(
     Ok(satisfied)
 }
 
-/// Puts files of one content in place, as far as the content is here; those that are not in place then, of which the
-/// first may have some of it. Blocks.
+/// Puts files with the same content in place, as far as the content is here. Returns the wants that are not in place;
+/// the first of them may have a part of the content. Blocks.
 pub(super) fn put_same(
     store: &Store,
     wants: Vec<Want>,
     progress: &Progress,
 ) -> Result<Vec<Want>, StoreError> {
     let mut wants = VecDeque::from(wants);
-    // The first takes whatever there is of the content. Once it is whole, the others are copies.
+    // The first file gets all available content. Once it is complete, the others are copied from it.
     while let Some(mut want) = wants.pop_front() {
         make_folder(&want.target)?;
         let satisfied = fill(store, &mut want, progress)?;
         progress.done.fetch_add(want.had, Ordering::Relaxed);
-        // Whole in a part file, it is still to become the file.
+        // The content is complete in the part file, and the file is still to be made of it.
         if !(satisfied && store.holds(&want.hash, &want.target)?) {
             wants.push_front(want);
             break;
@@ -132,8 +133,9 @@ pub(super) fn put_same(
     Ok(wants.into())
 }
 
-/// Copies a small blob that is whole here to all of `wants`, and takes out those that are in place. The row of the blob
-/// names all its files: it is written each time that their number has doubled, and not for each file.
+/// Copies a small blob that is whole here to all of `wants`, and removes from `wants` those that are in place. The
+/// blob's database row lists all its files, so it is written each time that their number has doubled, and not for each
+/// file.
 fn copy_together(
     store: &Store,
     wants: &mut VecDeque<Want>,
@@ -176,7 +178,7 @@ fn copy_together(
     result
 }
 
-/// Makes one copy; `None` if the part file is in use, or the source does not hold what it should.
+/// Makes one copy; `None` if the part file is in use, or the source is damaged or unreadable.
 fn copy_new(store: &Store, source: &Source, want: &Want) -> Result<Option<Copied>, StoreError> {
     make_folder(&want.target)?;
     let partial = match store.copy_part(want.hash, want.tree, &want.target) {
@@ -189,7 +191,7 @@ fn copy_new(store: &Store, source: &Source, want: &Want) -> Result<Option<Copied
     };
     want.occupancy.iter().for_each(|one| partial.occupy(one));
     partial.replace(&want.replaces);
-    // The tree is on disk already.
+    // The outboard is on disk already.
     partial.write(&Segment {
         parents: Vec::new(),
         ..segment
@@ -198,12 +200,12 @@ fn copy_new(store: &Store, source: &Source, want: &Want) -> Result<Option<Copied
 }
 
 enum CopyError {
-    /// The source cannot be read, or does not hold what it should.
+    /// The source cannot be read, or does not have the right content.
     Source(ReadError),
     Store(StoreError),
 }
 
-/// Copies what is wanted, missing and there at the source, checking every group.
+/// Copies the groups that are wanted, missing, and present at the source. Verifies each group.
 fn copy(
     store: &Store,
     source: &Source,
@@ -228,7 +230,7 @@ fn copy(
         }
         let segment = copy_range(source, groups).map_err(CopyError::Source)?;
         partial.write(&segment).map_err(CopyError::Store)?;
-        // Not what completes the file: settling that is the caller's.
+        // The caller settles the write that completes the file.
         if settled.elapsed() >= SETTLE && !partial.have().is_full() && partial.take_dirty() {
             store
                 .settle(std::slice::from_ref(partial))
@@ -239,7 +241,7 @@ fn copy(
     Ok(())
 }
 
-/// Reads a range of groups with its proofs, checked against the blob's hash.
+/// Reads a range of groups with its proofs, verified against the blob's hash.
 pub(super) fn copy_range(source: &Source, groups: Range<u64>) -> Result<Segment, ReadError> {
     let mut segment = Segment {
         first: groups.start,

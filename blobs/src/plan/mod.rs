@@ -1,4 +1,5 @@
-//! Before anything is fetched: what of a model is to go where, what of it is on this machine already, and whether there is room.
+//! Plans a download. A plan finds out which files of a model are missing in a folder, and which of their content is on
+//! this machine. It also checks that there is room for the rest.
 
 mod copy;
 pub mod results;
@@ -37,51 +38,51 @@ use crate::{
     tree::Tree,
 };
 
-/// Of a blob that is in more files, what is known of them is kept while all of a model's files are looked at: a model
-/// may have a hundred thousand files of the same content.
+/// The number of files of a blob above which their state is kept while a model's files are checked. A model may have a
+/// hundred thousand files with the same content.
 const MANY: usize = 64;
 
-/// How long to wait for a part file that an earlier, cancelled transfer is still settling.
+/// The longest time to wait for a part file that an earlier, cancelled transfer is still settling.
 const BUSY_WAIT: Duration = Duration::from_secs(5);
 
-/// How far a download is. Shared with whoever shows it.
+/// The progress of a download, shared with its observers.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes in all files.
+    /// Total size of all files, in bytes.
     pub total: AtomicU64,
     /// Bytes verified and written, or found in place.
     pub done: AtomicU64,
     /// Content bytes received.
     pub moved: AtomicU64,
-    /// Content bytes that were taken from other files of this machine, which a provider's proofs fit.
+    /// Content bytes that were copied from other files of this machine and verified with a provider's proofs.
     pub reused: AtomicU64,
-    /// Bytes that earlier runs left of a file that is whole now, while they are read before it gets its name; zero when
-    /// nothing is.
+    /// Bytes that are to be read again before a complete file gets its name, because earlier runs wrote them; zero
+    /// while no file is read.
     pub reread_total: AtomicU64,
-    /// Bytes of these that were read.
+    /// Bytes of `reread_total` that were read.
     pub reread: AtomicU64,
-    /// Another process that fills the folder now, in words, while it is waited for.
+    /// A description of the process that fills the folder now, while this one waits for it.
     pub occupied: Mutex<Option<String>>,
-    /// The same counters for hashing what is already there; its flag stops that.
+    /// The progress of hashing files that exist already. Its flag cancels that.
     pub check: index::Progress,
 }
 
-/// Why a download cannot begin.
+/// The reason why a download cannot begin.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
-    /// Files stand where the model's files are to go, with other content. Nothing was changed.
+    /// Existing files with other content are at paths of the model's files. Nothing was changed.
     #[error("{}{} exists with other content; nothing was written", .first.display(), others(.count))]
     TargetExists {
         /// The first such file.
         first: PathBuf,
-        /// How many there are.
+        /// The number of such files.
         count: usize,
     },
     /// The store or the disk failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A file that is there could not be read.
+    /// An existing file could not be read.
     #[error(transparent)]
     Check(#[from] IndexError),
 }
@@ -93,30 +94,30 @@ fn others(count: &usize) -> String {
     }
 }
 
-/// A blob that is to be fetched, and the file it becomes.
+/// A blob that is to be fetched, and the file that is made of it.
 #[derive(Debug, Clone)]
 pub(crate) struct Want {
     pub(crate) hash: Hash,
     pub(crate) tree: Tree,
     pub(crate) target: PathBuf,
-    /// The groups that are wanted, if not all.
+    /// The wanted groups; `None` means all.
     pub(crate) groups: Option<Bitfield>,
-    /// Wanted bytes that were verified before, already counted as done.
+    /// Wanted bytes that were verified before. They are counted as done already.
     pub(crate) had: u64,
-    /// Hashes of the content that the file at the target is known to hold, if this one is to take its place.
+    /// Hashes of the known content of the file at the target, if the new file replaces it.
     pub(crate) replaces: Vec<Hash>,
-    /// The right to fill the folder that the target lies in.
+    /// The right to fill the folder of the target.
     pub(crate) occupancy: Option<Arc<Occupancy>>,
-    /// What this machine has of it in other blobs, as far as is known.
-    pub(crate) elsewhere: Option<Arc<Elsewhere>>,
-    /// Somebody waits for it.
+    /// Content of the blob that this machine has in other blobs, as far as is known.
+    pub(crate) local_copies: Option<Arc<Elsewhere>>,
+    /// True if a reader waits for it.
     pub(crate) urgent: bool,
-    /// No plan wants it.
-    pub(crate) of_reader: bool,
+    /// True if only readers want it, and no plan does.
+    pub(crate) for_readers: bool,
 }
 
 impl Want {
-    /// All of a blob.
+    /// Wants all of a blob.
     pub(crate) fn whole(hash: Hash, size: u64, target: PathBuf) -> Self {
         Self {
             hash,
@@ -126,13 +127,13 @@ impl Want {
             had: 0,
             replaces: Vec::new(),
             occupancy: None,
-            elsewhere: None,
+            local_copies: None,
             urgent: false,
-            of_reader: false,
+            for_readers: false,
         }
     }
 
-    /// Of `have`, what is wanted.
+    /// Returns the wanted groups in `have`.
     pub(crate) fn wanted(&self, mut have: Bitfield) -> Bitfield {
         if let Some(groups) = &self.groups {
             have.retain(groups);
@@ -140,7 +141,7 @@ impl Want {
         have
     }
 
-    /// Whether all that is wanted is had.
+    /// Returns true if `have` includes all wanted groups.
     fn is_satisfied(&self, have: &Bitfield) -> bool {
         match &self.groups {
             Some(groups) => have.contains(groups),
@@ -156,24 +157,25 @@ impl Want {
     }
 }
 
-/// A model's files, or a selection of them, on their way into a folder.
+/// A plan to bring a model's files, or a selection of them, into a folder.
 #[derive(Debug)]
 pub struct Plan {
     store: Store,
     root: PathBuf,
-    /// What only a provider has.
+    /// Blobs to fetch, because only providers have their content.
     wants: Vec<Want>,
-    /// Files whose content arrives under another path first.
+    /// Files whose content is first fetched under another path.
     copies: Vec<Want>,
-    /// Blobs that are whole here.
+    /// Blobs that are complete here.
     here: HashSet<Hash>,
     progress: Arc<Progress>,
-    /// The right to fill the folder, if anything is missing there.
+    /// The right to fill the folder, if any file is missing there.
     occupancy: Option<Arc<Occupancy>>,
 }
 
 impl Plan {
-    /// Finds out what of `manifest`, or of what is `selected` of it, is missing in `root`, and puts in place what this machine has elsewhere. Blocks.
+    /// Finds out which files of `manifest`, or of the `selected` part of it, are missing in `root`. Puts those in place
+    /// whose content is on this machine. Blocks.
     ///
     /// # Errors
     /// [`PlanError::TargetExists`] before anything is written; [`StoreError::DiskFull`] before anything is fetched.
@@ -188,7 +190,7 @@ impl Plan {
         Self::with(store, (manifest, selected), root, existing, progress)
     }
 
-    /// As [`new`](Self::new), and says what is done about files that stand in the folder.
+    /// Makes a plan like [`new`](Self::new); `existing` says how to treat files that are in the folder already.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -217,7 +219,7 @@ impl Plan {
         if !missing.is_empty() {
             let (taken, waited) = occupy(&root, &progress)?;
             if waited {
-                // The process that has filled the folder meanwhile has most likely left nothing to do.
+                // The other process has filled the folder meanwhile; most likely nothing is left to do.
                 progress.done.store(0, Ordering::Relaxed);
                 missing = look()?;
                 check_room(&root, &missing)?;
@@ -236,7 +238,7 @@ impl Plan {
             root,
             progress,
         };
-        for wants in plan.of_one_content(missing) {
+        for wants in plan.grouped_by_content(missing) {
             let hash = wants.first().map(|want| want.hash);
             let not_there = put_same(store, wants, &plan.progress)?;
             if let (Some(hash), false) = (hash, not_there.is_empty()) {
@@ -259,13 +261,13 @@ impl Plan {
                 plan.wants.push(want);
             }
         }
-        plan.look_elsewhere(manifest)?;
+        plan.find_local_copies(manifest)?;
         plan.release();
         Ok(plan)
     }
 
-    /// The files that are missing, as wants, those of one content together.
-    fn of_one_content(&self, missing: Vec<Missing<'_>>) -> Vec<Vec<Want>> {
+    /// Returns wants for the missing files, grouped by content.
+    fn grouped_by_content(&self, missing: Vec<Missing<'_>>) -> Vec<Vec<Want>> {
         let mut same: Vec<Vec<Want>> = Vec::new();
         let mut places: HashMap<Hash, usize> = HashMap::new();
         for (file, replaces) in missing {
@@ -282,22 +284,22 @@ impl Plan {
         same
     }
 
-    /// Has the first of files of one content fetched, and the others copied from it.
+    /// Adds files with the same content to the plan: the first is fetched, and the others are copied from it.
     fn want(&mut self, not_there: Vec<Want>) {
         let mut not_there = not_there.into_iter();
         self.wants.extend(not_there.next());
         self.copies.extend(not_there);
     }
 
-    /// Lets others fill the folder when nothing is missing there any more.
+    /// Lets other processes fill the folder once nothing is missing there.
     pub(crate) fn release(&mut self) {
         if self.is_complete() {
             self.occupancy = None;
         }
     }
 
-    /// What is wanted may lie in other files of this machine.
-    fn look_elsewhere(&mut self, manifest: &Manifest) -> Result<(), StoreError> {
+    /// Finds wanted content in other files of this machine.
+    fn find_local_copies(&mut self, manifest: &Manifest) -> Result<(), StoreError> {
         let wanted: HashSet<Hash> = self.wants.iter().map(|want| want.hash).collect();
         let mut seen = HashSet::new();
         let files: Vec<_> = manifest
@@ -307,7 +309,7 @@ impl Plan {
             .collect();
         let mut found = Elsewhere::find(&self.store, &files)?;
         for want in &mut self.wants {
-            want.elsewhere = match found.remove(&want.hash) {
+            want.local_copies = match found.remove(&want.hash) {
                 Some(found) => Some(found),
                 None => left(&self.store, want)?,
             };
@@ -315,7 +317,7 @@ impl Plan {
         Ok(())
     }
 
-    /// A plan that wants nothing: what a transfer brings, readers ask for.
+    /// Makes a plan that wants nothing, for a transfer of content that readers request.
     pub fn of_nothing(store: &Store, progress: Arc<Progress>) -> Self {
         Self {
             store: store.clone(),
@@ -328,32 +330,33 @@ impl Plan {
         }
     }
 
-    /// Where the files go, without links.
+    /// Returns the folder of the files, without symbolic links.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Whether everything is in place.
+    /// Returns true if everything is in place.
     pub fn is_complete(&self) -> bool {
         self.wants.is_empty() && self.copies.is_empty()
     }
 
-    /// Whether anything is missing that only a provider has.
+    /// Returns true if anything has to be fetched from providers.
     pub fn needs_provider(&self) -> bool {
         !self.wants.is_empty()
     }
 
-    /// What is to be fetched; from then on whoever takes it sees to it.
+    /// Removes the wants from the plan and returns them. The caller is then responsible for fetching them.
     pub(crate) fn take_wants(&mut self) -> Vec<Want> {
         std::mem::take(&mut self.wants)
     }
 
-    /// Blobs that were whole here when the plan was made.
+    /// Returns the blobs that were complete here when the plan was made.
     pub(crate) fn here(&self) -> &HashSet<Hash> {
         &self.here
     }
 
-    /// Puts files in place whose content has arrived under another path. What turns out not to be there is wanted from a provider again.
+    /// Puts files in place whose content was fetched under another path. If the content turns out to be missing, it is
+    /// wanted from providers again.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -378,7 +381,7 @@ impl Plan {
     }
 }
 
-/// Returns content that lies in the part file of `want` although this store has no row of it.
+/// Returns content in the part file of `want` that the store has no database row for.
 fn left(store: &Store, want: &Want) -> Result<Option<Arc<Elsewhere>>, StoreError> {
     let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
     if claim.is_some() {
@@ -388,14 +391,15 @@ fn left(store: &Store, want: &Want) -> Result<Option<Arc<Elsewhere>>, StoreError
     match Elsewhere::left(want.hash, want.tree, &part) {
         Ok(left) => Ok(left.map(Arc::new)),
         Err(error) => {
-            // It is only worth having: all of it can be fetched.
-            tracing::debug!(%error, part = %part.display(), "what was left of a file cannot be read");
+            // The content is only an advantage: all of it can be fetched.
+            tracing::debug!(%error, part = %part.display(), "cannot read content left in a part file");
             Ok(None)
         }
     }
 }
 
-/// Not for what goes into the store's own folder: of that only a part may come, which nobody set room aside for.
+/// Checks that the disk has room for the missing files. Content in the store's own folder is not counted, because only
+/// a part of it may be fetched.
 fn check_room(root: &Path, missing: &[Missing<'_>]) -> Result<(), StoreError> {
     let stat = rustix::fs::statvfs(root)
         .map_err(io::Error::from)
@@ -405,7 +409,7 @@ fn check_room(root: &Path, missing: &[Missing<'_>]) -> Result<(), StoreError> {
         .iter()
         .map(|(file, _)| {
             let allocated = fs::metadata(part_path(&root.join(&file.path), &file.blake3))
-                // Blocks are of 512 bytes whatever the file system's own are (POSIX).
+                // These blocks have 512 bytes, whatever the block size of the file system (POSIX).
                 .map_or(0, |part| part.blocks().saturating_mul(512));
             file.size.saturating_sub(allocated)
         })
@@ -420,11 +424,11 @@ fn check_room(root: &Path, missing: &[Missing<'_>]) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// What of a model is to go where.
+/// The content of a model that is to be fetched, by where it goes.
 struct Chosen<'a> {
-    /// Into the folder.
+    /// Files that go into the folder.
     files: Vec<&'a manifest::File>,
-    /// Into the store: what files of the folder are made of.
+    /// Blobs that go into the store, because files of the folder are made of them.
     owned: Vec<Want>,
 }
 
@@ -476,7 +480,7 @@ impl<'a> Chosen<'a> {
                 }
             }
         }
-        // A file of the folder is as good.
+        // A blob that goes into the folder need not go into the store, too.
         for file in &files {
             owned.remove(&file.blake3);
         }
@@ -487,21 +491,21 @@ impl<'a> Chosen<'a> {
     }
 }
 
-/// The treatment of files that stand where the model's files are to go.
+/// The treatment of files that exist where the model's files are to go.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Existing {
-    /// Reads all of them, also those that nothing seems to have touched.
+    /// Reads all of them, also those that seem unchanged.
     pub reread: bool,
-    /// Has the model's files take the place of those that an earlier transfer of this store wrote or found there and
-    /// that hold something else: another revision, or a file that was changed since. Not of files that were added in
-    /// place. Each stands until the new one is whole.
+    /// Replaces files that an earlier transfer of this store wrote or found there, if their content differs. Such files
+    /// belong to another revision, or were changed since. Files that were added in place are never replaced. Each file
+    /// stays until the new one is complete.
     pub replace: bool,
 }
 
-/// A file that is not there, and what the file that it is to replace is known to hold.
+/// A missing file, with the hashes of the known content of the file that it is to replace.
 type Missing<'a> = (&'a manifest::File, Vec<Hash>);
 
-/// Those of `files` that are not in `root`. Finds all conflicts before anything is written.
+/// Returns those of `files` that are missing in `root`. Finds all conflicts before anything is written.
 fn missing_files<'a>(
     store: &Store,
     files: &[&'a manifest::File],
@@ -579,7 +583,7 @@ fn missing_files<'a>(
     }
 }
 
-/// Takes in files that were found in place, and forgets them here.
+/// Records files that were found in place, and clears the list.
 fn adopt(store: &Store, found: &mut Vec<(Hash, IndexedFile)>) -> Result<(), StoreError> {
     let files: Vec<_> = found.iter().map(|(hash, file)| (*hash, file)).collect();
     if !files.is_empty() {
@@ -589,8 +593,8 @@ fn adopt(store: &Store, found: &mut Vec<(Hash, IndexedFile)>) -> Result<(), Stor
     Ok(())
 }
 
-/// Finds files that stand where those of selected tensors are to go and that hold other tensors, before anything is
-/// fetched.
+/// Fails if files exist where the results of selected tensors are to go, and have other tensors. This is checked before
+/// anything is fetched.
 fn check_results(manifest: &Manifest, selected: &Selected, root: &Path) -> Result<(), PlanError> {
     let conflicts = results::conflicts(manifest, selected, root);
     match conflicts.first() {
@@ -602,7 +606,8 @@ fn check_results(manifest: &Manifest, selected: &Selected, root: &Path) -> Resul
     }
 }
 
-/// The first component between `root` and the file that is there and not a plain folder: following a link would write elsewhere.
+/// Returns the first path between `root` and the file that exists and is not a folder. Following a link there would
+/// write to another folder.
 fn blocking_component(root: &Path, path: &str) -> Option<PathBuf> {
     path.match_indices('/').find_map(|(at, _)| {
         let folder = root.join(&path[..at]);
@@ -620,7 +625,7 @@ fn make_folder(target: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Opens the part file of `want`, waiting for a cancelled transfer to let go of it. Blocks.
+/// Opens the part file of `want`. Waits for a cancelled transfer to close it. Blocks.
 pub(crate) fn open(
     store: &Store,
     want: &Want,
@@ -644,7 +649,7 @@ pub(crate) fn open(
     }
 }
 
-/// Waits until this process may fill `root`; whether it had to wait. Blocks.
+/// Waits until this process may fill `root`. The flag is true if it had to wait. Blocks.
 fn occupy(root: &Path, progress: &Progress) -> Result<(Occupancy, bool), StoreError> {
     let said = || {
         progress

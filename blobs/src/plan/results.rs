@@ -1,8 +1,8 @@
-//! What a selection of tensors comes to in a folder: a safetensors file for each file of which some tensors are wanted, and the indices that go with
-//! them.
+//! Writes the files that a selection of tensors produces in a folder. These are a safetensors file for each file of
+//! which some tensors are wanted, and the index files that go with them.
 //!
-//! They are made of what is in the store, every byte checked, when all of it is there. The same selection makes the same bytes, so one that was made
-//! before is left alone, and nothing else that is in the way is replaced.
+//! They are made from content in the store, with every byte verified, once all of it is there. The same selection
+//! produces the same bytes. So a result that was made before is left alone, and no other existing file is replaced.
 
 use std::{
     collections::BTreeSet,
@@ -25,58 +25,59 @@ use crate::{
     tree::GROUP,
 };
 
-/// Why the files of a selection cannot be made.
+/// The reason why the files of a selection cannot be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ResultError {
     /// The store or the disk failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// What is needed cannot be read.
+    /// The content of a file cannot be read.
     #[error("cannot read the content of {path:?}: {source}")]
     Read {
         /// The file, by its path in the manifest.
         path: String,
-        /// What went wrong.
+        /// The error of reading.
         source: ReadError,
     },
-    /// What is needed is not here.
+    /// The content of a file is not here.
     #[error("the content of {0:?} is not here")]
     Missing(String),
-    /// The tensors do not make a file.
-    #[error("the tensors of {path:?} make no file: {source}")]
+    /// The tensors do not form a file.
+    #[error("cannot make a file of the tensors of {path:?}: {source}")]
     Extract {
         /// The file, by its path in the manifest.
         path: String,
-        /// Why.
+        /// The reason.
         source: ExtractError,
     },
-    /// The index is none.
-    #[error("{path:?} is no index: {source}")]
+    /// The file is not a valid index.
+    #[error("{path:?} is not a valid index: {source}")]
     Index {
         /// The file, by its path in the manifest.
         path: String,
-        /// Why.
+        /// The reason.
         source: ShardError,
     },
-    /// Something else has the place of a result. It was not touched.
+    /// Another file is at the path of a result. It was not changed.
     #[error("{} exists with other content", .0.display())]
     Exists(PathBuf),
 }
 
-/// A file that was made.
+/// A result file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Made {
-    /// Where it is.
+    /// The path of the file.
     pub path: PathBuf,
-    /// It was made now, and not found with the same content.
+    /// True if the file was made now; false if it existed with the same content.
     pub new: bool,
 }
 
-/// Makes the files of `selected` below `root`, as far as they are not files of the model themselves. Durable when it returns. Blocks.
+/// Makes the files of `selected` below `root`, except those that are files of the model themselves. The files are
+/// durable when this returns. Blocks.
 ///
 /// # Errors
-/// [`ResultError`]; files that are made stay.
+/// [`ResultError`]; files that were made are kept.
 pub fn write(
     store: &Store,
     manifest: &Manifest,
@@ -123,9 +124,9 @@ pub fn write(
         let reduced = shards::reduce(&source.read(whole)?, &file.path, manifest, selected);
         let reduced = match reduced {
             Ok(reduced) => reduced,
-            // What only has the name of an index is not needed by any of the tensors.
+            // A file that only has the name of an index is not needed for the tensors.
             Err(error) => {
-                tracing::warn!(path = %extract::shown(&file.path), %error, "an index is left out");
+                tracing::warn!(path = %extract::shown(&file.path), %error, "skipping an index");
                 None
             }
         };
@@ -142,8 +143,8 @@ pub fn write(
     Ok(written)
 }
 
-/// Files that stand where those of selected tensors are to go and that hold other tensors. Those that hold the same
-/// ones are left to [`write`], which compares their content.
+/// Returns existing files that are in the place of results and have other tensors. For files with the same tensors,
+/// [`write`] compares the content.
 pub(crate) fn conflicts(manifest: &Manifest, selected: &Selected, root: &Path) -> Vec<PathBuf> {
     let mut conflicts = Vec::new();
     for one in selected.files() {
@@ -168,13 +169,13 @@ pub(crate) fn conflicts(manifest: &Manifest, selected: &Selected, root: &Path) -
     conflicts
 }
 
-/// The names of the tensors in a safetensors file; `None` if it is none.
+/// Returns the names of the tensors in a safetensors file; `None` if it is not one.
 fn names_in(path: &Path) -> Option<BTreeSet<String>> {
     let mut file = files::open(path).ok()?;
     let mut size = [0; 8];
     file.read_exact(&mut size).ok()?;
     let size = u64::from_le_bytes(size);
-    // As large as a header may be (safetensors format).
+    // The largest header that the safetensors format allows.
     if size > 100_000_000 || size > file.metadata().ok()?.len() {
         return None;
     }
@@ -184,7 +185,7 @@ fn names_in(path: &Path) -> Option<BTreeSet<String>> {
     Some(names.filter(|name| name != "__metadata__").collect())
 }
 
-/// The indices of shards that are made anew for a selection, by their places in the manifest.
+/// Returns the index files of shards that are made again for a selection, by their indices in the manifest.
 pub(crate) fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
     let files = manifest.files();
     let mut indices = shards::indices(manifest, selected);
@@ -192,7 +193,7 @@ pub(crate) fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
     indices
 }
 
-/// What is here of a file's content.
+/// The content of a file, as far as it is here.
 struct Content<'a> {
     store: &'a Store,
     file: &'a manifest::File,
@@ -221,7 +222,7 @@ impl<'a> Content<'a> {
         }
     }
 
-    /// Reads bytes, checked.
+    /// Reads bytes, and verifies them.
     fn read(&self, range: Range<u64>) -> Result<Vec<u8>, ResultError> {
         if range.is_empty() {
             return Ok(Vec::new());
@@ -229,7 +230,7 @@ impl<'a> Content<'a> {
         let groups = groups(&range);
         let skip = (range.start - groups.start * GROUP) as usize;
         let content = self.source.read_groups(groups.clone());
-        // Not again until it is verified: the next time it is fetched.
+        // Damaged groups count as missing until they are fetched or verified again.
         if let Err(ReadError::Damaged(_)) = &content {
             self.store.note_damage(&self.source, groups)?;
         }
@@ -247,7 +248,8 @@ fn groups(range: &Range<u64>) -> Range<u64> {
     range.start / GROUP..range.end.div_ceil(GROUP).max(range.start / GROUP + 1)
 }
 
-/// Fills a file beside `target` and gives it its name, unless one with the same content has it; whether it did.
+/// Fills a temporary file beside `target` and renames it, unless the target exists with the same content. Returns true
+/// if it did.
 fn place(
     target: &Path,
     hash: &Hash,
@@ -257,7 +259,7 @@ fn place(
     let folder = target.parent().unwrap_or(Path::new("/"));
     make_folders(folder)?;
     let temporary = folder.join(format!("{OWN_PREFIX}{}.new", &hash.to_string()[..32]));
-    // A file that was left there goes, and so does a link that another user made: its target is not ours to write to.
+    // Removes a leftover of a crash, and a link that another user may have made: its target must not be written to.
     crate::store::discard(&temporary);
     let fill = || {
         let file = File::options()
@@ -291,7 +293,7 @@ fn place(
     placed
 }
 
-/// Whether both are plain files of the same content.
+/// Returns true if both are regular files with the same content.
 fn is_same(one: &Path, other: &Path) -> bool {
     let compare = || -> io::Result<bool> {
         let metadata = fs::symlink_metadata(other)?;
@@ -322,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_link_in_the_place_of_a_file_that_is_being_made_is_not_written_through() {
+    fn a_link_in_the_place_of_a_temporary_file_is_not_written_through() {
         let folder = tempfile::tempdir().unwrap();
         let foreign = folder.path().join("foreign");
         fs::write(&foreign, "mine").unwrap();
@@ -337,8 +339,8 @@ mod tests {
         assert_eq!(fs::read(&foreign).unwrap(), b"mine");
         assert_eq!(fs::read(&target).unwrap(), b"result");
         assert!(fs::symlink_metadata(&target).unwrap().is_file());
-        // A leftover of a crash is no hindrance either.
-        fs::write(root.join(&name), "longer than what is made").unwrap();
+        // A leftover of a crash does no harm either.
+        fs::write(root.join(&name), "longer than the result").unwrap();
         assert!(!place(&target, &hash, fill, &AtomicBool::new(false)).unwrap());
         assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
     }

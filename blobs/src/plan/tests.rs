@@ -1,4 +1,4 @@
-//! Plans: what is taken from disk, what is fetched, and who waits for whom.
+//! Plans: content that is taken from disk or fetched, and processes that wait for each other.
 
 use std::{fs::FileTimes, os::unix::fs::FileExt};
 
@@ -9,7 +9,7 @@ use crate::{
 };
 
 #[test]
-fn what_equal_files_cost_grows_with_their_number_and_not_with_its_square() {
+fn the_cost_of_equal_files_grows_linearly_with_their_number() {
     use crate::store::tests::LOCATIONS;
 
     let cost = |files: usize| {
@@ -53,7 +53,7 @@ fn what_equal_files_cost_grows_with_their_number_and_not_with_its_square() {
     assert!(many <= 6 * few, "{few} for 100 files and {many} for 400");
 }
 
-/// Changes one byte of a file; `quietly`: with its time of modification as it was.
+/// Changes one byte of a file; if `quietly`, with its modification time as it was.
 fn change(path: &Path, offset: u64, quietly: bool) {
     let file = fs::File::options()
         .read(true)
@@ -77,7 +77,7 @@ fn plan(store: &Store, origin: &Origin, root: &Path) -> (Plan, Arc<Progress>) {
 }
 
 #[test]
-fn a_part_file_that_changed_between_two_runs_is_read_again_before_it_is_trusted() {
+fn a_part_file_that_changed_between_two_runs_is_read_again() {
     for quietly in [false, true] {
         let home = tempfile::tempdir().unwrap();
         let origin = Origin::new(&[("a", &content(1, 20))]);
@@ -102,7 +102,7 @@ fn a_part_file_that_changed_between_two_runs_is_read_again_before_it_is_trusted(
 }
 
 #[test]
-fn after_a_stop_that_was_not_clean_what_is_claimed_is_read_first() {
+fn after_an_unclean_stop_recorded_groups_are_read_first() {
     let home = tempfile::tempdir().unwrap();
     let origin = Origin::new(&[("a", &content(1, 20))]);
     let (a, root) = (origin.hash("a"), home.path().join("to"));
@@ -117,7 +117,7 @@ fn after_a_stop_that_was_not_clean_what_is_claimed_is_read_first() {
         claim.unwrap().unwrap().trusted
     };
     assert!(trusted(&store(&home)));
-    // As it is left by a process that was killed.
+    // The state that a killed process leaves.
     fs::write(home.path().join("store/lock"), "1\n").unwrap();
     let store = store(&home);
     assert!(!trusted(&store));
@@ -127,7 +127,7 @@ fn after_a_stop_that_was_not_clean_what_is_claimed_is_read_first() {
 }
 
 #[test]
-fn a_file_gets_its_name_only_after_every_byte_of_it_was_written_or_read_in_this_process() {
+fn a_file_gets_its_name_only_after_this_process_wrote_or_read_every_byte() {
     let home = tempfile::tempdir().unwrap();
     let origin = Origin::new(&[("a", &content(1, 20))]);
     let (a, root) = (origin.hash("a"), home.path().join("to"));
@@ -144,7 +144,7 @@ fn a_file_gets_its_name_only_after_every_byte_of_it_was_written_or_read_in_this_
         .partial(a, tree, &root.join("a"), true, &stop)
         .unwrap();
     assert!(partial.is_trusted() && partial.is_unread());
-    // Such as a sector that went bad: no time tells.
+    // Simulates a bad sector, which changes no time.
     change(&part, 5 * GROUP, true);
     let source = origin.source(&a);
     let segment = copy_range(&source, 8..20).unwrap();
@@ -161,7 +161,7 @@ fn a_file_gets_its_name_only_after_every_byte_of_it_was_written_or_read_in_this_
             _ = read.fetch_add(bytes, Ordering::Relaxed)
         })
         .unwrap();
-    // No more than what came from the earlier run.
+    // No more than the content of the earlier run.
     assert_eq!(read.into_inner(), 8 * GROUP);
     assert!(lost.runs().eq(std::iter::once(5..6)));
     partial.write(&copy_range(&source, 5..6).unwrap()).unwrap();
@@ -170,7 +170,7 @@ fn a_file_gets_its_name_only_after_every_byte_of_it_was_written_or_read_in_this_
 }
 
 #[test]
-fn a_file_that_changed_with_its_time_put_back_is_not_called_complete() {
+fn a_file_that_changed_and_kept_its_time_is_not_complete() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 20))]);
@@ -192,7 +192,7 @@ fn a_file_that_changed_with_its_time_put_back_is_not_called_complete() {
 }
 
 #[test]
-fn all_that_is_in_place_is_read_again_when_asked() {
+fn all_existing_files_are_read_again_on_request() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 3))]);
@@ -213,7 +213,7 @@ fn all_that_is_in_place_is_read_again_when_asked() {
 }
 
 #[test]
-fn what_a_transfer_wrote_is_replaced_when_asked_and_nothing_else() {
+fn files_of_an_earlier_transfer_are_replaced_on_request_and_no_others() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let old = Origin::new(&[("a", &content(1, 20)), ("b", &content(3, 2))]);
@@ -235,7 +235,7 @@ fn what_a_transfer_wrote_is_replaced_when_asked_and_nothing_else() {
     );
     let mut plan = with(true).unwrap();
     let want = plan.take_wants().remove(0);
-    // It stands until the new one is whole.
+    // The old file stays until the new one is complete.
     assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
     let partial = open(&store, &want, &AtomicBool::new(false)).unwrap();
     let segment = copy_range(&new.source(&want.hash), 0..21).unwrap();
@@ -248,10 +248,10 @@ fn what_a_transfer_wrote_is_replaced_when_asked_and_nothing_else() {
             .unwrap()
             .has_untouched(&root.join("a"))
     );
-    // Nothing is left that could be told as changed.
+    // No record of the old content is left.
     let written = store.fetched_files().unwrap();
     assert_eq!(written[&root.join("a")], [new.hash("a")]);
-    // Also where another node wrote the files, and this one found them in place.
+    // Files that another node wrote and this one found in place are replaced, too.
     let second_home = tempfile::tempdir().unwrap();
     let second = crate::store::testing::store(&second_home);
     old.fetch(&second, &root.join("second"));
@@ -278,7 +278,7 @@ fn what_a_transfer_wrote_is_replaced_when_asked_and_nothing_else() {
 }
 
 #[test]
-fn of_many_files_of_equal_content_each_is_known_and_one_that_changed_is_noticed() {
+fn among_many_equal_files_one_that_changed_is_noticed() {
     let home = tempfile::tempdir().unwrap();
     let root = home.path().canonicalize().unwrap().join("m");
     fs::create_dir(&root).unwrap();
@@ -295,7 +295,7 @@ fn of_many_files_of_equal_content_each_is_known_and_one_that_changed_is_noticed(
         plan.map(|plan| (plan.is_complete(), read))
     };
     assert_eq!(plan().unwrap(), (true, 0));
-    // The last by name: all others are looked at before it.
+    // The last file by name, so that all others are checked before it.
     fs::write(root.join("99"), "else").unwrap();
     let error = plan().unwrap_err();
     assert!(
@@ -348,7 +348,7 @@ fn another_selection_of_tensors_is_refused_before_anything_is_fetched() {
 }
 
 #[test]
-fn two_nodes_that_fill_one_folder_take_turns_and_both_end_well() {
+fn two_nodes_that_fill_one_folder_take_turns_and_both_succeed() {
     let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let shared = tempfile::tempdir().unwrap();
     let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 3))]);
@@ -361,7 +361,7 @@ fn two_nodes_that_fill_one_folder_take_turns_and_both_end_well() {
         .iter()
         .map(|want| open(&first, want, &stop).unwrap())
         .collect();
-    // The lock outlives the plan: what is still written keeps it.
+    // Content that is still being written keeps the lock after the plan is dropped.
     drop((plan_of_first, wants));
     let progress = Arc::new(Progress::default());
     let other = std::thread::spawn({
@@ -402,7 +402,7 @@ fn two_nodes_that_fill_one_folder_take_turns_and_both_end_well() {
 }
 
 #[test]
-fn a_file_that_another_node_has_finished_meanwhile_is_adopted_if_it_is_right() {
+fn a_file_completed_by_another_node_is_adopted_if_its_content_is_right() {
     let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let shared = tempfile::tempdir().unwrap();
     let origin = Origin::new(&[("a", &content(1, 20))]);
@@ -413,7 +413,7 @@ fn a_file_that_another_node_has_finished_meanwhile_is_adopted_if_it_is_right() {
     );
     let [first, second] = [0, 1].map(|n| store(&homes[n]));
     let stop = AtomicBool::new(false);
-    // As where locks are granted to everybody: both write one part file.
+    // As on a file system that grants every lock: both write the same part file.
     let open = |store: &Store| store.partial(a, tree, &target, true, &stop).unwrap();
     let partials = [open(&first), open(&second)];
     let all = copy_range(&origin.source(&a), 0..20).unwrap();
@@ -425,7 +425,7 @@ fn a_file_that_another_node_has_finished_meanwhile_is_adopted_if_it_is_right() {
     drop(partials);
     assert!(first.holds(&a, &target).unwrap() && second.holds(&a, &target).unwrap());
     assert_eq!(fs::read_dir(shared.path()).unwrap().count(), 1);
-    // Another content stays, and is not taken for it.
+    // A file with other content stays, and is not adopted.
     fs::write(&target, "other").unwrap();
     let partial = open(&first);
     partial.write(&all).unwrap();
@@ -440,7 +440,7 @@ fn an_open_that_outlives_its_transfer_makes_no_part_file() {
     let want = Want::whole(Hash::of(b"abc"), 3, home.path().join("file"));
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
-    // It waits for the one who writes the part now, and is given up meanwhile.
+    // The late open waits for the current writer of the part file, and is cancelled meanwhile.
     let holder = open(&store, &want, &stopped).unwrap();
     let part = holder.part().to_owned();
     let late = std::thread::spawn({

@@ -1,8 +1,7 @@
-//! Files of which some chunk groups are not what they were, or cannot be read: what is right of them goes on being
-//! used.
+//! Files in which some chunk groups are damaged or cannot be read. Their good groups stay in use.
 //!
-//! The first read that fails marks the groups that it met. A thread then reads the rest of that file, once, at half the
-//! speed of the disk, and marks what else is damaged; a group that can be read after all is unmarked.
+//! The first failed read marks the groups it met as damaged. A thread then reads the rest of that file once, at half
+//! the speed of the disk, and marks the other damaged groups. A group that can be read after all is unmarked.
 
 use std::{
     ops::Range,
@@ -26,23 +25,25 @@ use crate::{
     tree::Tree,
 };
 
-/// Runs of damaged groups that are remembered of a file. A file with more is used no more until it is verified: its
-/// disk is dying, and a row of the database stays below 100 kB.
+/// The most runs of damaged groups that are recorded for a file. A file with more runs is not used until it is
+/// verified: its disk is failing. The limit keeps a database row below 100 kB.
 const MAX_RUNS: usize = 4096;
 
-/// Files that wait to be read through. Of others the damage is found as it is met.
+/// The most files that wait for a full read. In further files, damage is found only when a group is read.
 const MAX_WAITING: usize = 64;
 
-/// Groups read at a time, and the longest pause between two reads.
+/// Chunk groups read at a time.
 const PIECE: u64 = 16;
+
+/// The longest pause between two reads.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// Files that are read through in the background.
+/// The queue of files that are read in full in the background.
 #[derive(Debug, Default)]
 pub(super) struct ReadThrough(Mutex<Vec<(Hash, Location)>>);
 
 impl LocationRow {
-    /// The groups that are right as far as is known; `None` if the file is not to be used at all.
+    /// Returns the groups that are good as far as is known; `None` if the file must not be used at all.
     pub(super) fn good(&self) -> Option<Bitfield> {
         let tree = Tree::new(self.size);
         let mut good = Bitfield::full(tree.groups());
@@ -58,13 +59,13 @@ impl LocationRow {
         (!self.bad.is_empty() && good.count() > 0).then_some(good)
     }
 
-    /// Says that all groups are right.
+    /// Records that all groups are good.
     pub(super) fn set_all_good(&mut self) {
         self.damaged = false;
         self.bad.clear();
     }
 
-    /// Says which groups are right.
+    /// Records which groups are good.
     pub(super) fn set_good(&mut self, good: &Bitfield) {
         self.damaged = !good.is_full();
         self.bad.clear();
@@ -84,8 +85,8 @@ impl LocationRow {
 }
 
 impl Store {
-    /// Finds out which of `groups` of a file are damaged or cannot be read, and has them count as not here from now on;
-    /// the others go on being used. To be called when a read of them has failed. Blocks.
+    /// Reads each of `groups` and marks those that are damaged or cannot be read as missing; the others stay in use.
+    /// Call this after a read of these groups has failed. Blocks.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -94,7 +95,7 @@ impl Store {
         for group in groups {
             match source.read_groups(group..group + 1) {
                 Ok(_) => {}
-                // It is another file by now, and not used any more.
+                // The file has been replaced since, and is no longer used.
                 Err(ReadError::Changed) => return Ok(()),
                 Err(error) => {
                     tracing::debug!(hash = %source.hash(), group, %error, "a group is damaged");
@@ -109,7 +110,8 @@ impl Store {
         if let Some(location) = source.location() {
             tracing::warn!(
                 %hash, path = %location.path.display(), groups = bad.len(),
-                "a file is damaged on disk: these groups of 64 KiB are fetched from elsewhere; `weft verify` tells which"
+                "a file is damaged on disk: the damaged chunk groups (64 KiB each) are fetched from peers; \
+                 run `weft verify` for details"
             );
             self.write(|txn| {
                 change_location(txn, &hash, &location.path, |row| {
@@ -121,12 +123,15 @@ impl Store {
             })?;
             self.read_through(hash, location);
         } else if let Some(content) = source.arriving_content() {
-            // The writer finds out when it next settles, and wants them again.
+            // The writer learns of it at its next commit, and fetches the groups again.
             bad.iter().for_each(|bad| content.forget(*bad..*bad + 1));
         } else if let (Some(part), mut have) = (source.part(), source.have())
             && let Ok(_lease) = PartLease::take(self, hash, part)
         {
-            tracing::warn!(%hash, path = %part.display(), groups = bad.len(), "a part of a file is damaged on disk: it is fetched again");
+            tracing::warn!(
+                %hash, path = %part.display(), groups = bad.len(),
+                "a part file is damaged on disk: the damaged chunk groups are fetched again"
+            );
             bad.iter().for_each(|bad| have.remove_range(*bad..*bad + 1));
             self.write(|txn| {
                 let mut table = txn.open_table(PARTS).map_err(database)?;
@@ -136,7 +141,8 @@ impl Store {
         Ok(())
     }
 
-    /// Says which groups of a file are right. The file at `path` is not used at all if that are none, or too many runs.
+    /// Records which groups of the file at `path` are good. The file is not used at all if no group is good, or if
+    /// there are too many runs of damaged groups.
     pub(super) fn set_good(
         &self,
         hash: &Hash,
@@ -146,7 +152,7 @@ impl Store {
         self.write(|txn| change_location(txn, hash, path, |row| row.set_good(good)))
     }
 
-    /// Returns the groups of damaged files that are right, as sources open for reading.
+    /// Opens the good groups of damaged files as sources.
     pub(super) fn damaged_sources(&self, hash: &Hash) -> Result<Vec<Source>, StoreError> {
         let Some(row) = self.blob_row(hash)? else {
             return Ok(Vec::new());
@@ -172,7 +178,7 @@ impl Store {
         Ok(sources)
     }
 
-    /// The groups of the file at `path` that are right, if the file is known to be damaged, and unchanged since.
+    /// Returns the good groups of the file at `path`, if the file is known to be damaged and is unchanged since.
     pub(super) fn good_of_damaged(
         &self,
         hash: &Hash,
@@ -184,7 +190,7 @@ impl Store {
         Ok(row.and_then(|row| Location::from(&row).open().and_then(|_| row.good())))
     }
 
-    /// Has the rest of a damaged file read, to find what else is damaged.
+    /// Queues a full read of a damaged file, to find its other damaged groups.
     fn read_through(&self, hash: Hash, location: &Location) {
         let mut waiting = self.inner.read_through.lock();
         let is_first = waiting.is_empty();
@@ -202,7 +208,7 @@ impl Store {
             .name("weft-read-through".to_owned())
             .spawn(move || read_all(&store));
         if let Err(error) = spawned {
-            tracing::warn!(%error, "a damaged file is not read through");
+            tracing::warn!(%error, "cannot check the rest of a damaged file");
             self.inner.read_through.lock().clear();
         }
     }
@@ -216,7 +222,7 @@ impl ReadThrough {
     }
 }
 
-/// Reads one waiting file after another, as long as the store is open.
+/// Reads one queued file after another while the store is open.
 fn read_all(store: &Weak<Inner>) {
     while let Some(inner) = store.upgrade() {
         let next = inner.read_through.lock().first().cloned();
@@ -226,7 +232,10 @@ fn read_all(store: &Weak<Inner>) {
         let of_file = Store { inner };
         let result = read_one(of_file, store, hash, &location);
         if let Err(error) = result {
-            tracing::warn!(%error, path = %location.path.display(), "a damaged file is not read through");
+            tracing::warn!(
+                %error, path = %location.path.display(),
+                "cannot check the rest of a damaged file"
+            );
         }
         if let Some(inner) = store.upgrade() {
             let done = (hash, location);
@@ -237,7 +246,7 @@ fn read_all(store: &Weak<Inner>) {
 
 fn read_one(
     store: Store,
-    again: &Weak<Inner>,
+    weak: &Weak<Inner>,
     hash: Hash,
     location: &Location,
 ) -> Result<(), StoreError> {
@@ -247,7 +256,7 @@ fn read_one(
     };
     let outboard = store.open_outboard(&hash, &tree)?;
     let source = Source::whole(hash, tree, location.clone(), file, outboard);
-    // Not held on to: the store may be closed meanwhile.
+    // Released, so that the store can be closed during the read.
     drop(store);
     let mut good = Bitfield::empty(tree.groups());
     let mut from = 0;
@@ -266,17 +275,18 @@ fn read_one(
                 }
             }
         }
-        if again.strong_count() == 0 {
+        if weak.strong_count() == 0 {
             return Ok(());
         }
         thread::sleep(begun.elapsed().min(MAX_PAUSE));
     }
-    let Some(inner) = again.upgrade() else {
+    let Some(inner) = weak.upgrade() else {
         return Ok(());
     };
     let store = Store { inner };
     if good.count() * 2 < tree.groups() {
-        // Either the content is damaged, or only its tree: its hash tells, and the tree is made again.
+        // Either the content or the outboard is damaged. The content's hash tells which; a damaged outboard is built
+        // again.
         let rows = store.blob_row(&hash)?.into_iter();
         let mut rows = rows.flat_map(|row| row.locations);
         if let Some(row) = rows.find(|row| path_from(&row.path) == location.path) {
@@ -295,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn which_groups_are_damaged_survives_the_database() {
+    fn damaged_groups_survive_the_round_trip_through_the_database() {
         let tree = Tree::new(1000 * crate::tree::GROUP);
         let mut good = Bitfield::full(tree.groups());
         for run in [0..1, 5..7, 999..1000] {
@@ -310,7 +320,7 @@ mod tests {
         let row = LocationRow::decode(row.encode_to_vec().as_slice()).unwrap();
         assert!(row.damaged);
         assert_eq!(row.good().unwrap(), good);
-        // A row of before, which does not say which.
+        // A row of an older version, which does not list the damaged groups.
         let old = LocationRow {
             damaged: true,
             bad: Vec::new(),

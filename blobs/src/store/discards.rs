@@ -1,6 +1,8 @@
-//! Deleting files after the rows that spoke of them: a crash in between leaves files that the next start, or the next collection, deletes.
+//! Deletes files after the rows that listed them. A crash in between leaves files that the next start, or the next
+//! garbage collection, deletes.
 //!
-//! In the store's own folder, a file that no row speaks of is known by its place. Of files elsewhere a row in `discards` is kept until they are gone.
+//! In the store's own folder, a file without a row is recognized by its location. For an external file, a row in
+//! `discards` is kept until the file is deleted.
 
 use std::{
     fs, io,
@@ -13,35 +15,35 @@ use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
     PARTS, Store, StoreError, database,
+    disk_checks::{FileChecks, FileStates},
     durable::{discard, remove_empty_folders},
-    looks::{Sights, ToSee},
     rows::{DiscardRow, LocationRow, decode, part_key, path_from},
 };
 use crate::{Hash, files, index::Location};
 
 pub(super) const DISCARDS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("discards");
 
-/// Files that are to go once the rows that speak of them are gone.
+/// Files to be deleted once the rows that list them are removed.
 #[derive(Debug, Default)]
-pub(super) struct Doomed {
-    /// In the store's folder.
+pub(super) struct Deletions {
+    /// Files in the store's folder.
     own: Vec<PathBuf>,
-    /// Elsewhere: by path.
-    elsewhere: Vec<(PathBuf, DiscardRow)>,
+    /// External files, with the row to be noted for each.
+    external: Vec<(PathBuf, DiscardRow)>,
 }
 
-impl Doomed {
-    /// A file in the store's folder.
+impl Deletions {
+    /// Adds a file in the store's folder.
     pub(super) fn own(&mut self, path: PathBuf) {
         self.own.push(path);
     }
 
-    /// A part file, if it is there, or may be.
-    pub(super) fn part(&mut self, store: &Store, hash: &Hash, path: PathBuf, sights: &Sights) {
+    /// Adds a part file, unless it is known not to exist.
+    pub(super) fn part(&mut self, store: &Store, hash: &Hash, path: PathBuf, states: &FileStates) {
         if path.starts_with(&store.inner.folder) {
             return self.own(path);
         }
-        if sights.is_there(&path) == Some(false) {
+        if states.is_there(&path) == Some(false) {
             return;
         }
         let row = DiscardRow {
@@ -49,23 +51,24 @@ impl Doomed {
             location: None,
             root: Vec::new(),
         };
-        self.elsewhere.push((path, row));
+        self.external.push((path, row));
     }
 
-    /// A file that a transfer wrote, with the folders up to `root` that this empties. It stays if it has changed.
+    /// Adds a file that a transfer wrote, and the folders up to `root` that its deletion leaves empty. A file that has
+    /// changed is not deleted.
     pub(super) fn written(&mut self, hash: &Hash, location: &Location, root: &Path) {
         let row = DiscardRow {
             hash: hash.as_bytes().to_vec(),
             location: Some(LocationRow::from(location)),
             root: root.as_os_str().as_bytes().to_vec(),
         };
-        self.elsewhere.push((location.path.clone(), row));
+        self.external.push((location.path.clone(), row));
     }
 
-    /// Notes in the transaction that drops their rows what is to go elsewhere.
+    /// Notes the external files to be deleted, in the transaction that removes their rows.
     pub(super) fn note(&self, txn: &WriteTransaction) -> Result<(), StoreError> {
         let mut table = txn.open_table(DISCARDS).map_err(database)?;
-        for (path, row) in &self.elsewhere {
+        for (path, row) in &self.external {
             let key = path.as_os_str().as_bytes();
             table
                 .insert(key, row.encode_to_vec().as_slice())
@@ -76,30 +79,34 @@ impl Doomed {
 }
 
 impl Store {
-    /// Deletes what [`Doomed::note`] was committed for.
-    pub(super) fn delete(&self, doomed: Doomed, sights: &Sights) -> Result<(), StoreError> {
-        doomed.own.iter().for_each(|path| discard(path));
-        self.finish_discards(sights)
+    /// Deletes the files for which [`Deletions::note`] was committed.
+    pub(super) fn delete(
+        &self,
+        deletions: Deletions,
+        states: &FileStates,
+    ) -> Result<(), StoreError> {
+        deletions.own.iter().for_each(|path| discard(path));
+        self.delete_all_noted(states)
     }
 
     /// Adds the files that are still to be deleted.
-    pub(super) fn see_discards(&self, to_see: &mut ToSee) -> Result<(), StoreError> {
+    pub(super) fn add_discards(&self, checks: &mut FileChecks) -> Result<(), StoreError> {
         for (path, _) in self.discards()? {
-            to_see.path(&path);
+            checks.path(&path);
         }
         Ok(())
     }
 
-    /// Deletes what is still to be deleted, but for what rows speak of again, and for what lies on a disk that does not
-    /// answer.
-    pub(super) fn finish_discards(&self, sights: &Sights) -> Result<(), StoreError> {
+    /// Deletes the files noted for deletion, except those that a row lists again, and those on a disk that does not
+    /// respond.
+    pub(super) fn delete_all_noted(&self, states: &FileStates) -> Result<(), StoreError> {
         let mut done = Vec::new();
         let mut result = Ok(());
         for (path, row) in self.discards()? {
-            if sights.is_there(&path).is_none() {
+            if states.is_there(&path).is_none() {
                 continue;
             }
-            match self.finish_discard(&path, &row) {
+            match self.delete_noted(&path, &row) {
                 Ok(()) => done.push(path),
                 Err(error) => result = Err(error),
             }
@@ -129,16 +136,16 @@ impl Store {
         })
     }
 
-    fn finish_discard(&self, path: &Path, row: &DiscardRow) -> Result<(), StoreError> {
+    fn delete_noted(&self, path: &Path, row: &DiscardRow) -> Result<(), StoreError> {
         let Some(hash) = Hash::from_slice(&row.hash) else {
             return Ok(());
         };
         let goes = match &row.location {
             Some(known) => {
-                let again = self.blob_row(&hash)?;
-                let again = again.iter().flat_map(|row| &row.locations);
-                let again = again.into_iter().any(|row| path_from(&row.path) == path);
-                !again && Location::from(known).open().is_some()
+                let relisted = self.blob_row(&hash)?;
+                let relisted = relisted.iter().flat_map(|row| &row.locations);
+                let relisted = relisted.into_iter().any(|row| path_from(&row.path) == path);
+                !relisted && Location::from(known).open().is_some()
             }
             None => !self.is_arriving(path) && !self.has_part_row(&hash, path)?,
         };
@@ -167,7 +174,8 @@ impl Store {
     }
 }
 
-/// Bytes that a file in the store's folder takes on the disk: of a part file, those that are set aside.
+/// Returns the disk space that a file in the store's folder uses, in bytes. For a part file, this includes allocated
+/// space.
 pub(super) fn allocated(path: &Path) -> u64 {
     files::stat(path).map_or(0, |file| files::allocated(&file))
 }

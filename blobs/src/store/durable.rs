@@ -1,4 +1,4 @@
-//! Files and folders that a loss of power leaves whole or away: written, synced, swept and removed.
+//! Files and folders that are whole or absent after a power loss: writes, syncs, sweeps and removes them.
 
 use std::{
     fs::{self, File},
@@ -11,17 +11,17 @@ use std::{
 use super::StoreError;
 use crate::files;
 
-/// How the names of files end that are being written, in the store's own folders.
+/// Suffix of files in the store's own folders that are being written.
 const TEMPORARY: &str = ".new";
 
-/// Writes a file whole or not at all, under its name once it is synced.
+/// Writes a file atomically: syncs it under a temporary name, then renames it.
 pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    // Two may write the same at once.
+    // Two callers may write the same file at once.
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let temporary = path.with_extension(format!("{number}{TEMPORARY}"));
     let write = || -> io::Result<()> {
-        // Never through a link; a file of this name is a leftover.
+        // Never follows a link; an existing file of this name is a leftover.
         let mut file = files::patiently(|| match File::create_new(&temporary) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 discard(&temporary);
@@ -34,7 +34,7 @@ pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError>
         fs::rename(&temporary, path)
     };
     if let Err(error) = write() {
-        // On a full disk it would take the room that the next attempt needs.
+        // On a full disk the leftover would use the space that the next attempt needs.
         discard(&temporary);
         return Err(StoreError::io("cannot write", path)(error));
     }
@@ -44,7 +44,7 @@ pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError>
     }
 }
 
-/// Removes what a crash left half written.
+/// Removes files that a crash left half written.
 pub(super) fn sweep(folder: &Path) -> Result<(), StoreError> {
     let entries = fs::read_dir(folder).map_err(StoreError::io("cannot read", folder))?;
     for entry in entries {
@@ -69,10 +69,10 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Makes a folder and all above it that are missing, so that a loss of power does not take them away again with what is
-/// reported as complete in them.
+/// Creates a folder and its missing parents and syncs them, so that a power loss does not remove content that was
+/// reported as complete.
 pub(crate) fn make_folders(folder: &Path) -> Result<(), StoreError> {
-    // Those that are there are as certain as they ever were.
+    // Existing folders are assumed to be durable.
     let missing: Vec<&Path> = folder
         .ancestors()
         .take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists())
@@ -91,20 +91,23 @@ pub(crate) fn make_folders(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Removes a file that nothing refers to any more.
+/// Removes a file that is no longer referenced.
 pub(crate) fn discard(path: &Path) {
     if let Err(error) = fs::remove_file(path)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %path.display(), %error, "a file that is no longer needed stays");
+        tracing::warn!(
+            path = %path.display(), %error,
+            "cannot remove a file that is no longer needed"
+        );
     }
 }
 
-/// Removes the folders that deleting `file` emptied, up to and including `root`.
+/// Removes the folders that the deletion of `file` left empty, up to and including `root`.
 pub(super) fn remove_empty_folders(file: &Path, root: &Path) {
     let mut folder = file.parent();
     while let Some(current) = folder {
-        // Fails, as it should, at the first that is not empty.
+        // Fails, as intended, at the first folder that is not empty.
         if !current.starts_with(root) || fs::remove_dir(current).is_err() {
             return;
         }

@@ -1,6 +1,8 @@
-//! Content that this machine has in other blobs: tensors of other models and revisions, in whatever file and at whatever place they lie there.
+//! Content of a wanted blob that is on this machine in other blobs: tensors of other models and revisions, in any file
+//! and at any offset.
 //!
-//! It is only a guess until it is checked: a provider sends the parents of the groups, without their content, and what does not fit them is fetched.
+//! Such content is a guess until it is checked. A provider sends the parents of the groups without their content, and
+//! groups that do not match their parents are fetched.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,30 +26,31 @@ use crate::{
     tree::{GROUP, Tree},
 };
 
-/// Files held open for what is taken from them.
+/// The most files kept open as sources.
 const MAX_SOURCES: usize = 256;
 
-/// Written ranges of a part file that are told apart: each costs two system calls. What follows counts as written.
+/// The most written ranges of a part file that are told apart; each costs two system calls. The rest of the file
+/// counts as written.
 const MAX_RANGES: usize = 4096;
 
-/// Tensors that [`Index`] holds at most: 16 bytes each, 16 MiB in all. Models beyond are looked at each time.
+/// The most tensors in an [`Index`]: 16 bytes each, 16 MiB in all. Models beyond that are read for each search.
 const MAX_INDEXED: usize = 1 << 20;
 
-/// An index from tensors to the models of a store that have them, for the models looked at so far. Manifests do not
-/// change, and are read once. Models that the store holds no longer are forgotten with the next search.
+/// An index from tensors to the models of a store that contain them. It covers the models read so far; manifests do not
+/// change, and each is read once. The next search removes models that the store no longer holds.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     models: Vec<Hash>,
     known: HashSet<Hash>,
-    /// The beginning of a tensor's hash, and the place of a model among `models`; sorted.
+    /// The first 8 bytes of a tensor's hash, and the position of a model in `models`; sorted.
     tensors: Vec<(u64, u32)>,
 }
 
 impl Index {
-    /// Takes in the tensors of a model, if there is room.
+    /// Adds the tensors of a model, if there is room.
     fn insert(&mut self, model: Hash, manifest: &Manifest) {
         let tensors = manifest.files().iter().flat_map(|file| &file.tensors);
-        let tensors: Vec<u64> = tensors.map(|tensor| beginning(&tensor.blake3)).collect();
+        let tensors: Vec<u64> = tensors.map(|tensor| hash_prefix(&tensor.blake3)).collect();
         if self.known.contains(&model) || self.tensors.len() + tensors.len() > MAX_INDEXED {
             return;
         }
@@ -62,13 +65,13 @@ impl Index {
         self.tensors.dedup();
     }
 
-    /// Forgets all models but those of `held`.
+    /// Removes all models except those in `held`.
     fn keep_only(&mut self, held: &HashSet<Hash>) {
         if self.known.is_subset(held) {
             return;
         }
         let mut models = Vec::new();
-        // The new place of each model that stays: their order is the same, and so the tensors stay sorted.
+        // The new position of each model that stays. The models keep their order, so the tensors stay sorted.
         let places: Vec<Option<u32>> = self
             .models
             .iter()
@@ -87,24 +90,22 @@ impl Index {
         self.models = models;
     }
 
-    /// Returns the models that may have any of these tensors.
-    fn may_have(&self, wanted: impl Iterator<Item = Hash>) -> HashSet<Hash> {
+    /// Returns the models that may contain any of these tensors.
+    fn models_with(&self, wanted: impl Iterator<Item = Hash>) -> HashSet<Hash> {
         let mut found = HashSet::new();
         for tensor in wanted {
-            let beginning = beginning(&tensor);
-            let first = self
-                .tensors
-                .partition_point(|(known, _)| *known < beginning);
+            let prefix = hash_prefix(&tensor);
+            let first = self.tensors.partition_point(|(known, _)| *known < prefix);
             let same = self.tensors[first..].iter();
-            let same = same.take_while(|(known, _)| *known == beginning);
+            let same = same.take_while(|(known, _)| *known == prefix);
             found.extend(same.map(|(_, place)| self.models[*place as usize]));
         }
         found
     }
 }
 
-/// Enough of a hash to pass over nearly all models that do not have it.
-fn beginning(hash: &Hash) -> u64 {
+/// Returns the first 8 bytes of a hash: enough to skip nearly all models that do not contain the tensor.
+fn hash_prefix(hash: &Hash) -> u64 {
     let (first, _) = hash
         .as_bytes()
         .split_first_chunk()
@@ -112,10 +113,10 @@ fn beginning(hash: &Hash) -> u64 {
     u64::from_be_bytes(*first)
 }
 
-/// Where the content of a blob that is to come lies in other blobs.
+/// Content of a wanted blob that other files on this machine hold.
 #[derive(Debug)]
 pub(crate) struct Elsewhere {
-    /// By place in the blob; none overlaps another.
+    /// Sorted by offset in the wanted blob; pieces do not overlap.
     pieces: Vec<Piece>,
     groups: Bitfield,
 }
@@ -127,12 +128,12 @@ struct Piece {
     at: u64,
 }
 
-/// A tensor of a file that is to come, by the file's place among those asked about.
+/// A tensor of a wanted file: the position of the file in the search, and of the tensor in the file.
 type Place = (usize, usize);
 
 impl Elsewhere {
-    /// Looks for the tensors of `files` in all models of the store, by their hashes; for each blob of which whole groups were found, where they are.
-    /// Blocks.
+    /// Searches all models of the store for the tensors of `files`, by hash. Returns the sources for each blob of which
+    /// whole groups were found. Blocks.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -159,7 +160,7 @@ impl Elsewhere {
         let likely = {
             let mut index = store.tensors();
             index.keep_only(&models.iter().map(|model| model.id).collect());
-            index.may_have(wanted.keys().copied())
+            index.models_with(wanted.keys().copied())
         };
         for model in models {
             if !likely.contains(&model.id) && store.tensors().known.contains(&model.id) {
@@ -196,7 +197,7 @@ impl Elsewhere {
                         }
                     }
                     if tried && source.is_none() {
-                        // It is not here: no other tensor of it is either.
+                        // The file is not here, and so none of its other tensors is.
                         break;
                     }
                 }
@@ -219,11 +220,11 @@ impl Elsewhere {
         Ok(of_files.collect())
     }
 
-    /// Takes what lies in a part file that no row of this store speaks of: another node left it in a folder that both
-    /// fill, or the store's database is lost. `None` if there is nothing. Blocks.
+    /// Finds content in a part file that has no row in this store. Such a file is there if another node left it in a
+    /// folder that both write to, or if the store's database was lost. Returns `None` if there is nothing. Blocks.
     ///
     /// # Errors
-    /// The error of the disk.
+    /// An I/O error of the disk.
     pub(crate) fn left(hash: Hash, tree: Tree, part: &Path) -> io::Result<Option<Self>> {
         match fs::symlink_metadata(part) {
             Ok(metadata) if metadata.is_file() && metadata.len() == tree.size() => {}
@@ -272,15 +273,15 @@ impl Elsewhere {
         Self { pieces, groups }
     }
 
-    /// The groups of which all bytes were found.
+    /// Returns the groups of which all bytes were found.
     pub(crate) fn groups(&self) -> &Bitfield {
         &self.groups
     }
 
-    /// Reads what was found of the blob from `offset` on; it is not checked. Blocks.
+    /// Reads found content of the blob, starting at `offset`, without checking it. Blocks.
     ///
     /// # Errors
-    /// What the disk says; `UnexpectedEof` where nothing was found.
+    /// An I/O error of the disk; `UnexpectedEof` if the content at an offset was not found.
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < buffer.len() {
@@ -304,8 +305,8 @@ impl Elsewhere {
     }
 }
 
-/// The ranges of a file that something was written to, as far as the file system tells; else all of it. Room that was
-/// set aside and not written to is none.
+/// Returns the ranges of a file that were written to, if the file system reports them; otherwise the whole file.
+/// Allocated space that was never written to is not included.
 fn written(file: &File, size: u64) -> Vec<Range<u64>> {
     let mut ranges = Vec::new();
     let mut at = 0;
@@ -316,7 +317,7 @@ fn written(file: &File, size: u64) -> Vec<Range<u64>> {
         }
         let start = match seek(file, SeekFrom::Data(at)) {
             Ok(start) => start,
-            // There is none after that.
+            // No data follows.
             Err(Errno::NXIO) => break,
             Err(_) => at,
         };
@@ -335,7 +336,7 @@ mod tests {
     use super::*;
     use crate::store::testing::Origin;
 
-    /// A safetensors file of one tensor of four bytes.
+    /// Returns a safetensors file with one tensor of four bytes.
     fn file(content: [u8; 4]) -> Vec<u8> {
         let header = r#"{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
         let mut file = (header.len() as u64).to_le_bytes().to_vec();
@@ -345,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn of_models_that_were_read_once_only_those_with_a_wanted_tensor_are_read_again() {
+    fn only_models_with_a_wanted_tensor_are_read_again() {
         let origins =
             [[1; 4], [2; 4]].map(|content| Origin::new(&[("m.safetensors", &file(content))]));
         let mut index = Index::default();
@@ -356,14 +357,18 @@ mod tests {
         assert_eq!(index.tensors.len(), 2);
         for origin in &origins {
             let tensor = origin.manifest().files()[0].tensors[0].blake3;
-            let found = index.may_have([tensor].into_iter());
+            let found = index.models_with([tensor].into_iter());
             assert_eq!(found, HashSet::from([origin.id()]));
         }
-        assert!(index.may_have([Hash::of(b"other")].into_iter()).is_empty());
+        assert!(
+            index
+                .models_with([Hash::of(b"other")].into_iter())
+                .is_empty()
+        );
     }
 
     #[test]
-    fn models_that_the_store_holds_no_longer_take_no_room_in_the_index() {
+    fn models_that_the_store_no_longer_holds_are_removed_from_the_index() {
         let origins = [[1; 4], [2; 4], [3; 4]]
             .map(|content| Origin::new(&[("m.safetensors", &file(content))]));
         let home = tempfile::tempdir().unwrap();
@@ -385,7 +390,7 @@ mod tests {
         for origin in &origins[1..] {
             let tensor = origin.manifest().files()[0].tensors[0].blake3;
             assert_eq!(
-                index.may_have([tensor].into_iter()),
+                index.models_with([tensor].into_iter()),
                 HashSet::from([origin.id()])
             );
         }

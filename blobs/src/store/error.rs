@@ -10,11 +10,11 @@ use weft_disk::{Failure, Fault, is_full};
 use super::tags::{MAX_TAG, MAX_TAGS};
 use crate::{Hash, lock::LockError, manifest::ManifestError};
 
-/// Why the store could not do what was asked.
+/// The reason why the store could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
-    /// Another process has it open.
+    /// Another process has the store open.
     #[error(transparent)]
     Lock(LockError),
     /// The metadata database failed.
@@ -22,12 +22,13 @@ pub enum StoreError {
     Database(#[source] Box<redb::Error>),
     /// The metadata database could not be opened.
     #[error(
-        "cannot open the store's database {}: {source}; if it is damaged, move it away and start again: no content is deleted, and `weft add` and \
-         `weft get` to the same folders take in again what is there, but names, tags, the quota and the list of models are lost",
+        "cannot open the store's database {}: {source}; if it is damaged, move it away and start again: no content is \
+         deleted, and `weft add` and `weft get` to the same folders find the existing files again, but names, tags, \
+         the quota and the list of models are lost",
         .path.display()
     )]
     Unopened {
-        /// The database.
+        /// Path of the database.
         path: PathBuf,
         /// The error that the database returned.
         #[source]
@@ -36,83 +37,87 @@ pub enum StoreError {
     /// A file could not be read or written.
     #[error("{action} {}: {source}", .path.display())]
     Io {
-        /// What was tried, as in "cannot write".
+        /// The failed operation, as in "cannot write".
         action: &'static str,
-        /// On which file.
+        /// The file of the operation.
         path: PathBuf,
-        /// What went wrong.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// No room, or no quota, for the content.
+    /// There is no disk space, or no disk quota, for the content.
     #[error("the disk that holds {} is full{}", .path.display(), need(.needed, .free))]
     DiskFull {
-        /// Where the content was to go.
+        /// The target of the content.
         path: PathBuf,
-        /// Bytes needed, when known beforehand.
+        /// Bytes needed, if known beforehand.
         needed: Option<u64>,
-        /// Bytes free, when known.
+        /// Bytes free, if known.
         free: Option<u64>,
     },
     /// A row cannot be decoded.
     #[error("the store's table {table} holds a damaged row: {source}")]
     Damaged {
-        /// The table.
+        /// Name of the table.
         table: &'static str,
-        /// What is wrong with it.
+        /// The decoding error.
         source: prost::DecodeError,
     },
-    /// A stored manifest is refused.
+    /// A stored manifest is invalid.
     #[error("a stored manifest is damaged: {0}")]
     Manifest(#[from] ManifestError),
     /// Another transfer in this process writes the same file.
     #[error("another transfer is writing {}", .0.display())]
     Busy(PathBuf),
-    /// A manifest gives a hash another size than the content has that is here.
-    #[error("the model gives the content {0} another size than it has: it is damaged or hostile")]
+    /// A manifest gives a hash another size than the content with that hash has.
+    #[error(
+        "the model gives the content {0} a wrong size: the model's manifest is damaged or hostile"
+    )]
     OtherSize(Hash),
-    /// The work was stopped by whoever asked for it.
+    /// The caller stopped the operation.
     #[error("stopped")]
     Cancelled,
-    /// The store holds no such model.
+    /// The store does not hold the model.
     #[error("this node holds no model {0}")]
     NoSuchModel(Hash),
-    /// The quota leaves no room for what is to be fetched, whatever were evicted.
+    /// The quota leaves no room for the content, even after eviction of everything that may be evicted.
     #[error(
-        "the quota of {quota} bytes leaves no room: {needed} bytes are needed, {used} are used, and what may be evicted is not enough"
+        "the quota of {quota} bytes leaves no room: {needed} bytes are needed, {used} are used, and evicting what \
+         may be evicted does not free enough; raise the quota, or remove models or tags"
     )]
     QuotaExceeded {
         /// Bytes needed.
         needed: u64,
-        /// The quota.
+        /// The quota, in bytes.
         quota: u64,
-        /// Bytes that count against it now.
+        /// Bytes that count against the quota now.
         used: u64,
     },
-    /// Tags keep the model.
-    #[error("the model {model} is kept by its tags: {}; remove them first", .tags.join(", "))]
+    /// Tags pin the model.
+    #[error("the model {model} is pinned by its tags: {}; remove them first", .tags.join(", "))]
     Tagged {
         /// The model.
         model: Hash,
-        /// Its tags.
+        /// The tags of the model.
         tags: Vec<String>,
     },
-    /// There is no such tag.
+    /// The tag does not exist.
     #[error("there is no tag {0:?}")]
     NoSuchTag(String),
-    /// The tag keeps another model.
-    #[error("the tag {tag} keeps another model, {model}; remove it first")]
+    /// The tag pins another model.
+    #[error("the tag {tag} pins another model, {model}; remove the tag first")]
     TagTaken {
         /// The tag.
         tag: String,
-        /// What it keeps.
+        /// The model that the tag pins.
         model: Hash,
     },
-    /// No tag may be called so.
+    /// The tag is not valid.
     #[error(
-        "{0:?} cannot be a tag: it has 1 to {MAX_TAG} letters, digits and . _ - / : @, and begins with a letter or digit"
+        "{0:?} is not a valid tag: a tag has 1 to {MAX_TAG} letters, digits and . _ - / : @, and begins with a letter \
+         or digit"
     )]
     BadTag(String),
-    /// There are as many tags as there may be.
+    /// The store has the maximum number of tags.
     #[error("there are {MAX_TAGS} tags already; remove one first")]
     TooManyTags,
 }
@@ -134,7 +139,7 @@ impl From<LockError> for StoreError {
 }
 
 impl StoreError {
-    /// Wraps what a file operation on `path` returned.
+    /// Wraps the error of a file operation on `path`.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| match is_full(&source) {

@@ -1,8 +1,9 @@
-//! Collecting what nobody needs: rows first, in one transaction, and then the files.
+//! Garbage collection: deletes content that no model needs. Rows are removed first, in one transaction, and then the
+//! files.
 //!
-//! A blob is needed while a model lists it, or while it is held. Files that a user added in place are never deleted, whatever their rows say; nor is a file
-//! outside the store's folder, unless a transfer wrote it, it is unchanged since, and it lies in no model's folder. Of files that a model needs and whose folder
-//! is gone, it stays known what they hold.
+//! A blob is needed while a model lists it, or while it is held. Files that a user added in place are never deleted,
+//! whatever their rows say. An external file is deleted only if a transfer wrote it, it is unchanged since, and it lies
+//! in no model's folder. If the folder of a file that a model needs is gone, the row of the file is kept.
 
 use std::{
     collections::HashSet,
@@ -16,8 +17,8 @@ use weft_disk::Outcome;
 
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
-    discards::{Doomed, allocated},
-    looks::{IN_ROOT, Sights},
+    discards::{Deletions, allocated},
+    disk_checks::{FileStates, IN_ROOT},
     part_path,
     refs::refs,
     remove::models,
@@ -25,12 +26,12 @@ use super::{
 };
 use crate::{Hash, Manifest, index::Location, path::OWN_PREFIX, tree::Tree};
 
-/// Files that were, or would be, deleted.
+/// Files that were deleted, or would be.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Freed {
-    /// How many.
+    /// Number of files.
     pub count: u64,
-    /// The bytes that they take on the disk.
+    /// Disk space of the files, in bytes.
     pub bytes: u64,
 }
 
@@ -41,32 +42,32 @@ impl Freed {
     }
 }
 
-/// What a collection found, by kind.
+/// The result of a garbage collection, by kind of file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Collected {
     /// Files that a transfer wrote into folders of no model.
     pub files: Freed,
-    /// Content of the store's own.
+    /// The store's own copies of blobs.
     pub owned: Freed,
     /// Part files.
     pub parts: Freed,
-    /// Trees of content that is not here.
+    /// Outboards of content that is not here.
     pub outboards: Freed,
     /// Manifests of models that are not here.
     pub manifests: Freed,
     /// Rows of blobs and part files that are not needed or not there.
     pub rows: u64,
-    /// Files of which it was forgotten that they hold a blob: they are gone, or changed.
+    /// Locations that were removed from the rows of blobs, because the file is gone or has changed.
     pub locations: u64,
 }
 
 impl Collected {
-    /// The bytes of all files.
+    /// Returns the disk space of all files, in bytes.
     pub fn bytes(&self) -> u64 {
         self.kinds().iter().map(|(_, freed)| freed.bytes).sum()
     }
 
-    /// The kinds of files, by name.
+    /// Returns the kinds of files, by name.
     pub fn kinds(&self) -> [(&'static str, Freed); 5] {
         [
             ("files", self.files),
@@ -79,39 +80,39 @@ impl Collected {
 }
 
 impl Store {
-    /// Forgets and deletes what no model needs and nobody holds; `dry_run`: only says what that would be. Durable when it returns; a crash in between leaves
-    /// files that the next collection deletes.
+    /// Deletes the rows and files that no model needs and nobody holds. With `dry_run`, only returns what would be
+    /// deleted. Durable on return; a crash in between leaves files that the next collection deletes.
     ///
     /// # Errors
-    /// [`StoreError`]. Nothing is lost then that is needed.
+    /// [`StoreError`]. Nothing that is needed is lost then.
     pub fn collect(&self, dry_run: bool) -> Result<Collected, StoreError> {
         self.collect_with(dry_run, false)
     }
 
-    /// As [`collect`](Self::collect). `gone`: files whose folder is gone are forgotten, too, as after a copy of a model
-    /// was deleted; on a disk that is only away they would have to be read again. A model that is whole elsewhere lives
-    /// there from then on.
+    /// As [`collect`](Self::collect). With `gone`, also removes the rows of files whose folder is gone, for example
+    /// after a copy of a model was deleted. If the folder is on a disk that is only unmounted, its files must be read
+    /// again later. A model of which a whole copy exists in another folder moves there.
     ///
     /// # Errors
     /// As [`collect`](Self::collect).
     pub fn collect_with(&self, dry_run: bool, gone: bool) -> Result<Collected, StoreError> {
-        let sights = self.see_all(true)?;
-        let _alone = self.deleting();
+        let states = self.check_all(true)?;
+        let _alone = self.lock_deletion();
         if !dry_run {
-            self.finish_discards(&sights)?;
+            self.delete_all_noted(&states)?;
         }
         let held = self.held()?;
         let decided: Result<_, StoreError> = self.inner.database.decide(|txn| {
-            let (doomed, collected) = self.collect_in(txn, gone, &held, &sights)?;
+            let (deletions, collected) = self.collect_in(txn, gone, &held, &states)?;
             if dry_run {
                 return Ok(Outcome::Abort((None, collected)));
             }
-            doomed.note(txn)?;
-            Ok(Outcome::Commit((Some(doomed), collected)))
+            deletions.note(txn)?;
+            Ok(Outcome::Commit((Some(deletions), collected)))
         });
-        let (doomed, collected) = decided?;
-        if let Some(doomed) = doomed {
-            self.delete(doomed, &sights)?;
+        let (deletions, collected) = decided?;
+        if let Some(deletions) = deletions {
+            self.delete(deletions, &states)?;
         }
         Ok(collected)
     }
@@ -119,36 +120,38 @@ impl Store {
     fn collect_in(
         &self,
         txn: &WriteTransaction,
-        forget_away: bool,
+        forget_gone_folders: bool,
         held: &HashSet<Hash>,
-        sights: &Sights,
-    ) -> Result<(Doomed, Collected), StoreError> {
+        states: &FileStates,
+    ) -> Result<(Deletions, Collected), StoreError> {
         self.recount(txn, true)?;
         let mut collector = Collector {
             store: self,
             txn,
             models: models(txn)?,
             held,
-            sights,
-            forget_away,
+            states,
+            forget_gone_folders,
             whole: HashSet::new(),
             kept: HashSet::new(),
             with_tree: HashSet::new(),
             gone: HashSet::new(),
-            doomed: Doomed::default(),
+            deletions: Deletions::default(),
             collected: Collected::default(),
         };
         collector.blobs()?;
-        if forget_away {
-            collector.rehouse()?;
+        if forget_gone_folders {
+            collector.move_models()?;
         }
         collector.parts()?;
         collector.stray_parts()?;
         collector.folders()?;
         let Collector {
-            doomed, collected, ..
+            deletions,
+            collected,
+            ..
         } = collector;
-        Ok((doomed, collected))
+        Ok((deletions, collected))
     }
 }
 
@@ -157,23 +160,23 @@ struct Collector<'a> {
     txn: &'a WriteTransaction,
     models: Vec<Model>,
     held: &'a HashSet<Hash>,
-    sights: &'a Sights,
-    /// Also forget files whose folder is gone.
-    forget_away: bool,
-    /// Blobs that are whole here.
+    states: &'a FileStates,
+    /// True if the rows of files whose folder is gone are removed too.
+    forget_gone_folders: bool,
+    /// Blobs of which a whole file is here.
     whole: HashSet<Hash>,
     /// Owned files and part files that stay.
     kept: HashSet<PathBuf>,
-    /// Blobs whose tree is of use.
+    /// Blobs whose outboard is still of use.
     with_tree: HashSet<Hash>,
-    /// Files that go.
+    /// Files to be deleted.
     gone: HashSet<PathBuf>,
-    doomed: Doomed,
+    deletions: Deletions,
     collected: Collected,
 }
 
 impl Collector<'_> {
-    /// Blobs that nobody needs, and files that are not what they were.
+    /// Removes blobs that are not needed, and locations whose file is gone or has changed.
     fn blobs(&mut self) -> Result<(), StoreError> {
         let mut rows: Vec<(Hash, BlobRow)> = Vec::new();
         {
@@ -193,11 +196,11 @@ impl Collector<'_> {
                 continue;
             }
             if refs(self.txn, &hash)? == 0 {
-                // A file that a transfer wrote to a disk that does not answer is deleted once the disk answers.
+                // A file that a transfer wrote to a disk that does not respond is deleted once the disk responds.
                 let (silent, known): (Vec<_>, Vec<_>) = row
                     .locations
                     .into_iter()
-                    .partition(|row| row.written && self.sights.is_here(row).is_none());
+                    .partition(|row| row.written && self.states.is_here(row).is_none());
                 for location in &known {
                     self.drop_file(&hash, location);
                 }
@@ -210,7 +213,7 @@ impl Collector<'_> {
                 continue;
             }
             row.locations.retain(|row| {
-                self.sights.is_here(row) != Some(false) || self.is_away(&path_from(&row.path))
+                self.states.is_here(row) != Some(false) || self.is_away(&path_from(&row.path))
             });
             self.collected.locations += (before - row.locations.len()) as u64;
             self.drop_second_copy(&hash, &mut row);
@@ -235,21 +238,21 @@ impl Collector<'_> {
         Ok(())
     }
 
-    /// Returns true if a file may come back with its folder, and is to be remembered for that.
+    /// Returns true if the folder of the file is gone and may come back, so that its row is kept.
     fn is_away(&self, path: &Path) -> bool {
-        !self.forget_away && self.sights.has_folder(path) == Some(false)
+        !self.forget_gone_folders && self.states.has_folder(path) == Some(false)
     }
 
-    /// Returns true if it is known that the file is what it was.
+    /// Returns true if the file is known to be unchanged.
     fn is_here(&self, row: &LocationRow) -> bool {
-        self.sights.is_here(row) == Some(true)
+        self.states.is_here(row) == Some(true)
     }
 
-    /// Models whose folder is gone live in another one that holds all their files, if there is one.
-    fn rehouse(&mut self) -> Result<(), StoreError> {
+    /// Moves models whose folder is gone to another folder that holds all their files, if there is one.
+    fn move_models(&mut self) -> Result<(), StoreError> {
         let mut models = std::mem::take(&mut self.models);
         for model in &mut models {
-            if self.sights.has_folder(&model.root.join(IN_ROOT)) != Some(false) {
+            if self.states.has_folder(&model.root.join(IN_ROOT)) != Some(false) {
                 continue;
             }
             let Some(manifest) = self.store.manifest(&model.id)? else {
@@ -258,7 +261,10 @@ impl Collector<'_> {
             let Some(root) = self.whole_folder(&manifest)? else {
                 continue;
             };
-            tracing::info!(model = %model.id, from = %model.root.display(), to = %root.display(), "a model's folder is gone: it lives in another one");
+            tracing::info!(
+                model = %model.id, from = %model.root.display(), to = %root.display(),
+                "a model's folder is gone: its files in another folder are used instead"
+            );
             model.root = root;
             let mut table = self.txn.open_table(MODELS).map_err(database)?;
             table
@@ -272,7 +278,7 @@ impl Collector<'_> {
         Ok(())
     }
 
-    /// A folder in which all files of a model are, as rows say.
+    /// Returns a folder in which all files of a model are, according to the rows.
     fn whole_folder(&self, manifest: &Manifest) -> Result<Option<PathBuf>, StoreError> {
         let table = self.txn.open_table(BLOBS).map_err(database)?;
         let mut common: Option<HashSet<PathBuf>> = None;
@@ -296,7 +302,7 @@ impl Collector<'_> {
         Ok(common.into_iter().flatten().min())
     }
 
-    /// What the store owns is not needed beside a file of a model that a transfer wrote.
+    /// Drops the store's own copy of a blob if a file of a model that a transfer wrote holds the blob too.
     fn drop_second_copy(&mut self, hash: &Hash, row: &mut BlobRow) {
         let owned = self.store.owned_path(hash);
         let is_owned = |location: &LocationRow| path_from(&location.path) == owned;
@@ -326,10 +332,10 @@ impl Collector<'_> {
         Ok(())
     }
 
-    /// Deletes a file that a row speaks of no more, if it is ours.
+    /// Deletes a file whose row was removed, if a transfer wrote it and it lies in no model's folder.
     fn drop_file(&mut self, hash: &Hash, row: &LocationRow) {
         let location = Location::from(row);
-        // Files in the store's folder are found there, whatever rows say.
+        // Files in the store's folder are found by listing the folder, whatever the rows say.
         let in_store = location.path.starts_with(&self.store.inner.folder);
         let in_a_model = |model: &Model| location.path.starts_with(&model.root);
         if in_store || !row.written || self.models.iter().any(in_a_model) {
@@ -337,13 +343,13 @@ impl Collector<'_> {
         }
         if self.is_here(row) {
             self.collected.files.add(location.size);
-            // Only the folder that the file lies in is known to be of no use.
+            // Other folders may be of use; only the folder of the file itself is removed when empty.
             let folder = location.path.parent().unwrap_or(&location.path).to_owned();
-            self.doomed.written(hash, &location, &folder);
+            self.deletions.written(hash, &location, &folder);
         }
     }
 
-    /// Part files of blobs that nobody needs, or that are whole here; rows of such as are gone.
+    /// Deletes part files of blobs that are not needed or are whole here, and rows of part files that are gone.
     fn parts(&mut self) -> Result<(), StoreError> {
         let mut rows = Vec::new();
         {
@@ -359,7 +365,7 @@ impl Collector<'_> {
             };
             let (hash, path) = (Hash::from(*hash), path_from(path));
             let is_used = self.held.contains(&hash) || self.store.is_arriving(&path);
-            let is_there = self.sights.is_there(&path);
+            let is_there = self.states.is_there(&path);
             let is_needed = refs(self.txn, &hash)? > 0 && !self.whole.contains(&hash);
             let stays = is_there != Some(false) || self.is_away(&path);
             if is_used || is_there.is_none() || (is_needed && stays) {
@@ -377,7 +383,7 @@ impl Collector<'_> {
         Ok(())
     }
 
-    /// Part files that a crash left before their first row was written.
+    /// Deletes part files that a crash left before their first row was written.
     fn stray_parts(&mut self) -> Result<(), StoreError> {
         let models = std::mem::take(&mut self.models);
         for model in models.iter().filter(|model| model.fetched) {
@@ -389,7 +395,7 @@ impl Collector<'_> {
                 let part = part_path(&model.root.join(&file.path), &file.blake3);
                 let is_used = self.held.contains(&file.blake3) || self.store.is_arriving(&part);
                 let is_known = self.kept.contains(&part) || self.gone.contains(&part);
-                if !is_used && !is_known && self.sights.is_there(&part) == Some(true) {
+                if !is_used && !is_known && self.states.is_there(&part) == Some(true) {
                     self.drop_part(&file.blake3, part);
                 }
             }
@@ -399,13 +405,13 @@ impl Collector<'_> {
     }
 
     fn drop_part(&mut self, hash: &Hash, path: PathBuf) {
-        let bytes = self.sights.allocated(&path).unwrap_or(0);
+        let bytes = self.states.allocated(&path).unwrap_or(0);
         self.collected.parts.add(bytes);
         self.gone.insert(path.clone());
-        self.doomed.part(self.store, hash, path, self.sights);
+        self.deletions.part(self.store, hash, path, self.states);
     }
 
-    /// Files in the store's folder that no row speaks of.
+    /// Deletes files in the store's folder that have no row.
     fn folders(&mut self) -> Result<(), StoreError> {
         let of_held = self.held.iter().map(|hash| self.store.owned_path(hash));
         let of_held: HashSet<PathBuf> = of_held
@@ -422,10 +428,10 @@ impl Collector<'_> {
             }
             if name(&path).starts_with(OWN_PREFIX) {
                 self.collected.parts.add(allocated(&path));
-                self.doomed.own(path);
+                self.deletions.own(path);
             } else if named(&path).is_some() {
                 self.collected.owned.add(size(&path));
-                self.doomed.own(path);
+                self.deletions.own(path);
             }
         }
         for path in self.list("outboards")? {
@@ -434,7 +440,7 @@ impl Collector<'_> {
                 && !self.held.contains(&hash)
             {
                 self.collected.outboards.add(size(&path));
-                self.doomed.own(path);
+                self.deletions.own(path);
             }
         }
         for path in self.list("manifests")? {
@@ -443,7 +449,7 @@ impl Collector<'_> {
                 && refs(self.txn, &hash)? == 0
             {
                 self.collected.manifests.add(size(&path));
-                self.doomed.own(path);
+                self.deletions.own(path);
             }
         }
         Ok(())
@@ -464,7 +470,7 @@ fn name(path: &Path) -> &str {
     name.unwrap_or_default()
 }
 
-/// The hash that a file is named by; others, which are being written, have names that are none.
+/// Returns the hash that the file is named by; `None` for other names, such as those of files being written.
 fn named(path: &Path) -> Option<Hash> {
     name(path).parse().ok()
 }
@@ -478,13 +484,13 @@ mod tests {
     use super::*;
     use crate::store::testing::{Origin, add, content, files, store};
 
-    /// A store after everything was collected that there is to collect: nothing more is.
+    /// Asserts that garbage collection finds nothing to collect.
     fn assert_clean(store: &Store) {
         assert_eq!(store.collect(false).unwrap(), Collected::default());
     }
 
     #[test]
-    fn a_deleted_copy_is_forgotten_when_asked_and_the_model_lives_in_the_other() {
+    fn a_deleted_copy_is_forgotten_when_asked_and_the_model_moves_to_the_other_copy() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let origin = Origin::new(&[("a", &content(1, 4)), ("deep/b", &content(2, 4))]);
@@ -502,7 +508,7 @@ mod tests {
             checked.iter().filter(bad).count()
         };
         assert_eq!(missing(), 2);
-        // A disk may only be away.
+        // The disk may only be unmounted.
         assert_eq!(store.collect(false).unwrap().locations, 0);
         assert_eq!(store.collect_with(true, true).unwrap().locations, 2);
         assert_eq!(store.model(&origin.id()).unwrap().root, goes);
@@ -511,9 +517,9 @@ mod tests {
         assert_eq!(model.root, stays);
         assert!(store.presence(&model, &origin.manifest()).unwrap().complete);
         assert_eq!(missing(), 0);
-        // It is where the model lives from now on.
+        // The model's folder is now the other copy.
         assert_eq!(store.remove(&origin.id(), true).unwrap().files_deleted, 2);
-        // The folder was there before, and so it stays.
+        // The folder was not made for the model, so it stays.
         assert_eq!(fs::read_dir(&stays).unwrap().count(), 0);
     }
 
@@ -528,20 +534,20 @@ mod tests {
         let before = files(home.path());
         assert_clean(&store);
         assert_eq!(files(home.path()), before);
-        // Content of the store's own, of models that are not here: whole, in part, and never settled.
+        // The store's own copies of models that are not here: whole, partial, and never committed.
         let other = Origin::new(&[("c", &content(3, 4)), ("d", &content(4, 4))]);
         let (c, d) = (other.hash("c"), other.hash("d"));
         other.bring(&store, &c, &store.owned_path(&c), 4);
         other.bring(&store, &d, &store.owned_path(&d), 2);
         let stray = part_path(&store.owned_path(&other.id()), &other.id());
         fs::write(&stray, [0; 4096]).unwrap();
-        // A get that ended before it was noted, and a file of the user's.
+        // A fetch that ended before its model was recorded, and a file of the user.
         let broken_off = home.path().join("broken-off");
         fs::create_dir(&broken_off).unwrap();
         other.bring(&store, &c, &broken_off.join("c"), 4);
         other.bring(&store, &d, &broken_off.join("d"), 2);
         fs::write(broken_off.join("mine"), "mine").unwrap();
-        // Trees and manifests that no row speaks of.
+        // Outboards and manifests without a row.
         fs::write(store.outboard_path(&Hash::of(b"x")), [0; 64]).unwrap();
         fs::write(store.manifest_path(&Hash::of(b"y")), "y").unwrap();
         let would = store.collect(true).unwrap();
@@ -561,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_stays() {
+    fn held_content_is_not_collected() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let origin = Origin::new(&[("a", &content(1, 3)), ("b", &content(2, 3))]);
@@ -570,7 +576,7 @@ mod tests {
         origin.expect(&store, &root);
         store.remove(&origin.id(), false).unwrap();
         fs::create_dir_all(&root).unwrap();
-        // As a get does, which begins with the manifest.
+        // As a fetch does, which begins with the manifest.
         let hold = store.hold(origin.id());
         store
             .add_manifest(&origin.manifest().encode())
@@ -613,7 +619,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_files_that_are_gone_or_changed_go_and_the_files_stay() {
+    fn rows_of_missing_or_changed_files_are_removed_and_the_files_stay() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let changed = home.path().join("changed");
@@ -639,7 +645,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_on_a_disk_that_is_not_mounted_stays_known() {
+    fn files_on_an_unmounted_disk_stay_known() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let [disk, away] = ["disk", "away"].map(|name| home.path().join(name));
@@ -652,7 +658,7 @@ mod tests {
         origin.bring(&store, &a, &root.join("a"), 3);
         origin.bring(&store, &b, &root.join("b"), 2);
         fs::rename(&disk, &away).unwrap();
-        // Also the copy beside it, which is not needed while the disk is there.
+        // This includes the store's own copy, which is not needed while the disk is mounted.
         assert_clean(&store);
         assert!(store.whole(&a).unwrap().is_some());
         fs::rename(&away, &disk).unwrap();
@@ -662,7 +668,7 @@ mod tests {
         let have = store.sources(&b).unwrap()[0].have();
         assert_eq!(have.count(), 2);
         assert_eq!(store.collect(false).unwrap().owned.count, 1);
-        // What no model needs is forgotten all the same.
+        // Content that no model needs is forgotten all the same.
         store.remove(&id, false).unwrap();
         fs::rename(&disk, &away).unwrap();
         store.collect(false).unwrap();
@@ -675,7 +681,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crash_between_rows_and_files_leaves_files_that_go_later() {
+    fn a_crash_between_rows_and_files_leaves_files_that_are_deleted_later() {
         let home = tempfile::tempdir().unwrap();
         let origin = Origin::new(&[("a", &content(1, 3)), ("b", &content(2, 3))]);
         let [a, b] = ["a", "b"].map(|path| origin.hash(path));
@@ -688,15 +694,15 @@ mod tests {
             origin.bring(&store, &a, &root.join("a"), 3);
             origin.bring(&store, &b, &root.join("b"), 1);
             fs::write(&owned, "left").unwrap();
-            let sights = store.see_all(true).unwrap();
-            let mut doomed = Doomed::default();
+            let states = store.check_all(true).unwrap();
+            let mut deletions = Deletions::default();
             for (hash, name) in [(&a, "a"), (&b, "b")] {
                 let row = store.blob_row(hash).unwrap();
                 for location in row.iter().flat_map(|row| &row.locations) {
-                    doomed.written(hash, &location.into(), &root);
+                    deletions.written(hash, &location.into(), &root);
                 }
                 let part = part_path(&root.join(name), hash);
-                doomed.part(&store, hash, part, &sights);
+                deletions.part(&store, hash, part, &states);
             }
             let cut = store.write(|txn| {
                 for hash in [&a, &b] {
@@ -705,7 +711,7 @@ mod tests {
                 }
                 txn.delete_table(PARTS).unwrap();
                 txn.open_table(PARTS).unwrap();
-                doomed.note(txn)
+                deletions.note(txn)
             });
             cut.unwrap();
             assert_eq!(files(&root).len(), 2);
@@ -719,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn content_of_the_stores_own_goes_once_a_model_has_it() {
+    fn the_stores_own_copy_is_deleted_once_a_model_has_the_content() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let origin = Origin::new(&[("a", &content(1, 3)), ("b", &content(2, 3))]);
@@ -735,14 +741,18 @@ mod tests {
         assert_eq!(presence.bytes, 5 * crate::tree::GROUP);
         origin.bring(&store, &b, &root.join("b"), 1);
         let presence = store.presence(&model, &manifest).unwrap();
-        assert_eq!(presence.bytes, 5 * crate::tree::GROUP, "none counts twice");
+        assert_eq!(
+            presence.bytes,
+            5 * crate::tree::GROUP,
+            "no group counts twice"
+        );
         origin.bring(&store, &a, &root.join("a"), 3);
         origin.bring(&store, &b, &root.join("b"), 3);
         let did = store.collect(false).unwrap();
         assert_eq!((did.owned.count, did.parts.count), (1, 1));
         assert!(store.presence(&model, &manifest).unwrap().complete);
         assert_clean(&store);
-        // And what the store owns of a model goes with it.
+        // The store's own copies of a model's blobs are deleted with the model.
         let other = Origin::new(&[("c", &content(3, 3))]);
         let c = other.hash("c");
         other.expect(&store, &home.path().join("other"));

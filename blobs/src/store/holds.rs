@@ -1,4 +1,4 @@
-//! What must stay while somebody works with it.
+//! Holds: content that must not be deleted while it is in use.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,7 +8,8 @@ use std::{
 use super::{Store, StoreError};
 use crate::{Hash, Manifest};
 
-/// Keeps a blob, a manifest, or a model with all its files from being collected or evicted, until it is dropped. Not on disk.
+/// Protects a blob, a manifest, or a model with all its files from garbage collection and eviction until dropped. Kept
+/// in memory only.
 #[derive(Debug)]
 #[must_use = "it protects nothing once dropped"]
 pub struct Hold {
@@ -17,25 +18,25 @@ pub struct Hold {
 }
 
 impl Store {
-    /// Protects `hash`: a blob; or a model's manifest, and with it every blob that it lists. Waits for a deletion that is under way, so that what is found or
-    /// written after this is not deleted.
+    /// Protects `hash`: a blob, or a manifest with every blob that it lists. Waits for a running deletion, so that
+    /// content found or written afterwards is not deleted.
     pub fn hold(&self, hash: Hash) -> Hold {
-        let _none_is_deleting = self.none_deletes();
-        *self.counts_of_holds().entry(hash).or_default() += 1;
+        let _no_deletion = self.block_deletion();
+        *self.hold_counts().entry(hash).or_default() += 1;
         Hold {
             store: self.clone(),
             hash,
         }
     }
 
-    /// Whether `hash` itself is held.
+    /// Returns true if `hash` itself is held.
     pub(super) fn is_held(&self, hash: &Hash) -> bool {
-        self.counts_of_holds().contains_key(hash)
+        self.hold_counts().contains_key(hash)
     }
 
-    /// All that is held: with a manifest, the blobs that it lists.
+    /// Returns everything that is held, including the blobs that held manifests list.
     pub(super) fn held(&self) -> Result<HashSet<Hash>, StoreError> {
-        let mut held: HashSet<Hash> = self.counts_of_holds().keys().copied().collect();
+        let mut held: HashSet<Hash> = self.hold_counts().keys().copied().collect();
         for hash in held.clone() {
             let manifest = self.manifest(&hash)?;
             let files = manifest.iter().flat_map(Manifest::files);
@@ -44,23 +45,24 @@ impl Store {
         Ok(held)
     }
 
-    /// Waits for a deletion that is under way; none begins while it is held.
-    pub(super) fn none_deletes(&self) -> RwLockReadGuard<'_, ()> {
+    /// Waits for a running deletion; no deletion begins while the returned guard is held.
+    pub(super) fn block_deletion(&self) -> RwLockReadGuard<'_, ()> {
         self.inner
             .deleting
             .read()
             .expect("nothing panics while holding the lock")
     }
 
-    /// The right to delete files. Whoever has it decides what goes and deletes it before anybody can take a [`Hold`] on it.
-    pub(super) fn deleting(&self) -> RwLockWriteGuard<'_, ()> {
+    /// Takes the right to delete files. Its owner decides what to delete and deletes it before anyone can take a
+    /// [`Hold`] on it.
+    pub(super) fn lock_deletion(&self) -> RwLockWriteGuard<'_, ()> {
         self.inner
             .deleting
             .write()
             .expect("nothing panics while holding the lock")
     }
 
-    fn counts_of_holds(&self) -> MutexGuard<'_, HashMap<Hash, usize>> {
+    fn hold_counts(&self) -> MutexGuard<'_, HashMap<Hash, usize>> {
         self.inner
             .holds
             .lock()

@@ -1,4 +1,4 @@
-//! The files that hold a blob: rows of blobs, read and written.
+//! Locations of blobs: the rows that list the files holding each blob.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{Hash, files::stamp::Stamp, index::Location};
 
-/// Files that are known to hold a blob whose tree is here.
+/// Files that are known to hold a blob whose outboard is here.
 #[derive(Debug, Default)]
 pub(crate) struct KnownFiles(pub(super) HashMap<PathBuf, LocationRow>);
 
@@ -24,9 +24,9 @@ impl KnownFiles {
         self.0.len()
     }
 
-    /// Returns true if the file at `path` is known to hold the blob, and nothing at all has touched it since it was
-    /// last read or written whole: neither its inode nor the time that only the system sets. Content that is given to
-    /// others is checked anyway; content that is called complete without being read must be this.
+    /// Returns true if the file at `path` is known to hold the blob and has not been touched since it was last read or
+    /// written whole. Its inode and its change time, which only the system sets, must be the same. Content that is
+    /// served is checked in any case; a file that is reported as complete without being read must pass this check.
     pub(crate) fn has_untouched(&self, path: &Path) -> bool {
         let Some(known) = self.0.get(path) else {
             return false;
@@ -39,7 +39,7 @@ impl KnownFiles {
     }
 }
 
-/// Changes the row of a blob; `None` if there is none.
+/// Changes the row of a blob; returns `None` if there is none.
 pub(super) fn change_blob<T>(
     txn: &WriteTransaction,
     hash: &Hash,
@@ -57,7 +57,7 @@ pub(super) fn change_blob<T>(
     Ok(Some(result))
 }
 
-/// Changes what is known of the file at `path`, if it is known to hold the blob.
+/// Changes the row's entry for the file at `path`, if the file is known to hold the blob.
 pub(super) fn change_location(
     txn: &WriteTransaction,
     hash: &Hash,
@@ -73,7 +73,7 @@ pub(super) fn change_location(
     change_blob(txn, hash, of_path).map(drop)
 }
 
-/// Forgets that a blob is in those files; what was known of them.
+/// Removes the locations that `which` selects from the row of a blob. Returns the removed entries.
 pub(super) fn forget_locations(
     txn: &WriteTransaction,
     hash: &Hash,
@@ -86,15 +86,17 @@ pub(super) fn forget_locations(
     Ok(change_blob(txn, hash, forget)?.unwrap_or_default())
 }
 
-/// Files that hold whole blobs, to be noted: by blob and path. The row of each blob is read and written once, however
-/// many of its files there are: a stranger's model may have a hundred thousand files of the same content.
+/// Files that hold whole blobs and are to be recorded, by blob and path. The row of each blob is read and written once,
+/// however many files hold it. A stranger's model may have a hundred thousand files of the same content.
 #[derive(Debug, Default)]
 pub(super) struct Located(pub(super) BTreeMap<Hash, BTreeMap<Vec<u8>, LocationRow>>);
 
 impl Located {
-    /// `written` if it was us who wrote it. Looks at the file: not within a transaction.
+    /// Adds a file; `written` marks a file that a transfer wrote. Stats the file, so do not call this within a
+    /// transaction.
     pub(super) fn add(&mut self, hash: &Hash, location: &Location, written: bool) {
-        // As the file is now: a change since it was read shows in its size and time, or will not have been long.
+        // The stamp is of the file as it is now. A change since the file was read shows in its size and time, or is
+        // very recent.
         let stamp = fs::symlink_metadata(&location.path).ok();
         let stamp = stamp.filter(|file| Location::from_metadata(&location.path, file) == *location);
         let row = LocationRow {
@@ -106,7 +108,7 @@ impl Located {
         of_blob.insert(row.path.clone(), row);
     }
 
-    /// `keep`: a file that is known as one that a transfer wrote stays one.
+    /// Writes the rows. With `keep`, a file that is known as written by a transfer keeps that mark.
     pub(super) fn put(self, txn: &WriteTransaction, keep: bool) -> Result<(), StoreError> {
         let mut table = txn.open_table(BLOBS).map_err(database)?;
         for (hash, mut new) in self.0 {

@@ -1,28 +1,28 @@
-//! What this node has, and where.
+//! Records which content this node has, and in which files.
 //!
-//! On disk, below one folder:
+//! Layout on disk, below one folder:
 //!
 //! ```text
 //! lock               held by the process that has the store open
 //! meta.redb          tables: blobs, models, parts, refs, tags, discards, settings
-//! outboards/<hash>   the tree of a blob of more than one group, parents in pre-order
+//! outboards/<hash>   the hash tree of a blob of more than one chunk group, parents in pre-order
 //! manifests/<hash>   encoded manifests; blobs like any other
 //! blobs/<hash>       blobs that the store owns, and beside them part files of blobs of which only a part is wanted
 //! ```
 //!
-//! Content is not copied: a blob's row says in which files it is, with their size and time, and a file that differs from
-//! that is not used. Content is synced before the row that vouches for it is committed, so a row is never ahead of the bytes; rows are dropped before the
-//! files that they speak of are deleted.
+//! Content is not copied. The row of a blob lists the files that hold the blob, with their sizes and times; a file that
+//! differs from its row is not used. Content is synced before the row that vouches for it is committed, so a row is
+//! never ahead of the bytes. Rows are removed before the files they list are deleted.
 
 mod damage;
 mod discards;
+mod disk_checks;
 mod durable;
 pub(crate) mod elsewhere;
 mod error;
 mod gc;
 mod holds;
 mod locations;
-mod looks;
 mod models;
 pub(crate) mod occupancy;
 pub(crate) mod partial;
@@ -96,10 +96,10 @@ const BLOBS: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("blobs
 const MODELS: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("models");
 const PARTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("parts");
 
-/// Page cache of the metadata database, in bytes: rows are small and few.
+/// Page cache of the metadata database, in bytes. 8 MiB is enough: rows are small and few.
 const DATABASE_CACHE: usize = 8 * 1024 * 1024;
 
-/// The store of one node. Cheap to clone; every method may block on the disk.
+/// The store of one node. Clones are cheap; every method may block on the disk.
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<Inner>,
@@ -109,29 +109,29 @@ pub struct Store {
 struct Inner {
     folder: PathBuf,
     database: Database,
-    /// Part files that a [`Partial`] has open.
+    /// Part files that are open as a [`Partial`].
     open_parts: Mutex<HashSet<PathBuf>>,
-    /// The partials themselves, by part file: what they have is served.
+    /// The open partials, by part file. Their content is served while it arrives.
     arriving: Mutex<HashMap<PathBuf, Weak<Partial>>>,
-    /// What must stay while somebody works with it, and how many do.
+    /// Blobs and models that must not be deleted while they are in use, with the number of [`Hold`]s on each.
     holds: Mutex<HashMap<Hash, usize>>,
-    /// Held for writing while files are deleted, and for reading while a hold is taken.
+    /// Locked for writing while files are deleted, and for reading while a hold is taken.
     deleting: RwLock<()>,
-    /// What transfers that have begun will write, by number.
+    /// Space that running transfers have reserved, by the number of the reservation.
     rooms: Mutex<HashMap<u64, Vec<Need>>>,
     next_room: AtomicU64,
     uses: Mutex<Uses>,
-    /// The number of the last use.
+    /// Number of the last recorded use.
     last_use: AtomicU64,
-    /// An index from tensors to the models that have them.
+    /// Index from tensors to the models that contain them.
     tensors: Mutex<elsewhere::Index>,
-    /// The number of times that the store was found not to have been closed. Rows of earlier epochs about part files
-    /// are checked.
+    /// Number of times the store was opened without a clean close before. Rows about part files from earlier epochs are
+    /// checked before use.
     epoch: u64,
     /// Groups of part files that this process has written or read, by part file.
     seen: Mutex<HashMap<PathBuf, Seen>>,
     read_through: damage::ReadThrough,
-    looks: looks::Looks,
+    disk_checks: disk_checks::DiskChecks,
     _lock: Lock,
 }
 
@@ -140,24 +140,24 @@ fn database_options() -> Options {
     Options::new("the store's metadata", DATABASE_CACHE)
 }
 
-/// How much of a model is here.
+/// The share of a model that is on this node.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Presence {
-    /// Verified bytes in files that are unchanged, or in part files.
+    /// Verified bytes in unchanged files, or in part files.
     pub bytes: u64,
-    /// All files are here, whole and unchanged.
+    /// True if all files are here, whole and unchanged.
     pub complete: bool,
-    /// The shard groups of which all files are: bit `g` for group `g` ([`Manifest::shard_group`]).
+    /// The shard groups that are complete: bit `g` is set for group `g` ([`Manifest::shard_group`]).
     pub shards: u64,
-    /// Its disk answers. If it does not, the rest is what was found when it last did.
+    /// True if the model's disk responds. Otherwise the other fields show the last known state.
     pub answers: bool,
 }
 
 impl Store {
-    /// Opens the store in `folder`, making it if need be.
+    /// Opens the store in `folder`. Creates the store if it does not exist.
     ///
     /// # Errors
-    /// [`StoreError::Lock`] if another process has it open.
+    /// [`StoreError::Lock`] if another process has the store open.
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
         for folder in [
             folder.to_owned(),
@@ -198,11 +198,11 @@ impl Store {
                 epoch,
                 seen: Mutex::default(),
                 read_through: damage::ReadThrough::default(),
-                looks: looks::Looks::default(),
+                disk_checks: disk_checks::DiskChecks::default(),
                 _lock: lock,
             }),
         };
-        // Tables exist from here on, so that readers need not ask.
+        // From here on the tables exist, so readers need not check.
         store.write(|txn| {
             txn.open_table(BLOBS).map_err(self::database)?;
             txn.open_table(MODELS).map_err(self::database)?;
@@ -220,33 +220,34 @@ impl Store {
                 false => store.recount(txn, false),
             }
         })?;
-        let mut to_see = looks::ToSee::new(&store, false);
-        store.see_discards(&mut to_see)?;
-        let sights = to_see.look(&store)?;
-        if let Err(error) = store.finish_discards(&sights) {
+        let mut checks = disk_checks::FileChecks::new(&store, false);
+        store.add_discards(&mut checks)?;
+        let states = checks.run(&store)?;
+        if let Err(error) = store.delete_all_noted(&states) {
             tracing::warn!(%error, "a file that is no longer needed stays");
         }
         Ok(store)
     }
 
-    /// Where content goes that the store itself owns: in no model's folder, and deleted when nobody needs it.
+    /// Returns the path of the store's own copy of a blob. It lies in no model's folder, and is deleted once the blob
+    /// is not needed.
     pub fn owned_path(&self, hash: &Hash) -> PathBuf {
         self.inner.folder.join("blobs").join(hash.to_string())
     }
 
-    /// Takes in a model that [`crate::index::index`] found. Durable when it returns.
+    /// Adds a model that [`crate::index::index`] has indexed. Durable on return.
     ///
     /// # Errors
-    /// [`StoreError`]; nothing is taken in then.
+    /// [`StoreError`]; nothing is added then.
     pub fn add(&self, indexed: &Indexed, name: Option<&str>) -> Result<Hash, StoreError> {
         self.add_while(indexed, name, &|| true)
     }
 
-    /// As [`add`](Self::add), as long as `goes_on` returns true, which is asked before each file and before the commit.
-    /// The next collection deletes files that were written by then.
+    /// As [`add`](Self::add), but stops once `goes_on` returns false. `goes_on` is called before each file and before
+    /// the commit. After a stop, the next garbage collection deletes the files written so far.
     ///
     /// # Errors
-    /// [`StoreError`], of which [`StoreError::Cancelled`] if it goes on no more; nothing is taken in then.
+    /// [`StoreError`]; [`StoreError::Cancelled`] if `goes_on` returned false. Nothing is added then.
     pub fn add_while(
         &self,
         indexed: &Indexed,
@@ -283,23 +284,23 @@ impl Store {
             if let Some(name) = name {
                 set_name(txn, id, name, Some(None))?;
             }
-            // Not when it is committed: what is acknowledged stays.
+            // Not checked after the commit: an acknowledged model stays.
             go_on()
         })?;
         Ok(id)
     }
 
-    /// Takes in a file that was found to hold a known blob; see [`adopt_all`](Self::adopt_all).
+    /// Records a file that was found to hold a known blob; see [`adopt_all`](Self::adopt_all).
     pub(crate) fn adopt(&self, hash: &Hash, file: &IndexedFile) -> Result<(), StoreError> {
         self.adopt_all(&[(*hash, file)])
     }
 
-    /// Takes in files that were found to hold known blobs, in one transaction. One that a transfer wrote stays ours to
-    /// delete. Durable when it returns.
+    /// Records files that were found to hold known blobs, in one transaction. A file that a transfer wrote keeps that
+    /// mark, and may still be deleted by the store. Durable on return.
     pub(crate) fn adopt_all(&self, files: &[(Hash, &IndexedFile)]) -> Result<(), StoreError> {
         let _holds: Vec<Hold> = files.iter().map(|(hash, _)| self.hold(*hash)).collect();
         for (hash, file) in files {
-            // The hash is the name, and one that is there was checked or is when it is read.
+            // Outboards are named by hash: an existing one was checked before, or is checked when it is read.
             if !self.has_outboard(hash, &Tree::new(file.location.size)) {
                 self.write_outboard(hash, &file.outboard)?;
             }
@@ -310,7 +311,7 @@ impl Store {
         }
         self.write(|txn| {
             for (hash, file) in files {
-                // A crash between a rename and its record leaves a row for a part file that is gone.
+                // A crash between a rename and its commit leaves a row for a part file that no longer exists.
                 let path = &file.location.path;
                 forget_parts(txn, hash, Some(&part_path(path, hash)))?;
             }
@@ -318,7 +319,7 @@ impl Store {
         })
     }
 
-    /// Takes in an encoded manifest as a blob. Durable when it returns.
+    /// Adds an encoded manifest as a blob. Durable on return.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -327,7 +328,7 @@ impl Store {
         let _hold = self.hold(id);
         let tree = Tree::new(bytes.len() as u64);
         let path = self.manifest_path(&id);
-        // The hash is the name: a file that is there and whole holds the same bytes.
+        // The name is the hash: an existing whole file holds the same bytes.
         if fs::read(&path).ok().as_deref() != Some(bytes) {
             write_durably(&path, bytes)?;
         }
@@ -350,17 +351,17 @@ impl Store {
         Ok(id)
     }
 
-    /// Returns how much of `model` is here, by looking at each of its files; returns the result of the last look if its
-    /// disk does not answer.
+    /// Checks each file of `model` and returns how much of the model is here. If its disk does not respond, returns the
+    /// result of the last check.
     ///
     /// # Errors
     /// [`StoreError`].
     pub fn presence(&self, model: &Model, manifest: &Manifest) -> Result<Presence, StoreError> {
-        looks::presence(self, model, manifest)
+        disk_checks::presence(self, model, manifest)
     }
 
-    /// Looks at each file of `model`. Waits for its disk, however long that takes; `looked` grows with each file.
-    fn look(
+    /// Checks each file of `model`. Waits for its disk without a limit; `looked` grows with each file.
+    fn presence_now(
         &self,
         model: &Model,
         manifest: &Manifest,
@@ -373,7 +374,7 @@ impl Store {
             answers: true,
         };
         let mut missing = 0_u64;
-        // A row that names many files is read once for all of them.
+        // The row of a blob that is in many files is read once.
         let mut located = HashMap::new();
         for (index, file) in manifest.files().iter().enumerate() {
             let group = 1 << manifest.shard_group(index);
@@ -401,13 +402,14 @@ impl Store {
         Ok(presence)
     }
 
-    /// Where a whole blob is, unchanged and with its tree.
+    /// Opens a file that holds the whole blob, unchanged; `None` if there is none, or if the blob's outboard is
+    /// missing.
     pub(crate) fn locate(&self, hash: &Hash) -> Result<Option<(Location, File)>, StoreError> {
         let Some(row) = self.blob_row(hash)? else {
             return Ok(None);
         };
         if !self.has_outboard(hash, &Tree::new(row.size)) {
-            tracing::warn!(%hash, "a tree is missing: its content counts as absent until it is added again");
+            tracing::warn!(%hash, "an outboard is missing: its content counts as absent until it is added again");
             return Ok(None);
         }
         let usable = row.locations.iter().filter(|row| !row.damaged);
@@ -417,7 +419,7 @@ impl Store {
         }))
     }
 
-    /// Whether the file at `path` is known to hold the blob, and unchanged since.
+    /// Returns true if the file at `path` is known to hold the blob, and is unchanged since.
     pub(crate) fn holds(&self, hash: &Hash, path: &Path) -> Result<bool, StoreError> {
         Ok(self.blob_row(hash)?.is_some_and(|row| {
             let has_tree = self.has_outboard(hash, &Tree::new(row.size));
@@ -431,7 +433,7 @@ impl Store {
         }))
     }
 
-    /// The files that are known to hold the blob, for looking at many of them.
+    /// Returns the files that are known to hold the blob, so that many paths can be checked against one row.
     pub(crate) fn known_files(&self, hash: &Hash) -> Result<KnownFiles, StoreError> {
         let Some(row) = self.blob_row(hash)? else {
             return Ok(KnownFiles::default());
@@ -445,8 +447,8 @@ impl Store {
         ))
     }
 
-    /// Describes the files that `manifest` lacks by its own account, as far as the indices that name them are here.
-    /// Blocks.
+    /// Describes the files that `manifest` refers to but does not have, by its index files and numbered file names.
+    /// Reads only index files that are on this node. Blocks.
     pub fn lacking(&self, manifest: &Manifest) -> Vec<String> {
         complete::lacking(manifest, |file| {
             let (_, open) = self.locate(&file.blake3).ok()??;
@@ -456,11 +458,11 @@ impl Store {
         })
     }
 
-    /// Opens what is here of a blob, for reading with proofs: the whole of it, or the parts that are arriving or have been left. Empty if nothing of it is
-    /// here, or its file changed.
+    /// Opens the content of a blob that is here, for reading with proofs: the whole blob, or the parts of it in part
+    /// files. Returns no source if nothing is here, or the file has changed.
     ///
     /// # Errors
-    /// [`StoreError`] if it is here and cannot be read.
+    /// [`StoreError`] if content that is here cannot be read.
     pub fn sources(&self, hash: &Hash) -> Result<Vec<Source>, StoreError> {
         match self.whole(hash)? {
             Some(whole) => Ok(vec![whole]),
@@ -472,7 +474,7 @@ impl Store {
         }
     }
 
-    /// As [`sources`](Self::sources), of a blob that is said to have this size.
+    /// As [`sources`](Self::sources), but returns only sources of a blob of `size` bytes.
     ///
     /// # Errors
     /// As [`sources`](Self::sources).
@@ -482,7 +484,7 @@ impl Store {
         Ok(sources)
     }
 
-    /// Opens a whole blob; `None` if it is not here, or its file changed.
+    /// Opens a whole blob; `None` if it is not here, or its file has changed.
     pub(crate) fn whole(&self, hash: &Hash) -> Result<Option<Source>, StoreError> {
         let Some((location, file)) = self.locate(hash)? else {
             return Ok(None);
@@ -542,7 +544,7 @@ impl Store {
         write_durably(&self.outboard_path(hash), outboard)
     }
 
-    /// Whether the tree of a blob is on disk with the right size, or the blob needs none.
+    /// Returns true if the outboard is on disk with the right size, or the blob needs none.
     fn has_outboard(&self, hash: &Hash, tree: &Tree) -> bool {
         tree.groups() == 1 || has_size(&self.outboard_path(hash), tree.outboard_size())
     }

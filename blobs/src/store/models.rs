@@ -1,4 +1,4 @@
-//! Models: where they live, what they are called, and what was made for them.
+//! Rows of models: their folders, names, and the files made from them.
 
 use std::{
     collections::BTreeMap,
@@ -26,32 +26,33 @@ use crate::{Hash, Manifest, files, hf_cache::Commit, index::Location, manifest::
 pub struct Model {
     /// The manifest's hash.
     pub id: Hash,
-    /// The folder its paths are relative to.
+    /// The folder that the model's paths are relative to.
     pub root: PathBuf,
-    /// Names it is known by here.
+    /// The local names of the model.
     pub names: Vec<Name>,
-    /// When it came, seconds since the Unix epoch.
+    /// Time when the model was added, in seconds since the Unix epoch.
     pub added_at: i64,
-    /// Fetched from the mesh, rather than indexed in place.
+    /// True if the model was fetched from the mesh, and false if it was indexed in place.
     pub fetched: bool,
-    /// The number of the use when it was last fetched or added.
+    /// Number of the use at which the model was last fetched or added.
     pub(super) used_at: i64,
-    /// What its manifest lists is counted in `refs`.
+    /// True if the blobs in its manifest are counted in `refs`.
     pub(super) counted: bool,
-    /// Files that were made of tensors of it, as they were then.
+    /// Files made from the model's tensors, with their sizes and times when they were made.
     pub(super) results: Vec<Location>,
-    /// Folders that were made for it.
+    /// Folders that were created for the model.
     pub(super) made: Vec<PathBuf>,
 }
 
-/// A name of a model, as the store remembers it.
+/// A name of a model, as stored on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Name {
     /// `org/name@revision`.
     pub name: String,
-    /// This node publishes it.
+    /// True if this node publishes the name.
     pub published: bool,
-    /// It is published for what a Hugging Face cache holds of this commit, which may be a part.
+    /// The commit for which the name is published. The name then covers the files of that commit in a Hugging Face
+    /// cache, which may be a part of the model.
     pub commit: Option<Commit>,
 }
 
@@ -107,8 +108,8 @@ impl Model {
 }
 
 impl Store {
-    /// Notes that the model `id` is to live in `root`, fetched from the mesh, known by `name`. Where only a part of it goes to `root`, it goes on living where it
-    /// does.
+    /// Records that the model `id` is being fetched from the mesh into `root`, and gives it `name`. If only a part of a
+    /// known model goes to `root`, the model keeps its folder.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -135,10 +136,11 @@ impl Store {
         })
     }
 
-    /// Notes files that were made of tensors of a model, and are ours to delete with it as long as they are unchanged. Durable when it returns.
+    /// Records files that were made from a model's tensors. They are deleted with the model, as long as they are
+    /// unchanged. Durable on return.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    /// [`StoreError::NoSuchModel`] if the store does not hold the model.
     pub fn note_results(&self, id: &Hash, paths: &[PathBuf]) -> Result<(), StoreError> {
         let mut locations = Vec::new();
         for path in paths {
@@ -154,8 +156,8 @@ impl Store {
         })
     }
 
-    /// Notes that the content of the model `id` is in `places` from now on, none of them ours to delete, and no longer below
-    /// `left`; its files are to be found below `root`. Durable when it returns.
+    /// Records that the content of the model `id` is now at `places`, in files the store must not delete, and no longer
+    /// below `left`. The model's folder becomes `root`. Durable on return.
     pub(crate) fn place(
         &self,
         id: &Hash,
@@ -177,34 +179,35 @@ impl Store {
         })
     }
 
-    /// Gives another name to the model `id`, which this node publishes it by. With `commit`: for what a Hugging Face
-    /// cache holds of that commit.
+    /// Adds a name under which this node publishes the model `id`. With `commit`, the name covers the files of that
+    /// commit in a Hugging Face cache.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    /// [`StoreError::NoSuchModel`] if the store does not hold the model.
     pub fn publish_as(
         &self,
         id: &Hash,
         name: &str,
         commit: Option<Commit>,
     ) -> Result<(), StoreError> {
-        let _none_is_deleting = self.none_deletes();
+        let _no_deletion = self.block_deletion();
         self.model(id)?;
         self.write(|txn| set_name(txn, *id, name, Some(commit)))
     }
 
-    /// Takes a name from the model `id`, which stays.
+    /// Removes a name from the model `id`. The model stays.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    /// [`StoreError::NoSuchModel`] if the store does not hold the model.
     pub fn drop_name(&self, id: &Hash, name: &str) -> Result<(), StoreError> {
         self.change_model(id, |model| model.names.retain(|known| known.name != name))
     }
 
-    /// Notes that a folder was made for the model `id`, and goes with its files when it is removed with them.
+    /// Records that a folder was created for the model `id`. The folder is removed when the model is removed with its
+    /// files.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    /// [`StoreError::NoSuchModel`] if the store does not hold the model.
     pub fn note_made(&self, id: &Hash, folder: &Path) -> Result<(), StoreError> {
         self.change_model(id, |model| {
             if !model.made.iter().any(|made| made == folder) {
@@ -229,10 +232,10 @@ impl Store {
         })
     }
 
-    /// The manifest of a model, if this node has it.
+    /// Returns the manifest of a model, if this node has it. A stored manifest that does not match its hash is deleted.
     ///
     /// # Errors
-    /// [`StoreError`] if it is here and damaged.
+    /// [`StoreError`] if the manifest cannot be read or is invalid.
     pub fn manifest(&self, id: &Hash) -> Result<Option<Manifest>, StoreError> {
         let path = self.manifest_path(id);
         let mut bytes = Vec::new();
@@ -245,14 +248,14 @@ impl Store {
             Err(error) => return Err(StoreError::io("cannot read", &path)(error)),
         };
         if Hash::of(&bytes) != *id {
-            tracing::warn!(%id, "a stored manifest is damaged and is dropped");
+            tracing::warn!(%id, "a stored manifest is damaged: deleting it");
             fs::remove_file(&path).map_err(StoreError::io("cannot remove", &path))?;
             return Ok(None);
         }
         Ok(Some(Manifest::decode(&bytes)?))
     }
 
-    /// All models, oldest first.
+    /// Returns all models, oldest first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -273,10 +276,10 @@ impl Store {
         Ok(models)
     }
 
-    /// One model.
+    /// Returns one model.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    /// [`StoreError::NoSuchModel`] if the store does not hold the model.
     pub fn model(&self, id: &Hash) -> Result<Model, StoreError> {
         self.read(|txn| {
             let table = txn.open_table(MODELS).map_err(database)?;
@@ -301,7 +304,7 @@ impl Store {
     }
 }
 
-/// Puts the row of a model, which is used now.
+/// Writes the row of a model, with the number of the current use.
 fn put_model(
     txn: &WriteTransaction,
     id: Hash,
@@ -317,7 +320,7 @@ fn put_model(
         None => None,
     };
     let mut model = match known {
-        // A model that was indexed in place stays so: its files are not ours to delete.
+        // A model that was indexed in place stays so: its files must not be deleted.
         Some(known) if fetched && !known.fetched => known,
         Some(known) => Model {
             root: root.to_owned(),
@@ -347,8 +350,8 @@ fn put_model(
     Ok(())
 }
 
-/// Gives `name` to the model `id`, taking it from any other. `published`: this node publishes it, and for which commit,
-/// if for one.
+/// Gives `name` to the model `id`, and takes it from other models. `published` is set if this node publishes the name,
+/// and holds the commit, if any, that the name is published for.
 pub(super) fn set_name(
     txn: &WriteTransaction,
     id: Hash,
@@ -365,7 +368,7 @@ pub(super) fn set_name(
         let (was_published, was_of) =
             known.map_or((false, None), |known| (known.published, known.commit));
         let before = model.names.len();
-        // What somebody else calls by this name does not take it from what we publish.
+        // A name that another publisher gives does not take the name from a model that this node publishes.
         model.names.retain(|known| {
             known.name != name || (key != id && known.published && published.is_none())
         });
@@ -388,7 +391,7 @@ pub(super) fn set_name(
     Ok(())
 }
 
-/// Seconds since the Unix epoch.
+/// Returns the current time, in seconds since the Unix epoch.
 fn now() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)

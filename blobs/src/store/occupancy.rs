@@ -1,9 +1,11 @@
-//! One process at a time fills a folder: of this machine, or of any machine and container that shares the folder.
+//! Ensures that only one process at a time writes fetched files into a folder, even if several machines or containers
+//! share the folder.
 //!
-//! The right to fill a folder is an advisory lock (`flock`) on a file in it. File systems without such locks get
-//! another kind of lock: a file that only one process can make (`O_EXCL`). Its holder signs it and writes a new number
-//! into it every [`BEAT`]; a process that waits takes it over when the holder has ended, or, if that cannot be told,
-//! when nothing was written for [`STALE`] of its own time. Clocks of two machines are never compared.
+//! The right to fill a folder is an advisory lock (`flock`) on a file in it. On file systems without such locks, a file
+//! that only one process can create (`O_EXCL`) is used instead. Its holder signs the file and writes a new number into
+//! it every [`BEAT`]. A waiting process takes the file over when the holder has ended. If that cannot be determined, it
+//! takes the file over when nothing was written for [`STALE`], measured by its own clock. Clocks of two machines are
+//! never compared.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -25,26 +27,26 @@ use crate::{
     store::StoreError,
 };
 
-/// The file that is locked.
-const LOCKED: &str = ".weft-lock";
+/// Name of the file that is locked with `flock`.
+const LOCK_FILE: &str = ".weft-lock";
 
-/// The file that only one process can make.
-const MADE: &str = ".weft-held";
+/// Name of the file that only one process can create.
+const CREATED_FILE: &str = ".weft-held";
 
-/// The interval at which the holder of a file shows that it is alive.
+/// The interval at which the holder of the created file shows that it is alive.
 const BEAT: Duration = Duration::from_secs(5);
 
-/// The longest time that a holder may be silent: many beats, for a network file system may hold writes and attributes
-/// back for up to a minute (nfs(5), acregmax).
+/// The longest time for which a holder may be silent. Many beats, because a network file system may delay writes and
+/// attributes for up to a minute (nfs(5), acregmax).
 const STALE: Duration = Duration::from_secs(120);
 
-/// Most of a file that is compared, in bytes: several times what a process writes there.
-const MAX_SAID: u64 = 4096;
+/// Bytes of a lock file that are compared: several times the length that a process writes.
+const MAX_COMPARED: u64 = 4096;
 
-/// The interval at which a process that waits looks again.
-const LOOK: Duration = Duration::from_millis(200);
+/// The interval at which a waiting process tries again.
+const RETRY: Duration = Duration::from_millis(200);
 
-/// The right to fill a folder, among processes; given back when dropped.
+/// The right to fill a folder, among processes; released when dropped.
 #[derive(Debug)]
 pub(crate) struct Occupancy {
     path: PathBuf,
@@ -54,18 +56,18 @@ pub(crate) struct Occupancy {
 #[derive(Debug)]
 enum Held {
     Locked(File),
-    Made(File, Option<Beating>),
+    Created(File, Option<Heartbeat>),
 }
 
-/// Shows that the holder of a file is alive, until it is dropped.
+/// The thread that shows that the holder of a created file is alive, until dropped.
 #[derive(Debug)]
-struct Beating {
+struct Heartbeat {
     ended: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
-/// The signature of the holder of a file. It always has the same length, so that each signature is written over the one
-/// before, which stays on a disk that is full.
+/// The signature of the holder of a created file. Its length never changes, so each signature overwrites the one
+/// before, which also works on a full disk.
 #[derive(Debug)]
 struct Signature {
     holder: Vec<u8>,
@@ -91,19 +93,20 @@ impl Signature {
     }
 }
 
-/// The function that locks a file; tests use another one.
+/// The function that locks a file. Tests replace it.
 type TryLock<'a> = &'a dyn Fn(&File) -> Result<(), TryLockError>;
 
 enum Attempt {
     Taken(Occupancy),
-    /// The content of the lock file now, and the holder that wrote it.
+    /// The current content of the lock file, and the holder that wrote it.
     Held(Vec<u8>, Option<Holder>),
-    /// It was given back meanwhile.
+    /// The lock was released in the meantime.
     Again,
 }
 
 impl Occupancy {
-    /// Waits until this process may fill `folder`; whether it had to wait. `waiting` is told whom for. Blocks.
+    /// Waits until this process may fill `folder`, and returns the right and whether it had to wait. Calls `waiting`
+    /// with the current holder, if known. Blocks.
     ///
     /// # Errors
     /// [`StoreError::Cancelled`] soon after `cancelled` is set; [`StoreError::Io`] if the folder cannot be written to.
@@ -129,35 +132,35 @@ impl Occupancy {
             if cancelled.load(Ordering::Relaxed) {
                 return Err(StoreError::Cancelled);
             }
-            let (said, holder) = match attempt(folder, try_lock).map_err(failed)? {
+            let (content, holder) = match attempt(folder, try_lock).map_err(failed)? {
                 Attempt::Taken(occupancy) => return Ok((occupancy, waited)),
                 Attempt::Again => continue,
-                Attempt::Held(said, holder) => (said, holder),
+                Attempt::Held(content, holder) => (content, holder),
             };
             waited = true;
             waiting(holder.as_ref());
-            // The kernel gives a lock back itself; a file is to be taken over.
-            if !said.is_empty() {
+            // The kernel releases a `flock` of an ended process; a created file has to be taken over.
+            if !content.is_empty() {
                 let since = match &silent {
-                    Some((before, since)) if *before == said => *since,
+                    Some((before, since)) if *before == content => *since,
                     _ => Instant::now(),
                 };
-                silent = Some((said, since));
+                silent = Some((content, since));
                 let ended = holder.and_then(|holder| holder.runs()) == Some(false);
-                if let Some((said, _)) = silent.take_if(|_| ended || since.elapsed() >= stale) {
-                    take_away(folder, &said).map_err(failed)?;
+                if let Some((content, _)) = silent.take_if(|_| ended || since.elapsed() >= stale) {
+                    take_over(folder, &content).map_err(failed)?;
                     continue;
                 }
             }
-            thread::park_timeout(LOOK);
+            thread::park_timeout(RETRY);
         }
     }
 }
 
-/// Removes what a process that was killed left of a lock: it would keep the folder from being empty.
+/// Removes the lock file that a killed process left, so that the folder can become empty.
 pub(crate) fn sweep(folder: &Path) {
     let left = |name| fs::symlink_metadata(folder.join(name)).is_ok();
-    if left(LOCKED)
+    if left(LOCK_FILE)
         && let Ok(Attempt::Taken(occupancy)) = attempt(folder, &File::try_lock)
     {
         drop(occupancy);
@@ -165,21 +168,21 @@ pub(crate) fn sweep(folder: &Path) {
 }
 
 fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
-    let path = folder.join(LOCKED);
-    // Opening a device may do something: look first.
-    check_plain(&path)?;
+    let path = folder.join(LOCK_FILE);
+    // Opening a device may have side effects, so the type is checked first.
+    check_is_file(&path)?;
     let open = |write: bool| {
         OpenOptions::new()
             .read(true)
             .write(write)
             .create(write)
             .truncate(false)
-            .custom_flags(plainly())
+            .custom_flags(open_flags())
             .open(&path)
     };
     let (file, is_ours) = match open(true) {
         Ok(file) => (file, true),
-        // Another user's, in a folder that both may write to: it can be waited for all the same.
+        // The file of another user, in a folder that both may write to: waiting for it is possible all the same.
         Err(error)
             if error.kind() == io::ErrorKind::PermissionDenied
                 && fs::symlink_metadata(&path).is_ok() =>
@@ -190,25 +193,25 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
             }
         }
         Err(error) => {
-            check_plain(&path)?;
+            check_is_file(&path)?;
             return Err(error);
         }
     };
     if !file.metadata()?.is_file() {
-        return Err(no_lock_file(&path));
+        return Err(not_a_lock_file(&path));
     }
     match try_lock(&file) {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            // The holder is named only as a courtesy.
+            // The holder is only used in messages.
             return Ok(Attempt::Held(
                 Vec::new(),
                 Holder::read(&file).unwrap_or(None),
             ));
         }
         Err(TryLockError::Error(error)) if has_no_locks(&error) => {
-            // Another process may have removed it, and another user's may stay in a folder where each removes only his
-            // own.
+            // Another process may have removed the file. In a folder where each user may remove only his own files, the
+            // file of another user stays.
             match fs::remove_file(&path) {
                 Err(error)
                     if !matches!(
@@ -218,12 +221,12 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
                 {
                     return Err(error);
                 }
-                _ => return make(&folder.join(MADE)),
+                _ => return create_exclusively(&folder.join(CREATED_FILE)),
             }
         }
         Err(TryLockError::Error(error)) => return Err(error),
     }
-    // The last holder may have removed it while it was opened here.
+    // The last holder may have removed the file while it was opened here.
     if !is_named(&path, &file) {
         return Ok(Attempt::Again);
     }
@@ -235,7 +238,7 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
         return Ok(Attempt::Held(Vec::new(), Some(holder)));
     }
     if !is_ours {
-        // Left by a process that was killed.
+        // A killed process left the file.
         return match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io::Error::new(
                 error.kind(),
@@ -244,9 +247,9 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
             _ => Ok(Attempt::Again),
         };
     }
-    // A disk that is full says so when the content comes, and with how much is needed.
+    // A full disk is reported later, when the content is written, with the space that is needed.
     if let Err(error) = Holder::sign(&file) {
-        tracing::debug!(%error, folder = %folder.display(), "a lock is not signed");
+        tracing::debug!(%error, folder = %folder.display(), "cannot sign a lock file");
     }
     Ok(Attempt::Taken(Occupancy {
         path,
@@ -254,52 +257,53 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
     }))
 }
 
-/// Flags for opening a file in a folder that others may write to: not through a link, and without waiting for a pipe.
-fn plainly() -> i32 {
+/// Returns flags for opening a file in a folder that other users may write to: follow no link, and do not wait for a
+/// pipe.
+fn open_flags() -> i32 {
     (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32
 }
 
-/// Refuses what is at `path` if it is there and no plain file.
-fn check_plain(path: &Path) -> io::Result<()> {
+/// Returns an error if something other than a plain file is at `path`.
+fn check_is_file(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(there) if !there.is_file() => Err(no_lock_file(path)),
+        Ok(there) if !there.is_file() => Err(not_a_lock_file(path)),
         _ => Ok(()),
     }
 }
 
-fn no_lock_file(path: &Path) -> io::Error {
+fn not_a_lock_file(path: &Path) -> io::Error {
     let text = format!("remove {}: it is not a lock file", path.display());
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
-/// Returns true if `path` is the name of `file`; false if that cannot be told.
+/// Returns true if `path` is the name of `file`; false if that cannot be determined.
 fn is_named(path: &Path, file: &File) -> bool {
     let number = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
     let named = fs::symlink_metadata(path).map(number);
     matches!((named, file.metadata().map(number)), (Ok(named), Ok(file)) if named == file)
 }
 
-/// Reads what a lock file says, as far as it is compared, and the signature in it.
-fn said_in(path: &Path) -> io::Result<(Vec<u8>, Option<Holder>)> {
-    check_plain(path)?;
+/// Reads the compared part of a lock file, and the signature in it.
+fn read_lock_file(path: &Path) -> io::Result<(Vec<u8>, Option<Holder>)> {
+    check_is_file(path)?;
     let file = OpenOptions::new()
         .read(true)
-        .custom_flags(plainly())
+        .custom_flags(open_flags())
         .open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(no_lock_file(path));
+        return Err(not_a_lock_file(path));
     }
-    let mut said = Vec::new();
-    (&file).take(MAX_SAID).read_to_end(&mut said)?;
-    // Its maker has not come to sign it yet.
-    if said.is_empty() {
-        said.push(b'\n');
+    let mut content = Vec::new();
+    (&file).take(MAX_COMPARED).read_to_end(&mut content)?;
+    // The process that created the file has not signed it yet.
+    if content.is_empty() {
+        content.push(b'\n');
     }
-    Ok((said, Holder::read(&file)?))
+    Ok((content, Holder::read(&file)?))
 }
 
-/// Makes the file that only one process can make.
-fn make(path: &Path) -> io::Result<Attempt> {
+/// Creates the file that only one process can create.
+fn create_exclusively(path: &Path) -> io::Result<Attempt> {
     let made = OpenOptions::new()
         .read(true)
         .write(true)
@@ -308,8 +312,8 @@ fn make(path: &Path) -> io::Result<Attempt> {
     let file = match made {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            return match said_in(path) {
-                Ok((said, holder)) => Ok(Attempt::Held(said, holder)),
+            return match read_lock_file(path) {
+                Ok((content, holder)) => Ok(Attempt::Held(content, holder)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Attempt::Again),
                 Err(error) => Err(error),
             };
@@ -318,12 +322,12 @@ fn make(path: &Path) -> io::Result<Attempt> {
     };
     let begun = Signature::new().and_then(|signature| {
         signature.write(&file, 0)?;
-        Beating::begin(path, file.try_clone()?, signature, BEAT)
+        Heartbeat::begin(path, file.try_clone()?, signature, BEAT)
     });
     match begun {
-        Ok(beating) => Ok(Attempt::Taken(Occupancy {
+        Ok(heartbeat) => Ok(Attempt::Taken(Occupancy {
             path: path.to_owned(),
-            held: Held::Made(file, Some(beating)),
+            held: Held::Created(file, Some(heartbeat)),
         })),
         Err(error) => {
             if is_named(path, &file) {
@@ -334,32 +338,35 @@ fn make(path: &Path) -> io::Result<Attempt> {
     }
 }
 
-impl Beating {
+impl Heartbeat {
     fn begin(path: &Path, file: File, signature: Signature, every: Duration) -> io::Result<Self> {
         let path = path.to_owned();
         let ended = Arc::new(AtomicBool::new(false));
-        let of_thread = Arc::clone(&ended);
+        let thread_ended = Arc::clone(&ended);
         let thread = thread::Builder::new().name("weft-folder".to_owned());
         let thread = thread.spawn(move || {
             let mut begun = Instant::now();
             let mut beat = 1;
-            while !of_thread.load(Ordering::Acquire) {
+            while !thread_ended.load(Ordering::Acquire) {
                 thread::park_timeout(every);
-                if begun.elapsed() < every || of_thread.load(Ordering::Acquire) {
+                if begun.elapsed() < every || thread_ended.load(Ordering::Acquire) {
                     continue;
                 }
                 begun = Instant::now();
-                // A disk that does not answer now may answer at the next beat.
+                // A disk that does not respond now may respond at the next beat.
                 let is_gone = match fs::symlink_metadata(&path) {
                     Ok(_) => !is_named(&path, &file),
                     Err(error) => error.kind() == io::ErrorKind::NotFound,
                 };
                 if is_gone {
-                    tracing::warn!(path = %path.display(), "a lock was taken away from this process");
+                    tracing::warn!(
+                        path = %path.display(),
+                        "another process has taken over a lock of this process"
+                    );
                     return;
                 }
                 if let Err(error) = signature.write(&file, beat) {
-                    tracing::debug!(%error, "a lock file is not kept fresh");
+                    tracing::debug!(%error, "cannot renew a lock file");
                 }
                 beat += 1;
             }
@@ -368,45 +375,46 @@ impl Beating {
     }
 }
 
-/// Takes the file of a holder that is gone away, if it is still as it was. Two that do so at once do not take the next
-/// holder's: what is not as it was is put back.
-fn take_away(folder: &Path, said: &[u8]) -> io::Result<()> {
+/// Removes the lock file of a holder that has ended, if the file is unchanged. A changed file is put back, so that of
+/// two processes that do this at once, neither removes the file of the next holder.
+fn take_over(folder: &Path, content: &[u8]) -> io::Result<()> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let path = folder.join(MADE);
-    let aside = folder.join(format!("{MADE}.{}.{number}", std::process::id()));
+    let path = folder.join(CREATED_FILE);
+    let aside = folder.join(format!("{CREATED_FILE}.{}.{number}", std::process::id()));
     match fs::rename(&path, &aside) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         result => result?,
     }
-    if !matches!(said_in(&aside), Ok((now, _)) if now == said) {
+    if !matches!(read_lock_file(&aside), Ok((now, _)) if now == content) {
         return crate::store::partial::rename_new(&aside, &path);
     }
-    tracing::warn!(folder = %folder.display(), "a lock is taken over: its holder is gone");
+    tracing::warn!(folder = %folder.display(), "taking over a lock whose holder has ended");
     fs::remove_file(&aside)
 }
 
 impl Drop for Occupancy {
     fn drop(&mut self) {
-        if let Held::Made(_, beating) = &mut self.held
-            && let Some(Beating { ended, thread }) = beating.take()
+        if let Held::Created(_, heartbeat) = &mut self.held
+            && let Some(Heartbeat { ended, thread }) = heartbeat.take()
         {
             ended.store(true, Ordering::Release);
             thread.thread().unpark();
-            // Not after the file is gone, or it would sign another's.
+            // Joined before the file is removed, or the thread would sign the file of the next holder.
             if thread.join().is_err() {
-                tracing::warn!("a thread that keeps a lock file fresh has panicked");
+                tracing::warn!("the thread that renews a lock file has panicked");
             }
         }
-        let (Held::Locked(file) | Held::Made(file, _)) = &self.held;
-        // While it is held: the next holder makes another one. One that was taken over is another's.
+        let (Held::Locked(file) | Held::Created(file, _)) = &self.held;
+        // Removed while the lock is held: the next holder creates another file. A file that was taken over belongs to
+        // its new holder.
         if is_named(&self.path, file) {
             crate::store::discard(&self.path);
         }
         if let Held::Locked(file) = &self.held
             && let Err(error) = file.unlock()
         {
-            tracing::debug!(%error, "a lock is given back when its file is closed");
+            tracing::debug!(%error, "cannot unlock a lock file; closing it unlocks it");
         }
     }
 }
@@ -428,7 +436,7 @@ mod tests {
         Occupancy::take_with(folder, &never, &|_| (), try_lock, stale).unwrap()
     }
 
-    /// Takes the right twice at once; the second waits for the first, and nothing is left in the folder.
+    /// Takes the right twice at once. The second caller waits for the first, and nothing is left in the folder.
     fn one_after_another(try_lock: fn(&File) -> Result<(), TryLockError>) {
         let folder = tempfile::tempdir().unwrap();
         let (first, waited) = take(folder.path(), &try_lock, STALE);
@@ -450,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_fills_a_folder_second_waits_for_the_first() {
+    fn the_second_process_to_fill_a_folder_waits_for_the_first() {
         one_after_another(|file| file.try_lock());
     }
 
@@ -460,10 +468,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_lock_file_is_named_and_left() {
+    fn a_path_that_is_not_a_lock_file_is_named_and_left_alone() {
         use std::os::unix::fs::symlink;
 
-        for (name, locks) in [(LOCKED, true), (MADE, false)] {
+        for (name, locks) in [(LOCK_FILE, true), (CREATED_FILE, false)] {
             for kind in ["link", "dangling", "pipe", "folder"] {
                 let home = tempfile::tempdir().unwrap();
                 let folder = home.path().join("folder");
@@ -498,9 +506,9 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_file_that_another_process_has_removed_is_no_fault() {
+    fn a_lock_file_that_another_process_has_removed_is_not_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(LOCKED);
+        let path = folder.path().join(LOCK_FILE);
         let races = |_: &File| {
             fs::remove_file(&path).unwrap();
             no_locks(&File::open("/dev/null").unwrap())
@@ -510,12 +518,12 @@ mod tests {
     }
 
     #[test]
-    fn each_beat_is_written_over_the_one_before() {
+    fn each_beat_overwrites_the_one_before() {
         let file = tempfile::tempfile().unwrap();
         let signature = Signature::new().unwrap();
         signature.write(&file, 0).unwrap();
         let size = file.metadata().unwrap().len();
-        assert!(size < MAX_SAID);
+        assert!(size < MAX_COMPARED);
         for beat in [1, 9, 10, u64::MAX] {
             signature.write(&file, beat).unwrap();
             assert_eq!(file.metadata().unwrap().len(), size);
@@ -527,25 +535,25 @@ mod tests {
     fn a_lock_file_that_was_taken_over_is_neither_written_nor_removed() {
         for made in [true, false] {
             let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join(MADE);
+            let path = folder.path().join(CREATED_FILE);
             let file = File::create_new(&path).unwrap();
             let signature = Signature::new().unwrap();
             signature.write(&file, 0).unwrap();
-            let beating = made.then(|| {
+            let heartbeat = made.then(|| {
                 let file = file.try_clone().unwrap();
-                Beating::begin(&path, file, signature, Duration::from_millis(10)).unwrap()
+                Heartbeat::begin(&path, file, signature, Duration::from_millis(10)).unwrap()
             });
             fs::remove_file(&path).unwrap();
             fs::write(&path, "another's").unwrap();
-            if let Some(beating) = &beating {
+            if let Some(heartbeat) = &heartbeat {
                 let begun = Instant::now();
-                while !beating.thread.is_finished() {
+                while !heartbeat.thread.is_finished() {
                     assert!(begun.elapsed() < Duration::from_secs(60));
                     thread::sleep(Duration::from_millis(5));
                 }
             }
             let held = match made {
-                true => Held::Made(file, beating),
+                true => Held::Created(file, heartbeat),
                 false => Held::Locked(file),
             };
             let path_of = path.clone();
@@ -574,7 +582,7 @@ mod tests {
         let mut holder = Holder::this();
         holder.pid = ended.id();
         ended.wait().unwrap();
-        let file = File::create(folder.path().join(MADE)).unwrap();
+        let file = File::create(folder.path().join(CREATED_FILE)).unwrap();
         holder.write(file).unwrap();
         let (_taken, waited) = take(folder.path(), &no_locks, STALE);
         assert!(waited);
@@ -583,11 +591,11 @@ mod tests {
     #[test]
     fn a_lock_file_of_another_machine_is_taken_over_only_when_it_has_been_silent() {
         let folder = tempfile::tempdir().unwrap();
-        let text = "7\nhost elsewhere\nsince 5\nspace of-another-machine\nbeat 1 1\n";
-        fs::write(folder.path().join(MADE), text).unwrap();
+        let text = "7\nhost other\nsince 5\nspace of-another-machine\nbeat 1 1\n";
+        fs::write(folder.path().join(CREATED_FILE), text).unwrap();
         let cancelled = AtomicBool::new(false);
         let waiting = |holder: Option<&Holder>| {
-            assert_eq!(holder.unwrap().to_string(), "process 7 on elsewhere");
+            assert_eq!(holder.unwrap().to_string(), "process 7 on other");
             cancelled.store(true, Ordering::Relaxed);
         };
         let taken = Occupancy::take_with(folder.path(), &cancelled, &waiting, &no_locks, STALE);
@@ -612,7 +620,7 @@ mod tests {
         let this = this.split_whitespace().nth(19).unwrap();
         let text = String::from_utf8(text).unwrap();
         let text = text.replace(&format!("since {this}\n"), &format!("since {since}\n"));
-        fs::write(folder.path().join(LOCKED), text).unwrap();
+        fs::write(folder.path().join(LOCK_FILE), text).unwrap();
         let cancelled = AtomicBool::new(false);
         let waiting = |holder: Option<&Holder>| {
             assert_eq!(holder.unwrap().pid, other.id());

@@ -1,4 +1,4 @@
-//! A file that is still arriving.
+//! A blob that is being fetched, in a part file.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -27,20 +27,21 @@ use crate::{
     tree::{GROUP, PARENT, Tree},
 };
 
-/// Verified, contiguous groups on their way to the disk.
+/// Verified, contiguous chunk groups, to be written to disk.
 #[derive(Debug, Default)]
 pub(crate) struct Segment {
-    /// The first group.
+    /// Index of the first group.
     pub(crate) first: u64,
-    /// How many.
+    /// Number of groups.
     pub(crate) groups: u64,
-    /// Their content.
+    /// Content of the groups.
     pub(crate) data: Bytes,
-    /// Parents that came with them, by index in the outboard.
+    /// Parents received with the groups, by index in the outboard.
     pub(crate) parents: Vec<(u64, [u8; PARENT])>,
 }
 
-/// Bytes that grow by what is read into them. Unlike a `Vec`, what was in it before counts as initialized: used again, it is not zeroed again.
+/// A reusable read buffer. Unlike a `Vec`, it keeps its old bytes as initialized memory, so reuse does not zero them
+/// again.
 #[derive(Debug, Default)]
 pub(crate) struct Bytes {
     buffer: Vec<u8>,
@@ -48,7 +49,7 @@ pub(crate) struct Bytes {
 }
 
 impl Bytes {
-    /// Room for `size` bytes more, of any content; [`keep`](Self::keep) makes them count.
+    /// Returns space for `size` more bytes, of undefined content; [`keep`](Self::keep) then counts them as filled.
     pub(crate) fn room(&mut self, size: usize) -> &mut [u8] {
         let end = self.filled + size;
         if self.buffer.len() < end {
@@ -57,13 +58,13 @@ impl Bytes {
         &mut self.buffer[self.filled..end]
     }
 
-    /// Counts the next `size` bytes, for which [`room`](Self::room) has been made.
+    /// Counts the next `size` bytes as filled. [`room`](Self::room) must have returned space for them.
     pub(crate) fn keep(&mut self, size: usize) {
         self.filled += size;
         debug_assert!(self.filled <= self.buffer.len(), "there was room");
     }
 
-    /// Forgets all bytes and keeps the memory.
+    /// Removes all bytes and keeps the memory.
     pub(crate) fn clear(&mut self) {
         self.filled = 0;
     }
@@ -84,10 +85,11 @@ impl From<Vec<u8>> for Bytes {
     }
 }
 
-/// Bytes written to a file after which they are sent to the disk without being vouched for: the disk works all the while, and little is left at the end.
+/// Bytes written to a part file before a write-back starts. The disk then works during the transfer, and the final sync
+/// is short. Write-back alone does not make the content durable.
 const WRITE_BACK: u64 = 64 << 20;
 
-/// What is here of a blob that is arriving, for those who read it. It outlives the [`Partial`], whose lease is for whoever writes.
+/// The content of a part file, for readers. It outlives the [`Partial`], which holds the writer's lease.
 #[derive(Debug)]
 pub(crate) struct Content {
     part: PathBuf,
@@ -95,13 +97,14 @@ pub(crate) struct Content {
     tree: Tree,
     file: File,
     have: Mutex<Bitfield>,
-    /// Groups that a reader found to be damaged, and of which the writer does not know yet.
+    /// Groups that a reader has found damaged, and that the writer has not taken yet.
     lost: Mutex<Option<Bitfield>>,
-    /// Bytes written since they were last on their way to the disk.
+    /// Bytes written since the last sync began.
     unsynced: AtomicU64,
-    /// The file is being synced ahead of time.
+    /// True while a write-back runs.
     writing_back: AtomicBool,
-    /// Held during a sync. What a failed one did not bring to the disk the kernel forgets, and the next one succeeds: so none does after it.
+    /// Locked during a sync; holds the error of the first failed sync. After a failed sync the kernel drops the
+    /// unwritten pages, and the next sync reports success. So every later sync returns the first error.
     syncing: Mutex<Option<io::Error>>,
 }
 
@@ -118,23 +121,23 @@ impl Content {
         &self.part
     }
 
-    /// What is had now.
+    /// Returns the groups that are here now.
     pub(crate) fn have(&self) -> Bitfield {
         self.lock().clone()
     }
 
-    /// Whether all of `groups` are had now.
+    /// Returns true if all of `groups` are here now.
     pub(crate) fn has(&self, groups: Range<u64>) -> bool {
         self.lock().has_all(groups)
     }
 
-    /// Whether so much was written that [`write_back`](Self::write_back) is to be called; true once.
+    /// Returns true if [`write_back`](Self::write_back) should be called. Returns true once for each write-back.
     pub(crate) fn is_write_back_due(&self) -> bool {
         self.unsynced.load(Ordering::Relaxed) >= WRITE_BACK
             && !self.writing_back.swap(true, Ordering::AcqRel)
     }
 
-    /// Brings to the disk what was written, ahead of [`Partial::sync`], which tells of an error. Blocks.
+    /// Syncs the data written so far, ahead of [`Partial::sync`], which reports the error if this fails. Blocks.
     pub(crate) fn write_back(&self) {
         if let Err(error) = self.sync_to_disk(false) {
             tracing::warn!(%error, path = %self.part.display(), "cannot sync");
@@ -148,24 +151,24 @@ impl Content {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Syncs the file; `whole`: with its times, which a whole file is known by.
+    /// Syncs the file. With `whole`, also syncs its times, by which a whole file is recognized.
     fn sync_to_disk(&self, whole: bool) -> io::Result<()> {
         let mut failed = self.syncing();
         self.unsynced.store(0, Ordering::Relaxed);
         let result = match &*failed {
-            Some(error) => Err(again(error)),
+            Some(error) => Err(copy_of(error)),
             None if whole => self.file.sync_all(),
             None => self.file.sync_data(),
         };
         #[cfg(test)]
         crate::testing::power::synced(&self.part);
         if let (None, Err(error)) = (&*failed, &result) {
-            *failed = Some(again(error));
+            *failed = Some(copy_of(error));
         }
         result
     }
 
-    /// These are damaged on disk, and missing from now on. The writer learns it by [`Partial::take_lost`].
+    /// Marks groups that are damaged on disk as missing. The writer learns of them from [`Partial::take_lost`].
     pub(crate) fn forget(&self, groups: Range<u64>) {
         self.lock().remove_range(groups.clone());
         let mut lost = self.lost();
@@ -179,7 +182,7 @@ impl Content {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Reads what is had.
+    /// Reads content without checking it; the groups must be here.
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
     }
@@ -191,53 +194,54 @@ impl Content {
     }
 }
 
-/// The content that an earlier run left in a part file, according to a row.
+/// Content that an earlier run left in a part file, according to a row.
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) groups: Bitfield,
-    /// Those that this process has neither written nor read.
+    /// The groups that this process has neither written nor read.
     pub(crate) unread: Bitfield,
-    /// Nothing has touched the file since the row was written.
+    /// True if nothing has touched the file since the row was written.
     pub(crate) trusted: bool,
 }
 
-/// Groups that only a row vouches for.
+/// Groups for which only a row vouches.
 #[derive(Debug)]
 struct Unread {
     groups: Bitfield,
     trusted: bool,
 }
 
-/// A blob that is still arriving, written beside its target.
+/// A blob that is being fetched, written to a part file beside its target.
 #[derive(Debug)]
 pub(crate) struct Partial {
     content: Arc<Content>,
     _lease: PartLease,
-    /// Other processes stay away from the folder as long as this one writes into it.
+    /// Keeps other processes out of the folder while this one writes into it.
     occupancy: Mutex<Option<Arc<Occupancy>>>,
     /// Hashes of the content that the file to be replaced is known to hold.
     replaces: OnceLock<Vec<Hash>>,
     target: PathBuf,
     outboard: Option<(PathBuf, File)>,
-    /// What is had and would survive a crash.
+    /// The groups that are here and would survive a crash.
     durable: Mutex<Bitfield>,
-    /// Groups that an earlier run left, and that are still to be read before the file gets its name.
+    /// Groups left by an earlier run, to be read before the file gets its name.
     unread: Mutex<Unread>,
-    /// Written to since it was last settled.
+    /// True if the file was written to since it was last committed.
     dirty: AtomicBool,
-    /// Has become its target.
+    /// True once the part file has been renamed to its target.
     finished: AtomicBool,
-    /// The files' names would survive a crash.
+    /// True if the files' names would survive a crash.
     named: AtomicBool,
-    /// Held for reading while something is written, and for writing while the file gets its name.
+    /// Locked for reading during a write, and for writing while the file gets its name.
     naming: RwLock<()>,
-    /// Held for one write to the files: the kernel takes them one at a time, and threads that wait for their turn there do not sleep.
+    /// Locked for one write to the files. The kernel allows one write at a time, and threads that wait for it there
+    /// busy-wait.
     writing: Mutex<()>,
 }
 
 impl Partial {
-    /// Opens the part file that `kept` vouches for, or makes a new one: with room for the whole if there is `room` to
-    /// be set aside, else as large as what is written.
+    /// Opens the part file that `kept` vouches for, or creates a new one. With `room`, a new file gets disk space for
+    /// the whole blob; otherwise the file is sparse.
     pub(crate) fn open(
         lease: PartLease,
         (hash, tree): (Hash, Tree),
@@ -275,7 +279,7 @@ impl Partial {
         Ok(Self {
             target: target.to_owned(),
             outboard,
-            // A file that an earlier run made whole is still to be settled.
+            // A file that an earlier run completed is still to be committed.
             dirty: AtomicBool::new(have.is_full()),
             durable: Mutex::new(have.clone()),
             content: Arc::new(Content {
@@ -307,17 +311,17 @@ impl Partial {
         &self.target
     }
 
-    /// For those who read.
+    /// Returns the content, for readers.
     pub(crate) fn content(&self) -> &Arc<Content> {
         &self.content
     }
 
-    /// Whether everything is had now.
+    /// Returns true if all groups are here now.
     pub(crate) fn is_full(&self) -> bool {
         self.lock().is_full()
     }
 
-    /// Whether all of `groups` would survive a crash.
+    /// Returns true if all of `groups` would survive a crash.
     pub(crate) fn is_durable(&self, groups: &Bitfield) -> bool {
         self.durable
             .lock()
@@ -325,29 +329,30 @@ impl Partial {
             .contains(groups)
     }
 
-    /// Groups that an earlier run left and that are still to be read.
+    /// Returns the groups that an earlier run left and that are still to be read.
     pub(crate) fn unread(&self) -> Bitfield {
         self.lock_unread().groups.clone()
     }
 
-    /// Returns true if there are groups that an earlier run left and that are still to be read.
+    /// Returns true if an earlier run left groups that are still to be read.
     pub(crate) fn is_unread(&self) -> bool {
         self.lock_unread().groups.count() > 0
     }
 
-    /// Returns true if the whole file is here, and some of it is still to be read before it may be called whole.
+    /// Returns true if the whole file is here, and some of it must be read before the file counts as complete.
     pub(crate) fn is_to_be_read(&self) -> bool {
         self.is_full() && self.is_unread()
     }
 
-    /// Returns true if nothing has touched the file since a row was written, or all groups in the row were read since.
+    /// Returns true if nothing has touched the file since a row was written, or all groups in the row have been read
+    /// since.
     pub(crate) fn is_trusted(&self) -> bool {
         let unread = self.lock_unread();
         unread.trusted || unread.groups.count() == 0
     }
 
-    /// Notes that `groups` were read, of which `lost` are not what they should be and count as missing from now on.
-    /// Returns what is still durable.
+    /// Records that `groups` were read. Those of `lost` are damaged, and count as missing from now on. Returns the
+    /// groups that are still durable.
     pub(crate) fn was_read(&self, groups: &Bitfield, lost: &Bitfield) -> Bitfield {
         let mut have = self.lock();
         lost.runs().for_each(|run| have.remove_range(run));
@@ -365,8 +370,8 @@ impl Partial {
         durable.clone()
     }
 
-    /// Takes the groups that readers have found to be damaged since the last call and that are still missing. Whoever
-    /// writes the blob wants them again.
+    /// Takes the groups that readers have found damaged since the last call and that are still missing. The transfer
+    /// that writes the blob fetches them again.
     pub(crate) fn take_lost(&self) -> Option<Bitfield> {
         let mut lost = self.content.lost().take()?;
         self.have().runs().for_each(|run| lost.remove_range(run));
@@ -374,12 +379,13 @@ impl Partial {
             return None;
         }
         self.was_read(&lost, &lost);
-        // The row that vouches for them is to be written anew.
+        // The row that vouches for them has to be written again.
         self.set_dirty();
         Some(lost)
     }
 
-    /// By what the file is known to be untouched when it is opened again; `None` while groups are in doubt.
+    /// Returns the stamp by which the file is known to be untouched when it is opened again; `None` while groups are in
+    /// doubt.
     pub(crate) fn stamp(&self) -> Result<Option<Stamp>, StoreError> {
         if !self.is_trusted() {
             return Ok(None);
@@ -395,7 +401,7 @@ impl Partial {
             .expect("nothing panics while holding the lock")
     }
 
-    /// A row vouches for these now.
+    /// Sets the groups for which a row now vouches.
     pub(crate) fn set_durable(&self, groups: Bitfield) {
         *self
             .durable
@@ -403,7 +409,7 @@ impl Partial {
             .expect("nothing panics while holding the lock") = groups;
     }
 
-    /// The folders that its files are in, unless their names were synced before.
+    /// Returns the folders of its files, unless their names were synced before.
     pub(crate) fn unnamed_in(&self) -> impl Iterator<Item = &Path> {
         let paths = [
             Some(self.part()),
@@ -417,29 +423,29 @@ impl Partial {
             .filter_map(Path::parent)
     }
 
-    /// Their names were synced.
+    /// Records that the files' names were synced.
     pub(crate) fn set_named(&self) {
         self.named.store(true, Ordering::Release);
     }
 
-    /// Whether it has become its target.
+    /// Returns true if the part file has been renamed to its target.
     pub(crate) fn is_finished(&self) -> bool {
         self.finished.load(Ordering::Acquire)
     }
 
-    /// Whether it was written to since the last call.
+    /// Clears the dirty mark. Returns true if the file was written to since the last call.
     pub(crate) fn take_dirty(&self) -> bool {
         self.dirty.swap(false, Ordering::AcqRel)
     }
 
-    /// Takes the last [`take_dirty`](Self::take_dirty) back: what it was for did not happen.
+    /// Sets the dirty mark again, after the action for which [`take_dirty`](Self::take_dirty) cleared it has failed.
     pub(crate) fn set_dirty(&self) {
         self.dirty.store(true, Ordering::Release);
     }
 
-    /// Writes verified groups, then counts them as had; how many bytes were new.
+    /// Writes verified groups and marks them as here. Returns the number of new bytes.
     pub(crate) fn write(&self, segment: &Segment) -> Result<u64, StoreError> {
-        // What two providers sent: a file that is whole may have its name by now, and is not touched again.
+        // Two providers may send the same groups. A complete file may have its name by now, and is not touched again.
         let _no_name_yet = self
             .naming
             .read()
@@ -457,7 +463,7 @@ impl Partial {
         let bytes = segment.data.len() as u64;
         self.unsynced.fetch_add(bytes, Ordering::Relaxed);
         if let Some((path, file)) = &self.outboard {
-            // Parents of one slice mostly lie side by side: one write a run.
+            // Parents of one slice mostly lie side by side: each contiguous run is one write.
             let mut run: Vec<u8> = Vec::new();
             let mut start = 0;
             for (index, parent) in &segment.parents {
@@ -481,16 +487,16 @@ impl Partial {
         Ok(new)
     }
 
-    /// Syncs what was written; the groups that are on disk for certain afterwards.
+    /// Syncs the content. Returns the groups that are certainly on disk afterwards.
     pub(crate) fn sync(&self) -> Result<Bitfield, StoreError> {
-        // Taken first: what arrives during the sync is not vouched for.
+        // Taken before the sync: groups that arrive during the sync are not vouched for.
         let have = self.have();
         self.sync_to_disk(have.is_full())
             .map_err(StoreError::io("cannot sync", self.part()))?;
         if let Some((path, file)) = &self.outboard
             && let Err(error) = file.sync_data()
         {
-            self.syncing().get_or_insert_with(|| again(&error));
+            self.syncing().get_or_insert_with(|| copy_of(&error));
             return Err(StoreError::io("cannot sync", path)(error));
         }
         #[cfg(test)]
@@ -500,7 +506,7 @@ impl Partial {
         Ok(have)
     }
 
-    /// Keeps the right to fill the folder until the file has its name, or this is dropped.
+    /// Holds the folder's occupancy until the file has its name, or this is dropped.
     pub(crate) fn occupy(&self, occupancy: &Arc<Occupancy>) {
         *self.lock_occupancy() = Some(Arc::clone(occupancy));
     }
@@ -511,7 +517,7 @@ impl Partial {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Has this file take the place of one that is known to hold any of `hashes`, if there are any.
+    /// Lets this file replace a file that is known to hold any of `hashes`. An empty list changes nothing.
     pub(crate) fn replace(&self, hashes: &[Hash]) {
         if !hashes.is_empty() {
             self.replaces.get_or_init(|| hashes.to_vec());
@@ -523,9 +529,9 @@ impl Partial {
         self.replaces.get().map_or(&[], Vec::as_slice)
     }
 
-    /// Gives the whole file its name, without replacing anything that has it, unless it is [to](Self::replace). Returns
-    /// true if the file is the one that was written here, and not another of the same content that has got the name
-    /// meanwhile.
+    /// Gives the complete file its name. Replaces an existing file only after a call of [`replace`](Self::replace).
+    /// Returns true if the file is the one written here, and false if it is another file of the same content that got
+    /// the name first.
     pub(crate) fn finish(&self) -> Result<(Location, bool), StoreError> {
         let _alone = self
             .naming
@@ -555,13 +561,13 @@ impl Partial {
             self.finished.store(true, Ordering::Release);
         }
         let location = Location::of(&self.target, &self.file).map_err(cannot_read())?;
-        // Nothing is written into the folder any more, however long this stays open.
+        // Nothing more is written into the folder, however long this stays open.
         *self.lock_occupancy() = None;
         Ok((location, true))
     }
 
-    /// Returns true if the file could not get its name because another process, from which no lock kept it apart, has
-    /// put the same content there.
+    /// Returns true if the file could not get its name because another process, which no lock kept out, has put the
+    /// same content there.
     fn is_there_already(&self, error: &io::Error) -> bool {
         let by_another = matches!(
             error.kind(),
@@ -574,7 +580,7 @@ impl Partial {
         match index::hash_file(&self.target, &index::Progress::default()) {
             Ok((hash, _)) => hash == self.hash,
             Err(error) => {
-                tracing::warn!(%error, "a file that has the place of a fetched one cannot be read");
+                tracing::warn!(%error, "cannot read the file that has the name of a fetched file");
                 false
             }
         }
@@ -589,8 +595,8 @@ impl Deref for Partial {
     }
 }
 
-/// The same error once more.
-fn again(error: &io::Error) -> io::Error {
+/// Returns a copy of the error.
+fn copy_of(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(code) => io::Error::from_raw_os_error(code),
         None => io::Error::new(error.kind(), error.to_string()),
@@ -611,7 +617,8 @@ fn open(path: &Path) -> Result<File, StoreError> {
     crate::files::patiently(open).map_err(StoreError::io("cannot write", path))
 }
 
-/// Makes `file` `size` bytes long with the room set aside, where the file system can, so that a full disk shows now.
+/// Sets the length of `file` to `size` bytes and allocates the space, if the file system can. A full disk is then
+/// detected now.
 fn reserve(file: &File, size: u64) -> io::Result<()> {
     file.set_len(size)?;
     if size == 0 {
@@ -623,9 +630,9 @@ fn reserve(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
-/// The system calls that give a file a new name; tests use others.
+/// The system calls that rename a file. Tests replace them.
 trait Naming {
-    /// Renames, and fails if `to` exists.
+    /// Renames `from` to `to`; fails if `to` exists.
     fn rename_exclusively(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
@@ -654,7 +661,7 @@ impl Naming for System {
     }
 }
 
-/// Renames without replacing.
+/// Renames a file without replacing an existing one.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     rename_new_with(&System, from, to)
 }
@@ -664,14 +671,14 @@ fn rename_new_with(naming: &impl Naming, from: &Path, to: &Path) -> io::Result<(
         Err(error) if is_unsupported(&error) => {}
         result => return result,
     }
-    // A hard link does not replace either.
+    // A hard link does not replace a file either.
     match naming.hard_link(from, to) {
         Ok(()) => return fs::remove_file(from),
         Err(error) if is_unsupported(&error) => {}
         Err(error) => return Err(error),
     }
-    // Neither is there on FAT, on Android's shared storage, and on several file systems in user space. Weft is the only
-    // writer that is to be feared, and the lock of the folder keeps others of its kind out.
+    // FAT, Android's shared storage and several file systems in user space support neither. Only another Weft process
+    // could write the same name, and the folder's lock keeps such processes out.
     match fs::symlink_metadata(to) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => naming.rename(from, to),
         Err(error) => Err(error),
@@ -679,8 +686,9 @@ fn rename_new_with(naming: &impl Naming, from: &Path, to: &Path) -> io::Result<(
     }
 }
 
-/// Returns true if an error may mean that the file system has no such operation: each operation reports that in its own
-/// way (renameat2(2), link(2), renamex_np(2)). An error that means something else comes again with the next operation.
+/// Returns true if the error may mean that the file system does not support the operation. Each operation reports that
+/// in its own way (renameat2(2), link(2), renamex_np(2)). If the error means something else, the next operation fails
+/// with it too.
 fn is_unsupported(error: &io::Error) -> bool {
     let error = Errno::from_io_error(error);
     matches!(
@@ -696,15 +704,13 @@ fn is_unsupported(error: &io::Error) -> bool {
     ) || error == Some(Errno::NOTSUP)
 }
 
-/// Names that are tried, of which each may be taken: a process of this number may have left files there.
+/// The most names that are tried. Each may be taken: an earlier process with the same process id may have left files.
 const NAMES: usize = 64;
 
-/// Tries with empty files whether files can get their names in `folder`: it is better known before anything has been
-/// fetched than after.
+/// Tests with empty files whether files can be renamed in `folder`, so that a failure shows before anything is fetched.
 pub(crate) fn try_naming(folder: &Path) -> Result<(), StoreError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    try_naming_from(folder, &NEXT)
-        .map_err(StoreError::io("cannot give files their names in", folder))
+    try_naming_from(folder, &NEXT).map_err(StoreError::io("cannot rename files in", folder))
 }
 
 fn try_naming_from(folder: &Path, next: &AtomicU64) -> io::Result<()> {
@@ -715,7 +721,7 @@ fn try_naming_from(folder: &Path, next: &AtomicU64) -> io::Result<()> {
             folder.join(name)
         };
         let [from, to] = ["from", "to"].map(named);
-        // Never through a link that another user left there, and nothing that is there is removed.
+        // Never follows a link that another user left there, and removes no existing file.
         let made = crate::files::patiently(|| File::create_new(&from));
         let named = made.and_then(|_| {
             let named = rename_new(&from, &to);
@@ -753,7 +759,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_sync_that_failed_none_succeeds() {
+    fn no_sync_succeeds_after_one_has_failed() {
         // A pipe cannot be synced.
         let (pipe, _other_end) = io::pipe().unwrap();
         let mut content = content(File::from(OwnedFd::from(pipe)));
@@ -766,7 +772,7 @@ mod tests {
         }
     }
 
-    /// A file system without some ways of naming files.
+    /// A file system that lacks some operations for renaming files.
     struct Without {
         exclusive: Option<Errno>,
         link: Option<Errno>,
@@ -793,7 +799,7 @@ mod tests {
     }
 
     #[test]
-    fn files_get_their_names_on_file_systems_that_can_neither_rename_exclusively_nor_link() {
+    fn files_are_renamed_on_file_systems_without_exclusive_rename_and_hard_links() {
         let folder = tempfile::tempdir().unwrap();
         let [from, to] = ["from", "to"].map(|name| folder.path().join(name));
         let errors = [
@@ -824,7 +830,7 @@ mod tests {
     }
 
     #[test]
-    fn trying_to_name_files_leaves_nothing_behind() {
+    fn trying_to_rename_files_leaves_nothing_behind() {
         let folder = tempfile::tempdir().unwrap();
         try_naming(folder.path()).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
@@ -832,7 +838,7 @@ mod tests {
     }
 
     #[test]
-    fn trying_to_name_files_leaves_what_has_their_names_as_it_is() {
+    fn trying_to_rename_files_leaves_existing_files_as_they_are() {
         let folder = tempfile::tempdir().unwrap();
         let foreign = folder.path().join("foreign");
         fs::write(&foreign, "mine").unwrap();
@@ -852,13 +858,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_written_back_now_and_then() {
+    fn write_back_is_due_after_every_write_back_size_and_runs_once() {
         let content = content(tempfile::tempfile().unwrap());
         content.unsynced.store(WRITE_BACK - 1, Ordering::Relaxed);
         assert!(!content.is_write_back_due());
         content.unsynced.fetch_add(1, Ordering::Relaxed);
         assert!(content.is_write_back_due());
-        // By one at a time, however much is written meanwhile.
+        // One write-back at a time, however much is written meanwhile.
         assert!(!content.is_write_back_due());
         content.write_back();
         assert!(!content.is_write_back_due());

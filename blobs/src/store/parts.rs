@@ -1,4 +1,4 @@
-//! Blobs that are still arriving: opening, committing and finding them.
+//! Part files: opens them, commits their progress, and finds what earlier runs left.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -31,42 +31,42 @@ use crate::{
     tree::Tree,
 };
 
-/// Part files of which this process remembers what it has written or read. Beyond, it forgets all, and reads again what
-/// it would not have to.
+/// The most part files for which this process remembers the groups that it has written or read. Beyond this number it
+/// forgets all of them, and reads those groups again.
 const MAX_SEEN: usize = 1024;
 
-/// Groups of a part file that this process has written or read, as long as nothing else has touched it.
+/// Groups of a part file that this process has written or read. Valid while nothing else touches the file.
 #[derive(Debug)]
 pub(super) struct Seen {
     stamp: Stamp,
     groups: Bitfield,
 }
 
-/// The claim of a row about a part file that is there.
+/// A row's claim about an existing part file.
 #[derive(Debug)]
 pub(crate) struct Claim {
-    /// The groups that it holds.
+    /// The groups that the part file holds.
     pub(crate) groups: Bitfield,
-    /// Nothing has touched the file since, and the store was closed each time since.
+    /// True if nothing has touched the file since, and the store was closed cleanly each time since.
     pub(crate) trusted: bool,
 }
 
-/// A copy of a blob that has its name, and is to be recorded.
+/// A copy of a blob that has its final name and is to be recorded.
 #[derive(Debug)]
 pub(crate) struct Copied {
     hash: Hash,
     part: PathBuf,
     location: Location,
-    /// It is the file that was written here.
+    /// True if the file is the one that was written here.
     ours: bool,
-    /// Hashes of the content that the file it replaced was known to hold.
+    /// Hashes of the content that the replaced file was known to hold.
     replaced: Vec<Hash>,
-    /// No collection takes it before it is recorded.
+    /// Keeps garbage collection from deleting the copy before it is recorded.
     _hold: Hold,
 }
 
 impl Copied {
-    /// Syncs a whole file and gives it its name.
+    /// Syncs a complete file and gives it its name.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -85,10 +85,12 @@ impl Copied {
 }
 
 impl Store {
-    /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified. `room`: with room set aside for the whole.
+    /// Opens the part file for a blob that is to become `target`, with the groups that an earlier run has verified.
+    /// With `room`, allocates disk space for the whole blob.
     ///
     /// # Errors
-    /// [`StoreError::Busy`] if it is open already; [`StoreError::DiskFull`] if there is no room for the whole.
+    /// [`StoreError::Busy`] if the part file is open already; [`StoreError::DiskFull`] if there is no space for the
+    /// whole blob.
     pub(crate) fn partial(
         &self,
         hash: Hash,
@@ -99,15 +101,16 @@ impl Store {
     ) -> Result<Arc<Partial>, StoreError> {
         let part = part_path(target, &hash);
         let lease = PartLease::take(self, hash, &part)?;
-        // With the lease in hand: whoever fetches the same file next either finds this one's part or is never followed by it.
+        // Checked while holding the lease: the next transfer of the same file either finds this one's part file, or
+        // this one stops here.
         if cancelled.load(Ordering::Acquire) {
             return Err(StoreError::Cancelled);
         }
         self.check_size(&hash, &tree)?;
         let owned = target == self.owned_path(&hash);
         if owned && !part.exists() && target.exists() && !self.holds(&hash, target)? {
-            // It got its name, and no row: a crash, or a full disk. Its part's row says what of it is certain.
-            // Of a file that a read has found to be damaged, what is right of it is kept.
+            // The file got its name, but no row: after a crash, or with a full disk. The row of its part file says
+            // which groups are certain. Of a file that a read found damaged, the good groups are kept.
             if let Some(good) = self.good_of_damaged(&hash, target)? {
                 self.write(|txn| {
                     let mut table = txn.open_table(PARTS).map_err(database)?;
@@ -124,7 +127,7 @@ impl Store {
             trusted: claim.trusted,
         });
         if kept.is_none() && !self.part_rows(&hash)?.is_empty() {
-            // Before the files get their full size: a row from earlier must not vouch for what they hold then.
+            // Before the files get their full size: an old row must not vouch for the content they have then.
             let all = !self.has_outboard(&hash, &tree);
             self.write(|txn| forget_parts(txn, &hash, (!all).then_some(part.as_path())))?;
         }
@@ -137,7 +140,8 @@ impl Store {
         Ok(partial)
     }
 
-    /// A hash has one size: who gives it another is not let near what is here of it.
+    /// Checks that `tree` gives the blob the size it has here. A hash has one size: a manifest with another size gets
+    /// no access to the content.
     fn check_size(&self, hash: &Hash, tree: &Tree) -> Result<(), StoreError> {
         let blob = self.blob_row(hash)?;
         let of_blob = blob.is_some_and(|row| !row.locations.is_empty() && row.size != tree.size());
@@ -148,12 +152,12 @@ impl Store {
         Ok(())
     }
 
-    /// Reads groups of a part file that an earlier run left and that this process has neither written nor read: all, or
-    /// those of `only`. Those that are not what they should be count as missing from then on, and are returned. `done`
-    /// is called with the bytes of each piece. Blocks.
+    /// Reads groups of a part file that an earlier run left and that this process has neither written nor read: all of
+    /// them, or those in `only`. Damaged groups count as missing from then on, and are returned. Calls `done` with the
+    /// size of each piece, in bytes. Blocks.
     ///
     /// # Errors
-    /// [`StoreError::Cancelled`] within a piece once `cancelled` is set, and others of the disk.
+    /// [`StoreError::Cancelled`], within one piece after `cancelled` is set; other errors of the disk.
     pub(crate) fn reread(
         &self,
         partial: &Partial,
@@ -172,29 +176,32 @@ impl Store {
         let outboard = self.open_outboard(&hash, &tree)?;
         let source = Source::arriving(Arc::clone(partial.content()), outboard);
         let good = read(&source, &groups, cancelled, done)?;
-        // A file that is still arriving has no time that it could be known by.
+        // `read` returns `None` if the file's time has changed; an incomplete file has no time to compare.
         let good = good.unwrap_or_else(|| Bitfield::empty(tree.groups()));
         let lost = difference(&groups, &good);
         let bits = partial.was_read(&groups, &lost);
         if lost.count() > 0 {
             let (bytes, part) = (lost.bytes(&tree), partial.part().display());
-            tracing::warn!(%hash, %part, bytes, "a part file is not what it was: these bytes are fetched again");
+            tracing::warn!(
+                %hash, %part, bytes,
+                "a part file is damaged: the damaged bytes are fetched again"
+            );
         }
         let stamp = partial.stamp()?;
         self.write(|txn| {
             let mut table = txn.open_table(PARTS).map_err(database)?;
             self.put_part(&mut table, &hash, partial.part(), (&bits, &tree), stamp)
         })?;
-        self.see(partial, &bits, stamp);
+        self.remember(partial, &bits, stamp);
         Ok(lost)
     }
 
-    /// Commits what the given partials have verified, after syncing their bytes. Those that are whole become files:
-    /// synced, renamed onto their target, and recorded; but not while groups of them wait for [`reread`](Self::reread).
-    /// Durable when it returns.
+    /// Syncs the given partials and commits the groups they have verified. Complete partials are synced, renamed to
+    /// their target and recorded, unless some of their groups still wait for [`reread`](Self::reread). Durable on
+    /// return.
     ///
     /// # Errors
-    /// [`StoreError`]; what is verified stays in the part files.
+    /// [`StoreError`]; verified content stays in the part files.
     pub(crate) fn settle<P: Deref<Target = Partial>>(
         &self,
         partials: &[P],
@@ -244,17 +251,18 @@ impl Store {
             self.seen().remove(partial.part());
         }
         for (partial, bits, stamp) in progressed {
-            self.see(partial, &bits, stamp);
+            self.remember(partial, &bits, stamp);
             partial.set_durable(bits);
         }
         Ok(())
     }
 
-    /// Opens a new part file for a copy of a blob that is whole here, for [`record`](Self::record). Reads no row: of a
-    /// blob that is in a hundred thousand files, each row is megabytes.
+    /// Opens a new part file for a copy of a blob that is complete here; see [`record`](Self::record). Reads no row:
+    /// the row of a blob that is in a hundred thousand files takes megabytes.
     ///
     /// # Errors
-    /// [`StoreError::Busy`] if it is open already; [`StoreError::DiskFull`] if there is no room for the whole.
+    /// [`StoreError::Busy`] if the part file is open already; [`StoreError::DiskFull`] if there is no space for the
+    /// whole blob.
     pub(crate) fn copy_part(
         &self,
         hash: Hash,
@@ -262,14 +270,14 @@ impl Store {
         target: &Path,
     ) -> Result<Partial, StoreError> {
         let lease = PartLease::take(self, hash, &part_path(target, &hash))?;
-        // The tree is here with the blob.
+        // The blob's outboard is here already.
         Partial::open(lease, (hash, tree), target, true, None, None)
     }
 
-    /// Records files that have their names, synced before, with one commit. Durable when it returns.
+    /// Records copies that were synced and have their final names, in one commit. Durable on return.
     ///
     /// # Errors
-    /// [`StoreError`]; the files stay, and are found in place the next time.
+    /// [`StoreError`]; the files stay, and the next run finds them.
     pub(crate) fn record(&self, copies: &[Copied]) -> Result<(), StoreError> {
         if copies.is_empty() {
             return Ok(());
@@ -294,7 +302,7 @@ impl Store {
     }
 
     /// Remembers which groups of a part file this process has written or read.
-    fn see(&self, partial: &Partial, bits: &Bitfield, stamp: Option<Stamp>) {
+    fn remember(&self, partial: &Partial, bits: &Bitfield, stamp: Option<Stamp>) {
         let mut seen = self.seen();
         let Some(stamp) = stamp else {
             seen.remove(partial.part());
@@ -307,7 +315,7 @@ impl Store {
         seen.insert(partial.part().to_owned(), Seen { stamp, groups });
     }
 
-    /// Groups of a part file that this process has written or read, if nothing has touched it since.
+    /// Returns the groups of a part file that this process has written or read, if nothing has touched the file since.
     fn seen_of(&self, part: &Path, tree: &Tree) -> Bitfield {
         let stamp = std::fs::symlink_metadata(part).map(|file| Stamp::of(&file));
         match (self.seen().get(part), stamp) {
@@ -327,7 +335,8 @@ impl Store {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Notes which groups a part file holds. Without a stamp, it is read when it is opened again.
+    /// Writes the row that lists the groups in a part file. Without a stamp, the part file is read when it is opened
+    /// again.
     pub(super) fn put_part(
         &self,
         table: &mut Table<'_, &[u8], &[u8]>,
@@ -349,7 +358,7 @@ impl Store {
         Ok(())
     }
 
-    /// What is here of a blob that is not whole: in part files that are open, or were left.
+    /// Returns sources for an incomplete blob: its open part files, and those left by earlier runs.
     pub(super) fn parts(&self, hash: &Hash) -> Result<Vec<Source>, StoreError> {
         let open: Vec<_> = {
             let arriving = self.arriving();
@@ -396,7 +405,8 @@ impl Store {
         })
     }
 
-    /// Bytes that are verified and durable in the part files of a blob that is to become any of `targets`, each counted once.
+    /// Returns the number of bytes that are verified and durable in part files of a blob that is to become any of
+    /// `targets`. Bytes in several part files count once.
     pub(crate) fn partial_bytes<P: AsRef<Path>>(
         &self,
         targets: &[P],
@@ -417,7 +427,7 @@ impl Store {
         Ok(had.map_or(0, |had| had.bytes(&tree)))
     }
 
-    /// Returns the claim of a row about the part file of a blob that is to become `target`.
+    /// Returns the row's claim about the part file of a blob that is to become `target`.
     pub(crate) fn committed_part(
         &self,
         target: &Path,
@@ -427,7 +437,7 @@ impl Store {
         self.committed(&part_path(target, hash), hash, tree)
     }
 
-    /// The groups that a row vouches for, if the files it speaks of are still there.
+    /// Returns the groups that a row vouches for, if the part file and the outboard are still there.
     fn committed(
         &self,
         part: &Path,
@@ -482,7 +492,7 @@ impl Store {
     }
 }
 
-/// The right to write one part file, given back when dropped.
+/// The exclusive right to write one part file, until dropped.
 #[derive(Debug)]
 pub(crate) struct PartLease {
     store: Store,
@@ -512,7 +522,7 @@ impl Drop for PartLease {
     }
 }
 
-/// Drops the rows of part files of a blob: of one, or of all.
+/// Removes the rows of a blob's part files: the one for the given path, or all.
 pub(super) fn forget_parts(
     txn: &WriteTransaction,
     hash: &Hash,
@@ -532,7 +542,8 @@ pub(super) fn forget_parts(
         .map_err(database)
 }
 
-/// The part file of a blob that is to become `target`: beside it, so that a rename completes it.
+/// Returns the path of the part file of a blob that is to become `target`. It lies beside the target, so that a rename
+/// completes it.
 pub(crate) fn part_path(target: &Path, hash: &Hash) -> PathBuf {
     let name = format!(
         "{}{}.part",

@@ -1,13 +1,14 @@
-//! How much of the disk fetched content may take, and what goes when there is not enough.
+//! The quota: limits the disk space of fetched content, and evicts content when there is not enough.
 //!
-//! The quota counts what was fetched below the node's home: whole files, part files, and what the store itself owns. It counts neither files that were added
-//! in place nor folders that a user chose elsewhere. Before content is fetched, room is made, in this order:
+//! The quota counts content that was fetched below the node's home: whole files, part files, and the store's own
+//! copies. It counts neither files that were added in place nor files in other folders that a user chose. Before
+//! content is fetched, room is made, in this order:
 //!
-//! 1. content of the store's own, and part files, that no model needs;
-//! 2. part files of models that nobody works with;
-//! 3. models that were fetched and are neither tagged, held nor published, the one that was used longest ago first.
+//! 1. the store's own copies and part files that no model needs;
+//! 2. part files of models that are not in use;
+//! 3. models that were fetched and are neither tagged, held nor published, least recently used first.
 //!
-//! If all of it were not enough, nothing goes.
+//! If all of that is not enough, nothing is evicted.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,9 +23,9 @@ use weft_disk::{Database, Outcome};
 
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
-    discards::{Doomed, allocated},
+    discards::{Deletions, allocated},
+    disk_checks::FileStates,
     locations::change_blob,
-    looks::Sights,
     part_path,
     refs::REFS,
     remove::Forget,
@@ -34,54 +35,56 @@ use crate::{Hash, Manifest, bitfield::Bitfield, index::Location, tree::Tree};
 
 pub(super) const SETTINGS: TableDefinition<'_, &str, u64> = TableDefinition::new("settings");
 
-/// The setting that is the quota.
+/// Name of the setting that holds the quota.
 const QUOTA: &str = "quota";
 
-/// The setting that counts how often the store was not closed; see [`begin_epoch`].
+/// Name of the setting that counts how often the store was not closed; see [`begin_epoch`].
 const EPOCH: &str = "epoch";
 
-/// How often it is written down what was used: as precise as the order of eviction need be, and hardly a write.
+/// The interval at which uses are written to the database. It is precise enough for the order of eviction, and costs
+/// few writes.
 const NOTE_USE: Duration = Duration::from_secs(60);
 
-/// What takes how many bytes.
+/// Bytes used by each kind of content.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Fetched files of models, below the home.
     pub models: u64,
     /// Part files, below the home.
     pub parts: u64,
-    /// Content of the store's own.
+    /// The store's own copies of blobs.
     pub owned: u64,
-    /// What transfers that have begun will still write below the home.
+    /// Bytes that running transfers will still write below the home.
     pub expected: u64,
-    /// Manifests, trees and the database.
+    /// Manifests, outboards and the database.
     pub metadata: u64,
-    /// Fetched files in folders elsewhere.
+    /// Fetched files in folders outside the home.
     pub elsewhere: u64,
     /// Files that were added in place.
     pub in_place: u64,
 }
 
 impl Usage {
-    /// What the quota counts.
+    /// Returns the bytes that count against the quota.
     pub fn counted(&self) -> u64 {
         self.models + self.parts + self.owned + self.expected
     }
 }
 
-/// A file for which there has to be room.
+/// A file for which room is needed.
 #[derive(Debug, Clone)]
 pub struct Need {
-    /// The file.
+    /// Path of the file.
     pub target: PathBuf,
-    /// Its content's hash.
+    /// Hash of the content.
     pub hash: Hash,
-    /// The bytes that it, or its part file, will take.
+    /// Bytes that the file, or its part file, will take.
     pub bytes: u64,
 }
 
 impl Need {
-    /// Of so many bytes more than there are in the store's own part of a blob of `size` bytes. Looks at the disk.
+    /// Returns the need for `bytes` more than the store's own part file of a blob of `size` bytes takes now. Stats the
+    /// part file.
     pub fn more(store: &Store, hash: Hash, size: u64, bytes: u64) -> Self {
         let target = store.owned_path(&hash);
         let here = allocated(&part_path(&target, &hash));
@@ -92,7 +95,7 @@ impl Need {
         }
     }
 
-    /// What of it is still to come.
+    /// Returns the bytes that are still to be written.
     fn rest(&self) -> u64 {
         if fs::symlink_metadata(&self.target).is_ok() {
             return 0;
@@ -102,7 +105,7 @@ impl Need {
     }
 }
 
-/// Room that is set aside for a transfer, until it is dropped.
+/// Room that is reserved for a transfer, until dropped.
 #[derive(Debug)]
 #[must_use = "it sets aside nothing once dropped"]
 pub struct Room {
@@ -118,20 +121,20 @@ impl Drop for Room {
     }
 }
 
-/// What could go.
+/// Content that may be evicted.
 #[derive(Debug)]
 enum Candidate {
-    /// All of a blob that no model needs.
+    /// Everything of a blob that no model needs.
     Blob(Hash),
     /// A part file.
     Part(Hash, PathBuf),
     Model(Box<Model>, Box<Manifest>),
 }
 
-/// A model with what it lists.
+/// A model and its manifest.
 type Listed = (Model, Manifest);
 
-/// The candidates that are chosen, until they free enough.
+/// The content chosen for eviction so far.
 struct Choice {
     /// Bytes to be freed.
     bytes: u64,
@@ -140,7 +143,8 @@ struct Choice {
 }
 
 impl Choice {
-    /// Chooses one that frees `size` bytes, unless enough is chosen. Returns true if enough is chosen then.
+    /// Chooses a candidate that frees `size` bytes, unless enough is chosen already. Returns true if enough is chosen
+    /// now.
     fn take(&mut self, candidate: Candidate, size: u64) -> bool {
         if size > 0 && self.freed < self.bytes {
             self.freed += size;
@@ -150,21 +154,21 @@ impl Choice {
     }
 }
 
-/// The rows by which candidates are chosen, and how their files look.
+/// The rows by which candidates are chosen, and the states of their files.
 struct Known<'a> {
     home: &'a Path,
-    sights: &'a Sights,
+    states: &'a FileStates,
     blobs: HashMap<Hash, BlobRow>,
     parts: HashMap<Hash, Vec<(PathBuf, u64)>>,
-    /// How many models need a blob.
+    /// Number of models that need each blob.
     counts: HashMap<Hash, u64>,
 }
 
-/// The setting that counts what was used, so that the order of eviction does not depend on clocks, which jump.
+/// Name of the setting that counts uses. Eviction is ordered by this count and not by clocks, which may jump.
 const USES: &str = "uses";
 
-/// The number of the last use that was written down. A store of an earlier version has times in its rows; the count
-/// goes on from the greatest.
+/// Returns the number of the last recorded use. The rows of a store from an earlier version hold times; the count then
+/// continues from the greatest.
 pub(super) fn last_use(txn: &WriteTransaction) -> Result<u64, StoreError> {
     let mut settings = txn.open_table(SETTINGS).map_err(database)?;
     let known = settings.get(USES).map_err(database)?;
@@ -187,7 +191,7 @@ pub(super) fn last_use(txn: &WriteTransaction) -> Result<u64, StoreError> {
     Ok(last)
 }
 
-/// Writes down the number of a use with what was used.
+/// Records the number of a use, in the transaction that records what was used.
 pub(super) fn note_use(txn: &WriteTransaction, number: u64) -> Result<(), StoreError> {
     let mut settings = txn.open_table(SETTINGS).map_err(database)?;
     let known = settings.get(USES).map_err(database)?;
@@ -196,8 +200,8 @@ pub(super) fn note_use(txn: &WriteTransaction, number: u64) -> Result<(), StoreE
     Ok(())
 }
 
-/// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what
-/// no row knows of.
+/// Returns the number of the current epoch. A new epoch begins if the store was not closed, because part files may then
+/// hold content that no row lists.
 pub(super) fn begin_epoch(metadata: &Database, was_left: bool) -> Result<u64, StoreError> {
     metadata.decide(|txn| {
         let mut table = txn.open_table(SETTINGS).map_err(database)?;
@@ -212,7 +216,7 @@ pub(super) fn begin_epoch(metadata: &Database, was_left: bool) -> Result<u64, St
 }
 
 impl Store {
-    /// How many bytes of fetched content may be below the home; `None` is no limit.
+    /// Returns the quota: the most bytes of fetched content below the home. `None` means no limit.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -224,7 +228,7 @@ impl Store {
         })
     }
 
-    /// Changes the quota. What is here stays until room is needed. Durable when it returns.
+    /// Changes the quota. Nothing is evicted until room is needed. Durable on return.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -239,16 +243,16 @@ impl Store {
         })
     }
 
-    /// Returns the bytes that each kind of content takes, by looking at each file; for a disk that does not answer, by
-    /// the rows of its files. `home` is the folder below which the quota counts.
+    /// Returns the bytes that each kind of content takes. Checks each file; for a disk that does not respond, uses the
+    /// rows of its files. `home` is the folder below which the quota counts.
     ///
     /// # Errors
     /// [`StoreError`].
     pub fn usage(&self, home: &Path) -> Result<Usage, StoreError> {
-        self.usage_by(home, &self.see_all(false)?)
+        self.usage_by(home, &self.check_all(false)?)
     }
 
-    fn usage_by(&self, home: &Path, sights: &Sights) -> Result<Usage, StoreError> {
+    fn usage_by(&self, home: &Path, states: &FileStates) -> Result<Usage, StoreError> {
         let mut usage = Usage {
             expected: self.expected(),
             ..Usage::default()
@@ -258,7 +262,7 @@ impl Store {
         for (_, row) in self.blob_rows()? {
             for row in &row.locations {
                 let location = Location::from(row);
-                let bytes = sights.size(&location.path).unwrap_or(location.size);
+                let bytes = states.size(&location.path).unwrap_or(location.size);
                 match () {
                     () if location.path.starts_with(&owned) => usage.owned += bytes,
                     () if location.path.starts_with(folder) => {}
@@ -269,7 +273,7 @@ impl Store {
             }
         }
         for location in self.models()?.iter().flat_map(|model| &model.results) {
-            let bytes = sights.size(&location.path).unwrap_or(location.size);
+            let bytes = states.size(&location.path).unwrap_or(location.size);
             match location.path.starts_with(home) {
                 true => usage.models += bytes,
                 false => usage.elsewhere += bytes,
@@ -279,7 +283,7 @@ impl Store {
         let mut parts: HashMap<PathBuf, u64> = open.map(|part| (part, 0)).collect();
         parts.extend(self.all_parts()?.into_values().flatten());
         for (part, had) in parts {
-            let bytes = sights.allocated(&part).unwrap_or(had);
+            let bytes = states.allocated(&part).unwrap_or(had);
             match part.starts_with(home) {
                 true => usage.parts += bytes,
                 false => usage.elsewhere += bytes,
@@ -296,7 +300,7 @@ impl Store {
         Ok(usage)
     }
 
-    /// Bytes that are free on the disk that holds the store.
+    /// Returns the free bytes on the disk that holds the store.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -308,11 +312,11 @@ impl Store {
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
-    /// Sets room aside for what a transfer will write below `home`, and makes it if need be. `published` are models that stay whatever their rows say. The models
-    /// that went are returned: what was announced of them is to be withdrawn.
+    /// Reserves room for the files that a transfer will write below `home`, and evicts content if needed. Models in
+    /// `published` are never evicted. Returns the evicted models; the caller withdraws their records.
     ///
     /// # Errors
-    /// [`StoreError::QuotaExceeded`] if there cannot be enough; nothing has gone then.
+    /// [`StoreError::QuotaExceeded`] if eviction cannot free enough; nothing is evicted then.
     pub fn make_room(
         &self,
         mut needs: Vec<Need>,
@@ -325,12 +329,12 @@ impl Store {
             0 => None,
             _ => self.quota()?,
         };
-        let sights = quota.map(|_| self.see_all(true)).transpose()?;
-        let _alone = self.deleting();
+        let states = quota.map(|_| self.check_all(true)).transpose()?;
+        let _alone = self.lock_deletion();
         let mut gone = Vec::new();
-        if let (Some(quota), Some(sights)) = (quota, &sights) {
+        if let (Some(quota), Some(states)) = (quota, &states) {
             self.note_used(true)?;
-            let used = self.usage_by(home, sights)?.counted();
+            let used = self.usage_by(home, states)?.counted();
             let too_much = used.saturating_add(needed).saturating_sub(quota);
             if too_much > 0 {
                 let exceeded = StoreError::QuotaExceeded {
@@ -338,8 +342,8 @@ impl Store {
                     quota,
                     used,
                 };
-                let candidates = self.candidates(too_much, (home, sights), published)?;
-                gone = self.evict(candidates.ok_or(exceeded)?, sights)?;
+                let candidates = self.candidates(too_much, (home, states), published)?;
+                gone = self.evict(candidates.ok_or(exceeded)?, states)?;
             }
         }
         let number = self.inner.next_room.fetch_add(1, Ordering::Relaxed);
@@ -351,16 +355,16 @@ impl Store {
         Ok((room, gone))
     }
 
-    /// What is to go so that so many bytes are free, in order; `None` if all of it were not enough.
+    /// Returns the content to evict, in order, to free `bytes` bytes; `None` if evicting all candidates is not enough.
     fn candidates(
         &self,
         bytes: u64,
-        (home, sights): (&Path, &Sights),
+        (home, states): (&Path, &FileStates),
         published: &HashSet<Hash>,
     ) -> Result<Option<Vec<Candidate>>, StoreError> {
         let known = Known {
             home,
-            sights,
+            states,
             blobs: self.blob_rows()?,
             parts: self.all_parts()?,
             counts: self.ref_counts()?,
@@ -386,7 +390,7 @@ impl Store {
             let parts = known.parts.get(hash).into_iter().flatten();
             let below = parts.filter(|(part, _)| part.starts_with(known.home));
             below
-                .filter_map(|(part, _)| known.sights.allocated(part))
+                .filter_map(|(part, _)| known.states.allocated(part))
                 .sum()
         };
         let blobs = known.blobs.keys().chain(known.parts.keys());
@@ -400,8 +404,8 @@ impl Store {
         }))
     }
 
-    /// The models that may be evicted, the one that was used longest ago first, and the files of all others: parts of
-    /// what somebody works with, or has tagged, stay.
+    /// Returns the models that may be evicted, least recently used first, and the files of all other models. Part files
+    /// of models that are in use or tagged stay.
     fn by_use(&self, known: &Known<'_>) -> Result<(Vec<Listed>, HashSet<Hash>), StoreError> {
         let tagged: HashSet<Hash> = self.tags()?.into_iter().map(|tag| tag.model).collect();
         let mut models = Vec::new();
@@ -446,7 +450,7 @@ impl Store {
                     continue;
                 }
                 gone.insert(part.clone());
-                let bytes = known.sights.allocated(part).unwrap_or(0);
+                let bytes = known.states.allocated(part).unwrap_or(0);
                 if choice.take(Candidate::Part(hash, part.clone()), bytes) {
                     return true;
                 }
@@ -474,7 +478,7 @@ impl Store {
                 let rows = known.blobs.get(&file.blake3).into_iter();
                 let rows = rows.flat_map(|row| &row.locations);
                 let here = rows.filter(|row| row.written && path_from(&row.path) == path);
-                let mut here = here.filter(|row| known.sights.is_here(row) == Some(true));
+                let mut here = here.filter(|row| known.states.is_here(row) == Some(true));
                 if let (true, Some(row)) = (path.starts_with(known.home), here.next()) {
                     size += row.size;
                 }
@@ -491,66 +495,70 @@ impl Store {
         false
     }
 
-    /// The size of the store's own copy of a blob; zero if there is none.
+    /// Returns the size of the store's own copy of a blob, in bytes; 0 if there is none.
     fn owned_size(&self, hash: &Hash) -> u64 {
         let owned = self.owned_path(hash);
         fs::symlink_metadata(owned).map_or(0, |file| file.len())
     }
 
-    /// Drops all of it in one transaction, and then the files; the models among it.
-    fn evict(&self, candidates: Vec<Candidate>, sights: &Sights) -> Result<Vec<Model>, StoreError> {
+    /// Removes the rows of all candidates in one transaction, and then their files. Returns the evicted models.
+    fn evict(
+        &self,
+        candidates: Vec<Candidate>,
+        states: &FileStates,
+    ) -> Result<Vec<Model>, StoreError> {
         let held = self.held()?;
-        let mut doomed = Doomed::default();
+        let mut deletions = Deletions::default();
         let mut gone = Vec::new();
         self.write(|txn| {
             let forget = Forget {
                 store: self,
                 txn,
                 held: &held,
-                sights,
+                states,
                 files: true,
                 copies: false,
             };
             for candidate in candidates {
                 match candidate {
                     Candidate::Blob(hash) => {
-                        tracing::info!(%hash, "evicted: no model needs it");
-                        forget.blob(&hash, &mut doomed)?;
+                        tracing::info!(%hash, "evicted a blob that no model needs");
+                        forget.blob(&hash, &mut deletions)?;
                     }
                     Candidate::Part(hash, part) => {
-                        tracing::info!(part = %part.display(), "evicted");
+                        tracing::info!(part = %part.display(), "evicted a part file");
                         forget.drop_part(&hash, &part)?;
-                        doomed.part(self, &hash, part, sights);
+                        deletions.part(self, &hash, part, states);
                     }
                     Candidate::Model(model, manifest) => {
-                        tracing::info!(model = %model.id, "evicted: it was used longest ago");
-                        forget.model(&model, Some(&manifest), &mut doomed)?;
+                        tracing::info!(model = %model.id, "evicted the least recently used model");
+                        forget.model(&model, Some(&manifest), &mut deletions)?;
                         gone.push(*model);
                     }
                 }
             }
-            doomed.note(txn)
+            deletions.note(txn)
         })?;
-        self.delete(doomed, sights)?;
+        self.delete(deletions, states)?;
         Ok(gone)
     }
 
-    /// Notes that a blob is read for somebody: what was used longest ago is evicted first. Written down once a minute.
+    /// Records that a blob was read, for the order of eviction. Written to the database once a minute.
     pub fn used(&self, hash: &Hash) {
         let number = self.next_use();
         self.uses().blobs.insert(*hash, number as i64);
-        // Nothing but the order of eviction depends on it.
+        // An error is not reported: only the order of eviction depends on it.
         if let Err(error) = self.note_used(false) {
-            tracing::debug!(%error, "what is used is not written down");
+            tracing::debug!(%error, "cannot record what was used");
         }
     }
 
-    /// The number of a use: greater than that of any earlier one.
+    /// Returns the number of a new use, greater than that of any earlier use.
     pub(super) fn next_use(&self) -> u64 {
         self.inner.last_use.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Writes down what was used, if it is time, or in any case.
+    /// Writes the uses to the database: if the interval has passed, or always with `anyway`.
     fn note_used(&self, anyway: bool) -> Result<(), StoreError> {
         let blobs = {
             let mut used = self.uses();
@@ -569,7 +577,7 @@ impl Store {
         })
     }
 
-    /// What transfers that have begun will still write.
+    /// Returns the bytes that running transfers will still write.
     fn expected(&self) -> u64 {
         let needs: Vec<Need> = self.rooms().values().flatten().cloned().collect();
         needs.iter().map(Need::rest).sum()
@@ -587,9 +595,9 @@ impl Store {
         })
     }
 
-    /// The files that transfers wrote, with what each is known to hold; also those that were found in the folder of a
-    /// fetched model, where another node has written them. None that is in the folder of a model that was added in
-    /// place.
+    /// Returns the files that transfers wrote, with the hashes of the content that each is known to hold. Includes
+    /// files found in the folder of a fetched model, where another node may have written them. Excludes files in the
+    /// folder of a model that was added in place.
     pub(crate) fn fetched_files(&self) -> Result<HashMap<PathBuf, Vec<Hash>>, StoreError> {
         let (fetched, added): (Vec<_>, Vec<_>) =
             self.models()?.into_iter().partition(|model| model.fetched);
@@ -608,7 +616,7 @@ impl Store {
         Ok(files)
     }
 
-    /// The part files that rows speak of, each with the bytes that it holds.
+    /// Returns the part files that have a row, each with the number of bytes it holds.
     pub(super) fn all_parts(&self) -> Result<HashMap<Hash, Vec<(PathBuf, u64)>>, StoreError> {
         self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
@@ -655,11 +663,11 @@ impl Store {
     }
 }
 
-/// Blobs that were read for somebody, with the numbers of these uses; not yet written down.
+/// Blobs that were read since the last write to the database, with the numbers of their last uses.
 #[derive(Debug)]
 pub(super) struct Uses {
     blobs: HashMap<Hash, i64>,
-    /// When such were written down last.
+    /// Time of the last write to the database.
     noted: Instant,
 }
 
@@ -682,7 +690,7 @@ mod tests {
         tree::GROUP,
     };
 
-    /// Of so many groups, which takes so many bytes.
+    /// Returns a model with one file of `groups` groups.
     fn origin(seed: u8, groups: u64) -> Origin {
         Origin::new(&[("a", &content(seed, groups))])
     }
@@ -718,7 +726,7 @@ mod tests {
             self.home.path().join("models").join(name)
         }
 
-        /// Room for so many groups.
+        /// Makes room for `groups` groups.
         fn room(&self, groups: u64) -> Result<(Room, Vec<Model>), StoreError> {
             let need = Need {
                 target: self.root("new").join("file"),
@@ -735,7 +743,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_made_in_the_stated_order() {
+    fn content_is_evicted_in_the_documented_order() {
         let setup = Setup::new();
         let store = &setup.store;
         let [old, recent, tagged, published] = [1, 2, 3, 4].map(|seed| origin(seed, 10));
@@ -759,10 +767,10 @@ mod tests {
         set_used_at(store, &partial.id(), 300);
         let owned = origin(6, 10).hash("a");
         origin(6, 10).bring(store, &owned, &store.owned_path(&owned), 10);
-        // In place, and elsewhere: counts for nothing.
+        // Added in place, so it does not count.
         add(store, &setup.home.path().join("mine"), &content(7, 10));
         let before = setup.counted();
-        assert_eq!(before, 60, "parts take their full size");
+        assert_eq!(before, 60, "part files take their full size");
         store.set_quota(Some(60 * GROUP)).unwrap();
 
         let (room, gone) = setup.room(1).unwrap();
@@ -778,7 +786,8 @@ mod tests {
         assert_eq!(gone[0].id, old.id());
         assert!(!setup.root("old").exists());
         assert!(setup.root("recent").join("a").exists());
-        // What is set aside for one is not there for another, and nothing goes for what cannot be had.
+        // Room reserved for one transfer is not available to another, and nothing is evicted for a transfer that cannot
+        // fit.
         let error = setup.room(21).unwrap_err();
         assert!(
             matches!(error, StoreError::QuotaExceeded { used, .. } if used == 51 * GROUP),
@@ -801,7 +810,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_last_goes_last() {
+    fn the_most_recently_read_model_is_evicted_last() {
         let setup = Setup::new();
         let store = &setup.store;
         let [one, two] = [1, 2].map(|seed| origin(seed, 10));
@@ -815,12 +824,12 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_ahead_once_does_not_decide_what_goes() {
+    fn a_clock_that_was_once_ahead_does_not_affect_eviction() {
         let setup = Setup::new();
         let [one, two] = [1, 2].map(|seed| origin(seed, 10));
         one.fetch(&setup.store, &setup.root("1"));
         two.fetch(&setup.store, &setup.root("2"));
-        // As an earlier version wrote it, with a clock of the year 2100.
+        // As an earlier version wrote it, with a clock set to the year 2100.
         set_used_at(&setup.store, &two.id(), 4_102_444_800);
         let Setup { home, store } = setup;
         store
@@ -840,16 +849,16 @@ mod tests {
     }
 
     #[test]
-    fn elsewhere_there_is_no_quota_and_without_one_all_is_let_in() {
+    fn folders_outside_the_home_have_no_quota_and_without_a_quota_everything_is_let_in() {
         let setup = Setup::new();
         let store = &setup.store;
         let model = origin(1, 10);
         model.fetch(store, &setup.root("1"));
-        let elsewhere = tempfile::tempdir().unwrap();
+        let external = tempfile::tempdir().unwrap();
         setup.room(1 << 30).map(drop).unwrap();
         store.set_quota(Some(1)).unwrap();
         let need = Need {
-            target: elsewhere.path().join("file"),
+            target: external.path().join("file"),
             hash: Hash::of(b"new"),
             bytes: 1 << 40,
         };
@@ -857,7 +866,7 @@ mod tests {
             .make_room(vec![need], setup.home.path(), &HashSet::new())
             .unwrap();
         assert!(gone.is_empty());
-        origin(2, 3).fetch(store, &elsewhere.path().join("2"));
+        origin(2, 3).fetch(store, &external.path().join("2"));
         let usage = store.usage(setup.home.path()).unwrap();
         assert_eq!((usage.models, usage.elsewhere), (10 * GROUP, 3 * GROUP));
         assert!(usage.metadata > 0);
@@ -867,7 +876,7 @@ mod tests {
     }
 
     #[test]
-    fn the_quota_is_kept_and_a_room_shrinks_as_its_content_comes() {
+    fn the_quota_survives_reopening_and_reserved_room_shrinks_as_content_arrives() {
         let setup = Setup::new();
         setup.store.set_quota(Some(40 * GROUP)).unwrap();
         let model = origin(1, 10);

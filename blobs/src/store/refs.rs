@@ -1,5 +1,6 @@
-//! How many models here need a blob: one for each whose manifest lists it, and one for the manifest itself. Counted in the transactions that add and remove
-//! models; counted anew where a store has no counts yet, and at each collection.
+//! Reference counts of blobs: how many models need each blob. A model counts once for each blob that its manifest
+//! lists, and once for the manifest itself. The counts change in the transactions that add and remove models. They are
+//! computed anew if a store has no counts yet, and at each garbage collection.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -14,13 +15,13 @@ use crate::{Hash, Manifest};
 
 pub(super) const REFS: TableDefinition<'_, &[u8; 32], u64> = TableDefinition::new("refs");
 
-/// What a model needs: each blob once, however many of its files hold it.
+/// Returns the blobs that a model needs, each once, however many of its files hold the blob.
 fn needed(id: Hash, manifest: &Manifest) -> BTreeSet<Hash> {
     let files = manifest.files().iter().map(|file| file.blake3);
     files.chain([id]).collect()
 }
 
-/// Counts what a model needs.
+/// Increments the counts of the blobs that a model needs.
 pub(super) fn add_refs(
     txn: &WriteTransaction,
     id: Hash,
@@ -35,7 +36,7 @@ pub(super) fn add_refs(
     Ok(())
 }
 
-/// Takes back what [`add_refs`] counted.
+/// Reverts [`add_refs`].
 pub(super) fn drop_refs(
     txn: &WriteTransaction,
     id: Hash,
@@ -52,14 +53,14 @@ pub(super) fn drop_refs(
     Ok(())
 }
 
-/// How many models need the blob.
+/// Returns the number of models that need the blob.
 pub(super) fn refs(txn: &WriteTransaction, hash: &Hash) -> Result<u64, StoreError> {
     let table = txn.open_table(REFS).map_err(database)?;
     let count = table.get(hash.as_bytes()).map_err(database)?;
     Ok(count.map_or(0, |count| count.value()))
 }
 
-/// Counts what a model needs whose row was written before its manifest was here.
+/// Counts the blobs of a model whose row was written before its manifest was here.
 pub(super) fn count_late(
     txn: &WriteTransaction,
     id: Hash,
@@ -73,7 +74,7 @@ pub(super) fn count_late(
     if row.counted {
         return Ok(());
     }
-    // One that cannot be decoded is refused by whoever adds it as a model.
+    // A manifest that cannot be decoded is refused when it is added as a model.
     let Ok(manifest) = Manifest::decode(manifest) else {
         return Ok(());
     };
@@ -89,8 +90,8 @@ pub(super) fn count_late(
 }
 
 impl Store {
-    /// Counts anew from the manifests. `all`: only if every manifest can be read, and nothing is changed otherwise: what is known of the one that is lost is
-    /// in the counts alone.
+    /// Computes the counts anew from the manifests. With `all`, changes nothing unless every manifest can be read: the
+    /// references of a lost manifest are known only from the counts.
     pub(super) fn recount(&self, txn: &WriteTransaction, all: bool) -> Result<(), StoreError> {
         let mut models = Vec::new();
         for row in txn
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_lost_manifest_lists_stays_counted_until_all_can_be_counted_anew() {
+    fn blobs_of_a_lost_manifest_stay_counted_until_all_can_be_counted_again() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let one = Origin::new(&[("a", &content(1, 3))]);
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_came_before_its_manifest_is_counted_with_it() {
+    fn a_model_added_before_its_manifest_is_counted_with_the_manifest() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let one = Origin::new(&[("a", &content(1, 3))]);
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_model_has_at_the_same_path_is_not_deleted() {
+    fn a_file_that_another_model_has_at_the_same_path_is_not_deleted() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let one = Origin::new(&[("a", b"shared"), ("b", b"b")]);

@@ -1,4 +1,4 @@
-//! Forgetting a model, and what only it needed.
+//! Removes models, and the content that only they needed.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -9,9 +9,9 @@ use redb::{ReadableTable, WriteTransaction};
 
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
-    discards::Doomed,
+    discards::Deletions,
+    disk_checks::{FileChecks, FileStates, IN_ROOT},
     locations::forget_locations,
-    looks::{IN_ROOT, Sights, ToSee},
     part_path,
     refs::{drop_refs, refs},
     rows::{BlobRow, LocationRow, ModelRow, decode, part_key, part_keys, path_from},
@@ -19,42 +19,42 @@ use super::{
 };
 use crate::{Hash, Manifest, index::Location};
 
-/// What [`Store::remove`] did.
+/// The result of [`Store::remove`].
 #[derive(Debug)]
 pub struct Removed {
-    /// The model as it was.
+    /// The model before its removal.
     pub model: Model,
-    /// Files deleted.
+    /// Number of files deleted.
     pub files_deleted: u32,
-    /// The folders that they were deleted from: that of the model, and those of copies.
+    /// The folders that files were deleted from: the model's folder, and those of copies.
     pub folders: Vec<PathBuf>,
 }
 
 impl Store {
-    /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged, in all
-    /// folders that it was fetched into, with the folders that were made for it; its part files, and what the store
-    /// itself owns of it, go in any case. Content that other models need stays. Durable when it returns.
+    /// Removes a model from the store. With `files`, also deletes its fetched files that are unchanged, in all folders
+    /// that it was fetched into, and the folders created for it. Its part files and the store's own copies are deleted
+    /// in any case. Content that other models need stays. Durable on return.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it, [`StoreError::Tagged`], [`StoreError::Busy`] while it
-    /// is worked with.
+    /// [`StoreError::NoSuchModel`] if the store does not hold the model; [`StoreError::Tagged`]; [`StoreError::Busy`]
+    /// while the model is in use.
     pub fn remove(&self, id: &Hash, files: bool) -> Result<Removed, StoreError> {
-        let sights = {
-            let mut to_see = ToSee::new(self, true);
+        let states = {
+            let mut checks = FileChecks::new(self, true);
             let (model, manifest) = (self.model(id)?, self.manifest(id)?);
-            self.see_model(&mut to_see, &model, manifest.as_ref());
+            self.add_model_files(&mut checks, &model, manifest.as_ref());
             for file in manifest.iter().flat_map(Manifest::files) {
                 let row = self.blob_row(&file.blake3)?;
                 let rows = row.iter().flat_map(|row| &row.locations);
-                rows.for_each(|row| to_see.file(row));
+                rows.for_each(|row| checks.file(row));
                 for (part, _) in self.part_rows(&file.blake3)? {
-                    to_see.path(&part);
+                    checks.path(&part);
                 }
             }
-            self.see_discards(&mut to_see)?;
-            to_see.look(self)?
+            self.add_discards(&mut checks)?;
+            checks.run(self)?
         };
-        let _alone = self.deleting();
+        let _alone = self.lock_deletion();
         let model = self.model(id)?;
         let manifest = self.manifest(id)?;
         if self.is_held(id) {
@@ -69,7 +69,7 @@ impl Store {
             }
         }
         let held = self.held()?;
-        let mut doomed = Doomed::default();
+        let mut deletions = Deletions::default();
         let files_deleted = self.write(|txn| {
             let tags = tags_of(txn, id)?;
             if !tags.is_empty() {
@@ -79,21 +79,22 @@ impl Store {
                 store: self,
                 txn,
                 held: &held,
-                sights: &sights,
+                states: &states,
                 files: files && model.fetched,
                 copies: files,
             };
             let mut folders = BTreeSet::new();
-            let deleted = forget.model_of(&model, manifest.as_ref(), &mut doomed, &mut folders)?;
-            doomed.note(txn)?;
+            let deleted =
+                forget.model_of(&model, manifest.as_ref(), &mut deletions, &mut folders)?;
+            deletions.note(txn)?;
             Ok((deleted, folders))
         })?;
         let (files_deleted, folders) = files_deleted;
-        if files && sights.has_folder(&model.root.join(IN_ROOT)).is_some() {
+        if files && states.has_folder(&model.root.join(IN_ROOT)).is_some() {
             crate::store::occupancy::sweep(&model.root);
         }
-        // Committed: what follows only frees room.
-        self.delete(doomed, &sights)?;
+        // Committed: from here on, only space is freed.
+        self.delete(deletions, &states)?;
         Ok(Removed {
             model,
             files_deleted,
@@ -101,7 +102,7 @@ impl Store {
         })
     }
 
-    /// The paths of files of other models that lie where those of `model` do.
+    /// Returns the paths of other models' files that lie in the folder of `model`.
     fn shared_paths(&self, model: &Model, others: &[Model]) -> Result<SharedPaths, StoreError> {
         let mut shared = SharedPaths::default();
         for other in others {
@@ -116,7 +117,7 @@ impl Store {
                     let paths = files.map(|file| other.root.join(&file.path));
                     shared.paths.extend(paths);
                 }
-                // What it lists is not known: all that lies there may be its.
+                // The manifest is not here: every file in the folder may belong to the model.
                 None => shared.folders.push(other.root.clone()),
             }
         }
@@ -124,7 +125,7 @@ impl Store {
     }
 }
 
-/// Where files of other models are.
+/// Paths that belong to other models.
 #[derive(Debug, Default)]
 struct SharedPaths {
     paths: HashSet<PathBuf>,
@@ -137,37 +138,38 @@ impl SharedPaths {
     }
 }
 
-/// Forgets models in a transaction.
+/// Removes models within a transaction.
 pub(super) struct Forget<'a> {
     pub(super) store: &'a Store,
     pub(super) txn: &'a WriteTransaction,
-    /// Blobs that somebody works with.
+    /// Blobs that are in use.
     pub(super) held: &'a HashSet<Hash>,
-    /// The looks at other disks, made before the transaction.
-    pub(super) sights: &'a Sights,
-    /// Also delete files that a transfer wrote.
+    /// The states of files on other disks, checked before the transaction.
+    pub(super) states: &'a FileStates,
+    /// True if files that a transfer wrote are deleted too.
     pub(super) files: bool,
-    /// Also those that it wrote into other folders than the model's.
+    /// True if files that a transfer wrote into other folders than the model's are deleted too.
     pub(super) copies: bool,
 }
 
 impl Forget<'_> {
-    /// Drops the model's rows; what is to be deleted after the commit goes to `doomed`. How many of its files that are.
+    /// Removes the model's rows, and adds to `deletions` the files to delete after the commit. Returns the number of
+    /// these files.
     pub(super) fn model(
         &self,
         model: &Model,
         manifest: Option<&Manifest>,
-        doomed: &mut Doomed,
+        deletions: &mut Deletions,
     ) -> Result<u32, StoreError> {
-        self.model_of(model, manifest, doomed, &mut BTreeSet::new())
+        self.model_of(model, manifest, deletions, &mut BTreeSet::new())
     }
 
-    /// As [`model`](Self::model); the folders that files are deleted from go to `folders`.
+    /// As [`model`](Self::model); adds the folders that files are deleted from to `folders`.
     fn model_of(
         &self,
         model: &Model,
         manifest: Option<&Manifest>,
-        doomed: &mut Doomed,
+        deletions: &mut Deletions,
         folders: &mut BTreeSet<PathBuf>,
     ) -> Result<u32, StoreError> {
         let (store, txn) = (self.store, self.txn);
@@ -180,7 +182,7 @@ impl Forget<'_> {
                 None => return Ok(0),
             }
         };
-        // Of a manifest that is lost the counts stay as they are until they are counted anew.
+        // If the manifest is lost, the counts stay until they are computed anew.
         if let (true, Some(manifest)) = (was.counted, manifest) {
             drop_refs(txn, model.id, manifest)?;
         }
@@ -189,7 +191,7 @@ impl Forget<'_> {
             let location = Location::from(row);
             deleted += self.is_here(row);
             let folder = location.path.parent().unwrap_or(&model.root);
-            doomed.written(&model.id, &location, folder);
+            deletions.written(&model.id, &location, folder);
         }
         let mut needless = HashSet::new();
         for file in manifest.iter().flat_map(|manifest| manifest.files()) {
@@ -198,7 +200,7 @@ impl Forget<'_> {
             if !shared.contains(&path) {
                 let part = part_path(&path, &hash);
                 self.drop_part(&hash, &part)?;
-                doomed.part(store, &hash, part, self.sights);
+                deletions.part(store, &hash, part, self.states);
                 let dropped = forget_locations(txn, &hash, |known| known == path)?;
                 if let Some(row) = dropped.into_iter().next()
                     && row.written
@@ -206,7 +208,7 @@ impl Forget<'_> {
                 {
                     let location = Location::from(&row);
                     deleted += self.is_here(&row);
-                    doomed.written(
+                    deletions.written(
                         &hash,
                         &location,
                         &self.emptied(model, &model.root, &file.path),
@@ -217,33 +219,33 @@ impl Forget<'_> {
             if refs(txn, &hash)? == 0 && !self.held.contains(&hash) {
                 for (location, root) in self.copies(&hash, &file.path)? {
                     deleted += self.is_here(&LocationRow::from(&location));
-                    doomed.written(&hash, &location, &self.emptied(model, &root, &file.path));
+                    deletions.written(&hash, &location, &self.emptied(model, &root, &file.path));
                     folders.insert(root);
                 }
                 needless.insert(hash);
             }
         }
-        // After all files: two of them may have one content.
+        // After all files, because two files may have the same content.
         for hash in &needless {
-            self.blob(hash, doomed)?;
+            self.blob(hash, deletions)?;
         }
         if !self.held.contains(&model.id) {
             let mut table = txn.open_table(BLOBS).map_err(database)?;
             table.remove(model.id.as_bytes()).map_err(database)?;
-            doomed.own(store.outboard_path(&model.id));
-            doomed.own(store.manifest_path(&model.id));
+            deletions.own(store.outboard_path(&model.id));
+            deletions.own(store.manifest_path(&model.id));
         }
         Ok(deleted)
     }
 
-    /// 1 if it is known that the file is what it was, and so is deleted now.
+    /// Returns 1 if the file is known to be unchanged, and so is deleted now; otherwise 0.
     fn is_here(&self, row: &LocationRow) -> u32 {
-        u32::from(self.sights.is_here(row) == Some(true))
+        u32::from(self.states.is_here(row) == Some(true))
     }
 
-    /// The folder up to which those go that deleting the file at `path` in `root` empties. The root itself goes only if
-    /// it was made for the model: a person's own folder stays, empty or not. Evicted files lie in the node's home,
-    /// where all folders are its own.
+    /// Returns the topmost folder to remove if deleting the file at `path` in `root` leaves it empty. The root itself
+    /// is removed only if it was created for the model: a user's own folder stays, empty or not. Evicted files lie in
+    /// the node's home, where all folders belong to the node.
     fn emptied(&self, model: &Model, root: &Path, path: &str) -> PathBuf {
         let is_evicted = self.files && !self.copies;
         if is_evicted || model.made.iter().any(|made| made == root) {
@@ -255,7 +257,7 @@ impl Forget<'_> {
         }
     }
 
-    /// The files that a transfer wrote a blob to, at `path` in other folders: each with its folder.
+    /// Returns the files at `path` in other folders that a transfer wrote the blob to, each with its folder.
     fn copies(&self, hash: &Hash, path: &str) -> Result<Vec<(Location, PathBuf)>, StoreError> {
         if !self.copies {
             return Ok(Vec::new());
@@ -268,7 +270,7 @@ impl Forget<'_> {
         let written = row.locations.iter().filter(|row| row.written);
         let copies = written.filter_map(|row| {
             let location = Location::from(row);
-            // Files in the store itself go with the blob.
+            // Files in the store itself are deleted with the blob.
             let is_own = location.path.starts_with(&self.store.inner.folder);
             let root = location.path.ancestors().nth(path.split('/').count())?;
             let is_copy = !is_own && location.path == root.join(path);
@@ -277,8 +279,8 @@ impl Forget<'_> {
         Ok(copies.collect())
     }
 
-    /// Drops all rows of a blob that nobody needs, with what the store itself holds of it.
-    pub(super) fn blob(&self, hash: &Hash, doomed: &mut Doomed) -> Result<(), StoreError> {
+    /// Removes all rows of a blob that is not needed, and the store's own copy.
+    pub(super) fn blob(&self, hash: &Hash, deletions: &mut Deletions) -> Result<(), StoreError> {
         let keys = part_keys(hash);
         let mut table = self.txn.open_table(PARTS).map_err(database)?;
         let rows = table
@@ -287,12 +289,12 @@ impl Forget<'_> {
         for row in rows {
             let (key, _) = row.map_err(database)?;
             let part = path_from(&key.value()[hash.as_bytes().len()..]);
-            doomed.part(self.store, hash, part, self.sights);
+            deletions.part(self.store, hash, part, self.states);
         }
         let mut table = self.txn.open_table(BLOBS).map_err(database)?;
         table.remove(hash.as_bytes()).map_err(database)?;
-        doomed.own(self.store.owned_path(hash));
-        doomed.own(self.store.outboard_path(hash));
+        deletions.own(self.store.owned_path(hash));
+        deletions.own(self.store.outboard_path(hash));
         Ok(())
     }
 
@@ -304,7 +306,7 @@ impl Forget<'_> {
     }
 }
 
-/// All models, as the transaction sees them.
+/// Returns all models, as the transaction sees them.
 pub(super) fn models(txn: &WriteTransaction) -> Result<Vec<Model>, StoreError> {
     let table = txn.open_table(MODELS).map_err(database)?;
     let mut models = Vec::new();
@@ -326,12 +328,11 @@ mod tests {
     };
 
     #[test]
-    fn removing_a_model_with_its_files_deletes_every_copy_that_was_fetched_and_no_folder_of_a_person()
-     {
+    fn removing_a_model_with_its_files_deletes_every_fetched_copy_and_no_folder_of_the_user() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let data = content(1, 3);
-        // Two files of one content, and one in a folder.
+        // Two files with the same content, and one with other content.
         let one = Origin::new(&[("a", &data), ("b", &data), ("c", b"c")]);
         let (first, second) = (home.path().join("1"), home.path().join("2"));
         one.fetch(&store, &first);
@@ -341,11 +342,11 @@ mod tests {
         let removed = store.remove(&one.id(), true).unwrap();
         assert_eq!(removed.folders, [first.clone(), second.clone()]);
         assert_eq!(removed.files_deleted, 6);
-        assert!(!first.exists(), "it was made for the model");
+        assert!(!first.exists(), "the folder was created for the model");
         let left: Vec<_> = fs::read_dir(&second).unwrap().collect();
         assert_eq!(left.len(), 1, "{left:?}");
 
-        // A person's own folder stays, though nothing is left in it.
+        // A user's own folder stays, even when it is empty.
         fs::remove_file(second.join("mine.txt")).unwrap();
         one.fetch(&store, &second);
         store.remove(&one.id(), true).unwrap();
@@ -353,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_model_needs_stays_in_every_copy() {
+    fn content_that_another_model_needs_stays_in_every_copy() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
         let one = Origin::new(&[("a", b"shared"), ("b", b"b")]);
@@ -380,7 +381,7 @@ mod tests {
         let names = store.model(&one.id()).unwrap().names;
         assert_eq!(names.len(), 1);
         assert_eq!((&*names[0].name, names[0].commit), ("me/b", Some(commit)));
-        // Published for something else now.
+        // Published without a commit now.
         store.publish_as(&one.id(), "me/b", None).unwrap();
         assert_eq!(store.model(&one.id()).unwrap().names[0].commit, None);
     }

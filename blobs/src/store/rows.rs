@@ -1,4 +1,4 @@
-//! How the store's tables are encoded.
+//! The encoding of the rows in the store's tables.
 
 use std::{
     ffi::OsStr,
@@ -18,8 +18,7 @@ pub(super) struct BlobRow {
     pub(super) size: u64,
     #[prost(message, repeated, tag = "2")]
     pub(super) locations: Vec<LocationRow>,
-    /// The number of the use when it was last read for somebody; in rows of version 0.1.0, seconds since the Unix
-    /// epoch.
+    /// Number of the use at which the blob was last read; in rows of version 0.1.0, seconds since the Unix epoch.
     #[prost(int64, tag = "3")]
     pub(super) used_at: i64,
 }
@@ -32,17 +31,18 @@ pub(super) struct LocationRow {
     pub(super) size: u64,
     #[prost(int64, tag = "3")]
     pub(super) modified: i64,
-    /// Written by a transfer, and so ours to delete.
+    /// True if a transfer wrote the file, and the store may delete it.
     #[prost(bool, tag = "4")]
     pub(super) written: bool,
-    /// Found not to hold what it should: not used until it is verified, added or fetched again.
+    /// True if the file was found damaged. It is not used until it is verified, added or fetched again, except for
+    /// groups known to be good.
     #[prost(bool, tag = "5")]
     pub(super) damaged: bool,
-    /// The file as it was when it was last read or written whole; absent if that is not known.
+    /// Stamp of the file when it was last read or written whole; absent if not known.
     #[prost(message, optional, tag = "6")]
     pub(super) stamp: Option<StampRow>,
-    /// The damaged chunk groups: a number of groups that are right, a number that are not, and so on. Empty while the
-    /// damaged groups are not known.
+    /// Run lengths of good and damaged chunk groups by turns, beginning with good ones. Empty while the damaged groups
+    /// are not known.
     #[prost(uint64, repeated, tag = "7")]
     pub(super) bad: Vec<u64>,
 }
@@ -58,16 +58,17 @@ pub(super) struct ModelRow {
     pub(super) added_at: i64,
     #[prost(bool, tag = "4")]
     pub(super) fetched: bool,
-    /// The number of the use when it was last fetched or added; in rows of version 0.1.0, seconds since the Unix epoch.
+    /// Number of the use at which the model was last fetched or added; in rows of version 0.1.0, seconds since the Unix
+    /// epoch.
     #[prost(int64, tag = "5")]
     pub(super) used_at: i64,
-    /// What its manifest lists is counted in `refs`.
+    /// True if the blobs in its manifest are counted in `refs`.
     #[prost(bool, tag = "6")]
     pub(super) counted: bool,
-    /// Files that were made of tensors of it.
+    /// Files made from the model's tensors.
     #[prost(message, repeated, tag = "7")]
     pub(super) results: Vec<LocationRow>,
-    /// Folders that were made for it.
+    /// Folders that were created for the model.
     #[prost(bytes = "vec", repeated, tag = "8")]
     pub(super) made: Vec<Vec<u8>>,
 }
@@ -83,18 +84,18 @@ pub(super) struct NameRow {
     pub(super) commit: Vec<u8>,
 }
 
-/// A row of `parts`: a blob that is still arriving. The key is its hash and the part file's path.
+/// A row of `parts`: a blob that is being fetched. The key is its hash and the part file's path.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct PartRow {
     #[prost(uint64, tag = "1")]
     pub(super) size: u64,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) bits: Vec<u8>,
-    /// The part file when this row was written; absent if not all of `bits` has been read or written since it was in
-    /// doubt.
+    /// Stamp of the part file when this row was written. Absent if the file was in doubt and not all of `bits` was read
+    /// or written since.
     #[prost(message, optional, tag = "3")]
     pub(super) stamp: Option<StampRow>,
-    /// The number of times that the store had been stopped uncleanly when this row was written.
+    /// Number of unclean stops of the store before this row was written.
     #[prost(uint64, tag = "4")]
     pub(super) epoch: u64,
 }
@@ -129,27 +130,27 @@ impl From<&StampRow> for Stamp {
     }
 }
 
-/// A row of `discards`: a file outside the store's folder that no row speaks of any more, and that is to be deleted. The key is its path.
+/// A row of `discards`: an external file that has no other row, and is to be deleted. The key is its path.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct DiscardRow {
     #[prost(bytes = "vec", tag = "1")]
     pub(super) hash: Vec<u8>,
-    /// As it was; absent for a part file, which is ours however it looks.
+    /// The file's size and time when it was last known; absent for a part file, which may always be deleted.
     #[prost(message, optional, tag = "2")]
     pub(super) location: Option<LocationRow>,
-    /// The folder up to which folders go that this empties.
+    /// The topmost folder to remove if this leaves it empty.
     #[prost(bytes = "vec", tag = "3")]
     pub(super) root: Vec<u8>,
 }
 
-/// The key of a row of `parts`.
+/// Returns the key of a row of `parts`.
 pub(super) fn part_key(hash: &Hash, part: &Path) -> Vec<u8> {
     [hash.as_bytes(), part.as_os_str().as_bytes()].concat()
 }
 
-/// The keys of all rows of `parts` that are of this blob.
+/// Returns the range of keys of all rows of `parts` for this blob.
 pub(super) fn part_keys(hash: &Hash) -> std::ops::RangeInclusive<Vec<u8>> {
-    // No path begins with this byte, which UTF-8 never has and which is not `/`.
+    // No path begins with this byte: UTF-8 never contains it, and it is not `/`.
     let last = [hash.as_bytes().as_slice(), &[0xff]].concat();
     hash.as_bytes().to_vec()..=last
 }

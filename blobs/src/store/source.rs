@@ -1,5 +1,5 @@
-//! What is here of a blob, open for reading with its tree. Every byte is checked against the blob's hash before it is given out: a bit that flipped on disk
-//! is found here, and not by whoever asked.
+//! The local content of a blob, open for reading with its tree. Every byte is checked against the blob's hash before it
+//! is returned: damage on disk is found here, and not by the receiver.
 
 use std::{
     fs::File,
@@ -33,7 +33,7 @@ enum Content {
         location: Location,
         file: File,
     },
-    /// A file of which some groups are damaged.
+    /// A file in which some groups are damaged.
     Damaged {
         location: Location,
         good: Bitfield,
@@ -49,18 +49,18 @@ enum Content {
     },
 }
 
-/// Why a part of a blob cannot be read.
+/// The reason why a part of a blob cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
     /// The disk failed.
-    #[error("cannot read what is to be sent: {0}")]
+    #[error("cannot read content from disk: {0}")]
     Io(#[from] io::Error),
-    /// The file is another than it was.
+    /// The file has changed since it was recorded.
     #[error("the file changed while it was read")]
     Changed,
-    /// The content is not what its hash says.
-    #[error("what is on disk is damaged: {0}")]
+    /// The content does not match its hash.
+    #[error("content on disk is damaged: {0}")]
     Damaged(#[from] Mismatch),
 }
 
@@ -124,27 +124,27 @@ impl Source {
         }
     }
 
-    /// The blob's hash.
+    /// Returns the blob's hash.
     pub fn hash(&self) -> Hash {
         self.hash
     }
 
-    /// The blob's tree.
+    /// Returns the blob's tree.
     pub fn tree(&self) -> Tree {
         self.tree
     }
 
-    /// Whether it is the whole blob.
+    /// Returns true if the source is the whole blob.
     pub fn is_whole(&self) -> bool {
         matches!(self.content, Content::Whole { .. })
     }
 
-    /// Returns true if the source is a file of which some groups are known to be damaged.
+    /// Returns true if the source is a file in which some groups are known to be damaged.
     pub(crate) fn is_damaged(&self) -> bool {
         matches!(self.content, Content::Damaged { .. })
     }
 
-    /// Returns the content that is here so far, if the blob is being written.
+    /// Returns the content received so far, if the blob is being written.
     pub(crate) fn arriving_content(&self) -> Option<&partial::Content> {
         match &self.content {
             Content::Arriving(content) => Some(content),
@@ -152,7 +152,7 @@ impl Source {
         }
     }
 
-    /// The file of a whole blob, or of one that was whole and is damaged.
+    /// Returns the file of a whole or damaged blob; `None` for a part file.
     pub fn location(&self) -> Option<&Location> {
         match &self.content {
             Content::Whole { location, .. } | Content::Damaged { location, .. } => Some(location),
@@ -160,7 +160,7 @@ impl Source {
         }
     }
 
-    /// The part file, if it is one.
+    /// Returns the path of the part file, if the source is one.
     pub(crate) fn part(&self) -> Option<&Path> {
         match &self.content {
             Content::Whole { .. } | Content::Damaged { .. } => None,
@@ -169,7 +169,7 @@ impl Source {
         }
     }
 
-    /// Whether these groups are here.
+    /// Returns true if all of `groups` are here.
     pub fn has(&self, groups: Range<u64>) -> bool {
         match &self.content {
             Content::Whole { .. } => true,
@@ -180,7 +180,7 @@ impl Source {
         }
     }
 
-    /// The groups that are here now.
+    /// Returns the groups that are here now.
     pub fn have(&self) -> Bitfield {
         match &self.content {
             Content::Whole { .. } => Bitfield::full(self.tree.groups()),
@@ -189,7 +189,8 @@ impl Source {
         }
     }
 
-    /// The slice that covers `groups`, to be read piece by piece. `proofs_only`: its parents, without content.
+    /// Returns a slice that covers `groups`, to be read piece by piece. With `proofs_only`, it has parents without
+    /// content.
     pub fn slice(&self, groups: Range<u64>, proofs_only: bool) -> Slice {
         Slice {
             verifier: Verifier::new(self.tree, self.hash, groups),
@@ -197,7 +198,7 @@ impl Source {
         }
     }
 
-    /// Reads all of `groups` without proofs, for use on this machine.
+    /// Reads all of `groups` without proofs, for local use. Every group is checked.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -207,7 +208,8 @@ impl Source {
         Ok(content)
     }
 
-    /// Appends the content of `groups`, and the parents that cover them, by index in the outboard.
+    /// Appends the content of `groups` to `content`, and the parents that cover them, by index in the outboard, to
+    /// `parents`.
     pub(crate) fn read_with_parents(
         &self,
         groups: Range<u64>,
@@ -237,13 +239,13 @@ impl Source {
         let outboard = self
             .outboard
             .as_ref()
-            .ok_or_else(|| io::Error::other("a tree of one group has no parents"))?;
+            .ok_or_else(|| io::Error::other("the blob has a single chunk group and no parents"))?;
         let mut parent = [0; PARENT];
         outboard.read_exact_at(&mut parent, index * PARENT as u64)?;
         Ok(parent)
     }
 
-    /// Reads bytes that whoever asks for them checks.
+    /// Reads bytes without checking them; the caller checks them.
     pub(crate) fn read_unchecked(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.read(buffer, offset)
     }
@@ -269,7 +271,7 @@ impl Source {
         }
     }
 
-    /// The path of the file or part file, for messages.
+    /// Returns the path of the file or part file, for messages.
     pub fn path(&self) -> Option<&Path> {
         let location = self.location().map(|location| location.path.as_path());
         location.or_else(|| self.part())
@@ -284,11 +286,12 @@ pub struct Slice {
 }
 
 impl Slice {
-    /// Reads elements of the slice from `source` into `buffer`, from `from` on, until `limit` bytes are passed or the slice ends; where the
-    /// elements end in the buffer, and whether the slice has. The buffer grows as needed and keeps its length for the next use.
+    /// Reads elements of the slice from `source` into `buffer`, starting at offset `from`, until the end passes `limit`
+    /// or the slice ends. Returns the end of the elements in the buffer, and whether the slice has ended. The buffer
+    /// grows as needed and keeps its length for the next use.
     ///
     /// # Errors
-    /// [`ReadError`]; the slice must not be read further.
+    /// [`ReadError`]; do not read the slice further after an error.
     pub fn read(
         &mut self,
         source: &Source,

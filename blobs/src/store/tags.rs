@@ -1,4 +1,4 @@
-//! Tags: names that keep a model here.
+//! Tags: names that pin a model.
 
 use redb::{ReadableTable, ReadableTableMetadata, TableDefinition, WriteTransaction};
 
@@ -7,16 +7,16 @@ use crate::Hash;
 
 pub(super) const TAGS: TableDefinition<'_, &str, &[u8; 32]> = TableDefinition::new("tags");
 
-/// Tags in all.
+/// The most tags in a store.
 pub const MAX_TAGS: u64 = 4096;
 
 /// The longest tag, in bytes.
 pub const MAX_TAG: usize = 128;
 
-/// A tag, and the model that it keeps.
+/// A tag, and the model that it pins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tag {
-    /// Its name.
+    /// Name of the tag.
     pub name: String,
     /// The model's id.
     pub model: Hash,
@@ -31,7 +31,7 @@ fn check(name: &str) -> Result<(), StoreError> {
     }
 }
 
-/// The tags of a model, sorted.
+/// Returns the tags of a model, sorted.
 pub(super) fn tags_of(txn: &WriteTransaction, id: &Hash) -> Result<Vec<String>, StoreError> {
     let table = txn.open_table(TAGS).map_err(database)?;
     let tags = collect(&table)?.into_iter();
@@ -54,14 +54,15 @@ fn collect(
 }
 
 impl Store {
-    /// Keeps a model here under a tag: it is not removed, collected or evicted until the tag is. Again for the same model, it changes nothing. Durable when it
-    /// returns.
+    /// Pins a model under a tag: it is not removed, collected or evicted until the tag is removed. Tagging the same
+    /// model again changes nothing. Durable on return.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`]; [`StoreError::BadTag`]; [`StoreError::TagTaken`] if it keeps another model; [`StoreError::TooManyTags`].
+    /// [`StoreError::NoSuchModel`]; [`StoreError::BadTag`]; [`StoreError::TagTaken`] if the tag pins another model;
+    /// [`StoreError::TooManyTags`].
     pub fn tag(&self, name: &str, id: &Hash) -> Result<(), StoreError> {
         check(name)?;
-        let _none_is_deleting = self.none_deletes();
+        let _no_deletion = self.block_deletion();
         self.write(|txn| {
             let models = txn.open_table(MODELS).map_err(database)?;
             if models.get(id.as_bytes()).map_err(database)?.is_none() {
@@ -87,7 +88,7 @@ impl Store {
         })
     }
 
-    /// Removes a tag; the model that it kept. Durable when it returns.
+    /// Removes a tag, and returns the model that it pinned. Durable on return.
     ///
     /// # Errors
     /// [`StoreError::NoSuchTag`].
@@ -102,7 +103,7 @@ impl Store {
         })
     }
 
-    /// The tags of a model, sorted.
+    /// Returns the tags of a model, sorted.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -112,7 +113,7 @@ impl Store {
         Ok(of_model.map(|tag| tag.name).collect())
     }
 
-    /// All tags, sorted by name.
+    /// Returns all tags, sorted by name.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -1,4 +1,4 @@
-//! What tests of the store's parts share.
+//! Helpers shared by the tests of the store.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use crate::{
     tree::GROUP,
 };
 
-/// The store of a home.
+/// Opens the store of a home.
 pub(crate) fn store(home: &TempDir) -> Store {
     Store::open(&home.path().join("store")).unwrap()
 }
@@ -30,7 +30,7 @@ pub(crate) fn add(store: &Store, folder: &Path, content: &[u8]) -> Hash {
     store.add(&indexed, None).unwrap()
 }
 
-/// The manifest of a model of these files, and where its content can be read: in a store of its own.
+/// A model with the given files, added to a store of its own.
 pub(crate) struct Origin {
     _home: TempDir,
     store: Store,
@@ -75,7 +75,7 @@ impl Origin {
         self.store.whole(hash).unwrap().unwrap()
     }
 
-    /// Notes the model at another store, as a `get` into `root` does before anything has come.
+    /// Records the model in another store, as fetching into `root` does before any content arrives.
     pub(crate) fn expect(&self, store: &Store, root: &Path) {
         let manifest = self.manifest();
         fs::create_dir_all(root).unwrap();
@@ -83,7 +83,7 @@ impl Origin {
         store.expect_model(self.id, root, None, true).unwrap();
     }
 
-    /// Brings the first `groups` of a file to a target, as a transfer does.
+    /// Writes the first `groups` groups of a file to a target, as a transfer does.
     pub(crate) fn bring(&self, store: &Store, hash: &Hash, target: &Path, groups: u64) {
         let source = self.source(hash);
         let tree = source.tree();
@@ -107,7 +107,7 @@ impl Origin {
         store.settle(&[partial]).unwrap();
     }
 
-    /// Fetches the model whole into `root`.
+    /// Fetches the whole model into `root`.
     pub(crate) fn fetch(&self, store: &Store, root: &Path) {
         self.expect(store, root);
         let manifest = self.manifest();
@@ -122,13 +122,13 @@ impl Origin {
     }
 }
 
-/// Content of so many groups, different for each seed.
+/// Returns content of `groups` groups, different for each seed.
 pub(crate) fn content(seed: u8, groups: u64) -> Vec<u8> {
     let bytes = (0..groups * GROUP).map(|i| (i / 251) as u8 ^ (i % 256) as u8 ^ seed);
     bytes.collect()
 }
 
-/// The files below a folder, sorted.
+/// Returns the files below a folder, sorted.
 pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten() {

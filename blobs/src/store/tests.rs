@@ -1,4 +1,4 @@
-//! The store as a whole: what it takes in, remembers, and lets go of.
+//! Tests of the whole store: adding, reopening and removing models.
 
 use std::time::{Duration, Instant};
 
@@ -10,10 +10,10 @@ use crate::{
 };
 
 thread_local! {
-    /// Rows of blobs that this thread has written.
+    /// Number of rows of blobs that this thread has written.
     pub(super) static ROWS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 
-    /// Files in rows of blobs that this thread has read or written.
+    /// Number of files in rows of blobs that this thread has read or written.
     pub(crate) static LOCATIONS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
@@ -30,7 +30,7 @@ fn files_of_equal_content_cost_one_row_however_many_they_are() {
     let store = Store::open(&home.path().join("store")).unwrap();
     let before = ROWS.get();
     let id = store.add(&indexed, None).unwrap();
-    // The manifest's own, and that of the empty blob.
+    // One row for the manifest, and one for the empty blob.
     assert_eq!(ROWS.get() - before, 2);
     let files = indexed.manifest.files();
     let adopted: Vec<_> = files
@@ -81,7 +81,7 @@ fn adding_can_be_stopped_at_any_file_and_is_whole_or_not_at_all() {
 }
 
 #[test]
-fn a_file_that_a_transfer_wrote_stays_ours_when_it_is_found_again_and_not_when_it_is_added() {
+fn a_file_written_by_a_transfer_keeps_that_mark_when_found_again_but_not_when_added() {
     let home = tempfile::tempdir().unwrap();
     let indexed = model(&home.path().join("m"), &[1; 200_000]);
     let store = Store::open(&home.path().join("store")).unwrap();
@@ -105,7 +105,7 @@ fn model(folder: &Path, content: &[u8]) -> Indexed {
 }
 
 #[test]
-fn a_database_that_is_gone_is_not_made_anew() {
+fn a_database_that_is_gone_is_not_created_again() {
     let home = tempfile::tempdir().unwrap();
     let indexed = model(&home.path().join("m"), &[1; 200_000]);
     let folder = home.path().join("store");
@@ -119,7 +119,7 @@ fn a_database_that_is_gone_is_not_made_anew() {
     assert!(matches!(store.models(), Err(StoreError::Database(_))));
     assert!(store.add(&indexed, None).is_err());
     assert!(!path.exists());
-    // It is tried again: such as a disk that was not mounted.
+    // Opening is retried: the disk may not have been mounted.
     fs::rename(&aside, &path).unwrap();
     let begun = Instant::now();
     let models = loop {
@@ -193,7 +193,7 @@ fn a_damaged_database_is_named_and_may_be_moved_away() {
     fs::rename(&path, folder.join("meta.damaged")).unwrap();
     let store = Store::open(&folder).unwrap();
     assert!(store.models().unwrap().is_empty());
-    // The message promises that adding the folder again takes in its files again.
+    // The message promises that adding the folder again finds its files again.
     assert_eq!(
         store
             .add(&index(&root, &Progress::default()).unwrap(), None)
@@ -229,7 +229,7 @@ fn a_name_belongs_to_one_model() {
 }
 
 #[test]
-fn removing_a_model_keeps_what_others_share_and_never_deletes_added_files() {
+fn removing_a_model_keeps_shared_content_and_never_deletes_added_files() {
     let home = tempfile::tempdir().unwrap();
     let store = Store::open(&home.path().join("store")).unwrap();
     let one = model(&home.path().join("1"), &[1; 200_000]);

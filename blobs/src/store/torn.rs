@@ -1,4 +1,4 @@
-//! The metadata database when power is lost: what was not synced is lost or torn, at any point.
+//! Tests of the metadata database under power loss: unsynced writes are lost or torn, at any point.
 
 use std::{fs, path::Path};
 
@@ -12,7 +12,7 @@ use crate::{
     testing::Random,
 };
 
-/// Runs, each cut at another point.
+/// Number of runs, each cut at another point.
 const SEEDS: u64 = 60;
 
 /// Opens the store in `folder` with its database on `disk`.
@@ -40,7 +40,7 @@ fn models(folder: &Path, count: u8) -> Vec<Indexed> {
         .collect()
 }
 
-/// What was acknowledged.
+/// The acknowledged content of a store.
 #[derive(Debug, Default, Clone, PartialEq)]
 struct Acknowledged {
     /// Models with the names of their tags.
@@ -64,7 +64,7 @@ impl Acknowledged {
     }
 }
 
-/// Changes a store until the power goes; what was acknowledged, and what that would be with the change that was under way.
+/// Changes a store until the power is lost. Returns the acknowledged state, and that state with the unfinished change.
 fn change(
     store: &Store,
     models: &[Indexed],
@@ -112,7 +112,7 @@ fn change(
 }
 
 #[test]
-fn what_was_acknowledged_survives_writes_that_are_lost_or_torn() {
+fn acknowledged_changes_survive_lost_or_torn_writes() {
     let home = tempfile::tempdir().unwrap();
     let models = models(home.path(), 6);
     for seed in 0..SEEDS {
@@ -123,7 +123,7 @@ fn what_was_acknowledged_survives_writes_that_are_lost_or_torn() {
         let mut random = Random(seed);
         let mut disk = Disk::default();
         let mut possible = [Acknowledged::default(), Acknowledged::default()];
-        // More than once: what a crash left is what the next one finds.
+        // Several times, so that each run starts from the state that the last crash left.
         for _ in 0..3 {
             let store = open(&disk, &folder).unwrap();
             let found = Acknowledged::of(&store);
@@ -131,7 +131,7 @@ fn what_was_acknowledged_survives_writes_that_are_lost_or_torn() {
                 possible.contains(&found),
                 "seed {seed}: {found:?} is none of {possible:?}"
             );
-            // Counts are of the same transactions.
+            // The reference counts change in the same transactions.
             let before = store.collect(true).unwrap();
             assert_eq!(before.locations, 0, "seed {seed}");
             disk.fail_in(Some(random.below(120) as u64));

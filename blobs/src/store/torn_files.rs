@@ -1,4 +1,4 @@
-//! Parts, trees and the database that vouches for them, when power is lost at any point.
+//! Tests of part files, outboards and the database that vouches for them, when power is lost at any point.
 
 use std::{collections::HashMap, fs, path::PathBuf, sync::atomic::AtomicBool};
 
@@ -13,24 +13,24 @@ use crate::{
     tree::{GROUP, Tree},
 };
 
-/// Runs, each cut at other points.
+/// Number of runs, each cut at other points.
 const SEEDS: u64 = 60;
 
-/// Groups that are written at a time at most.
+/// The most groups written at a time.
 const RUN: usize = 4;
 
-/// A file that is fetched.
+/// A file to be fetched.
 struct Wanted {
     hash: Hash,
     tree: Tree,
     target: PathBuf,
     content: Vec<u8>,
-    /// What was acknowledged.
+    /// The acknowledged groups.
     vouched: Bitfield,
 }
 
 impl Wanted {
-    /// Everything that is said to be here is right, and all that was acknowledged is here.
+    /// Asserts that all content that the store reports is correct, and that all acknowledged groups are here.
     fn check(&self, store: &Store, seed: u64) {
         let mut here = Bitfield::empty(self.tree.groups());
         for source in store.sources(&self.hash).unwrap() {
@@ -43,7 +43,7 @@ impl Wanted {
             }
             here.extend(&have);
         }
-        // It has its name and no row: whoever fetches it finds it there.
+        // The file has its name and no row: the next fetch finds it there.
         if fs::read(&self.target).is_ok_and(|content| content == self.content) {
             return;
         }
@@ -60,7 +60,7 @@ impl Wanted {
     }
 }
 
-/// Writes some groups that are missing.
+/// Writes some missing groups.
 fn write(origin: &Origin, partial: &Partial, random: &mut Random) -> Result<(), StoreError> {
     let have = partial.have();
     let from = random.below(partial.tree().groups() as usize) as u64;
@@ -82,7 +82,7 @@ fn write(origin: &Origin, partial: &Partial, random: &mut Random) -> Result<(), 
     partial.write(&segment).map(drop)
 }
 
-/// Fetches until the power goes, or a while.
+/// Fetches for a while, or until the power is lost.
 fn fetch(
     store: &Store,
     origin: &Origin,
@@ -122,7 +122,7 @@ fn fetch(
 }
 
 #[test]
-fn what_a_settled_part_vouches_for_survives_the_loss_of_power() {
+fn committed_groups_of_part_files_survive_power_loss() {
     let contents: Vec<Vec<u8>> = [40 * GROUP, 7 * GROUP + 5, 20_000]
         .iter()
         .enumerate()

@@ -1,11 +1,12 @@
-//! Reading everything again: is what is on the disk still what it was?
+//! Verification: reads all content again and checks whether the disk still holds it unchanged.
 //!
-//! Everything that is held is read: files and part files of models, and what the store itself keeps of models that were
-//! only read. Manifests are checked by their hash whenever they are used; they are not counted.
+//! All held content is read: files and part files of models, and the store's own copies for models that were only read.
+//! Manifests are not included, because each manifest's hash is checked whenever it is used.
 //!
-//! Each file is read in pieces and checked against its tree, as it is when it is served. Where that fails, the file's own hash tells whether the content is
-//! damaged or the tree. A damaged file that a transfer wrote becomes a part file again, with the groups that are right: what is damaged is fetched like
-//! anything that is missing. A file that was added in place is the user's, and is never touched; it is not used any more.
+//! Each file is read in pieces and checked against its tree, as when it is served. If that fails, the hash of the whole
+//! file tells whether the content or the outboard is damaged. A damaged file that a transfer wrote becomes a part file
+//! again, with its good groups; the damaged groups are then fetched like missing ones. A damaged file that was added in
+//! place belongs to the user, and is never changed; only its good groups stay in use.
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
@@ -39,82 +40,84 @@ use crate::{
 };
 use redb::WriteTransaction;
 
-/// Files that are read at a time: a disk gains by a second reader, and hardly by more.
+/// Number of files read at a time. A second reader makes a disk faster; more hardly help.
 const READERS: usize = 2;
 
-/// Groups that are read at a time: 1 MiB, which is the memory of a reader.
+/// Chunk groups read at a time: 1 MiB, the memory of one reader.
 const PIECE: u64 = 16;
 
-/// Ranges of a damaged file that are told.
+/// The most damaged ranges reported for a file.
 const MAX_RANGES: usize = 256;
 
-/// How far verifying is. Shared with whoever shows it; also the way to stop it.
+/// Progress of a verification, shared with the code that shows it. Also used to stop the verification.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Files to be read.
+    /// Number of files to be read.
     pub files_total: AtomicU64,
-    /// Files read.
+    /// Number of files read.
     pub files_done: AtomicU64,
-    /// Bytes in these files that should be verified ones.
+    /// Verified bytes in these files, to be read again.
     pub bytes_total: AtomicU64,
-    /// Bytes read of them.
+    /// Bytes read so far.
     pub bytes_done: AtomicU64,
-    /// Counters for files that are hashed whole, and with them the flag that stops everything: it ends with [`StoreError::Cancelled`].
+    /// Counters for files that are hashed whole. Its cancellation flag stops the verification with
+    /// [`StoreError::Cancelled`].
     pub check: index::Progress,
 }
 
-/// What a file was found to be.
+/// The condition of a verified file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Condition {
-    /// What is here of it is right.
+    /// All content that should be here is correct.
     Good,
-    /// Bytes in it are not what they were.
+    /// Some bytes have changed.
     Damaged,
-    /// It is another than it was, by size or time. It is not used.
+    /// The file has another size or time than recorded. It is not used.
     Changed,
-    /// It is gone.
+    /// The file is gone.
     Missing,
-    /// Its content is right, and its tree is lost or damaged.
+    /// The content is correct, but its outboard is lost or damaged.
     TreeMissing,
 }
 
-/// What was done about a file.
+/// The action taken for a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Nothing.
     None,
-    /// Its tree was made again.
+    /// The outboard was built again.
     TreeRebuilt,
-    /// It is a part file again: its damaged bytes count as missing, and can be fetched.
+    /// The file became a part file again: its damaged bytes count as missing and can be fetched.
     Reopened,
-    /// Its damaged bytes count as missing.
+    /// The damaged bytes of a part file count as missing.
     Cleared,
 }
 
-/// A file that was verified.
+/// The result for one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checked {
-    /// The model that lists it; of content that no model lists, its hash.
+    /// The model that lists the file; for content that no model lists, the content's hash.
     pub model: Hash,
-    /// Its path in the model; of content that no model lists, its hash.
+    /// The file's path in the model; for content that no model lists, the content's hash.
     pub path: String,
-    /// Where it is, or was.
+    /// Path of the file on disk, now or before it went missing.
     pub file: PathBuf,
-    /// Its content's hash.
+    /// Hash of the content.
     pub hash: Hash,
-    /// Bytes that were read and checked: all that should be here of it, but none of a file that is missing or changed.
+    /// Bytes that were read and checked: everything that should be here of the file; 0 if the file is missing or has
+    /// changed.
     pub bytes: u64,
-    /// What it was found to be.
+    /// The condition of the file.
     pub condition: Condition,
-    /// What was done about that.
+    /// The action taken.
     pub action: Action,
-    /// The bytes that are damaged, of which the first 256 ranges.
+    /// The damaged bytes: the first 256 ranges.
     pub damaged: Vec<Range<u64>>,
-    /// How many bytes are damaged.
+    /// Number of damaged bytes.
     pub damaged_bytes: u64,
 }
 
-/// What is to be verified.
+/// A file or part file to be verified.
 #[derive(Debug)]
 struct Task {
     model: Hash,
@@ -126,7 +129,7 @@ struct Task {
 
 #[derive(Debug)]
 enum Kind {
-    /// `ours`: written by a transfer, where the model, or the store itself, has it.
+    /// A whole file. `ours` is true if a transfer wrote it, and it lies where the model or the store itself keeps it.
     File { row: LocationRow, ours: bool },
     Part {
         part: PathBuf,
@@ -135,11 +138,11 @@ enum Kind {
     },
 }
 
-/// A file as a model lists it.
+/// A file as listed by a model.
 #[derive(Clone, Copy)]
 struct Listed<'a> {
     model: Hash,
-    /// Its path in the model.
+    /// The file's path in the model.
     path: &'a str,
     hash: Hash,
 }
@@ -155,13 +158,13 @@ struct Held<'a> {
 struct Tasks<'a> {
     store: &'a Store,
     tasks: Vec<Task>,
-    /// The place of each among `tasks`.
+    /// Index of each task in `tasks`.
     known: HashMap<(Hash, PathBuf), usize>,
 }
 
 impl Tasks<'_> {
-    /// Adds the files and part files of a blob, which is at `path` in a model. `target`: where the model has it; `None`
-    /// for a model that is not held, which lacks nothing.
+    /// Adds the files and part files of a blob that a model lists. `target` is the file's path in the model's folder;
+    /// `None` if the model is not held, so that no file can be missing from it.
     fn add(&mut self, of: Listed<'_>, target: Option<&Path>) -> Result<(), StoreError> {
         let (store, hash) = (self.store, of.hash);
         let owned = store.owned_path(&hash);
@@ -169,7 +172,7 @@ impl Tasks<'_> {
         for row in rows.into_iter().flat_map(|row| row.locations) {
             let at = path_from(&row.path);
             let own = Some(&*at) == target || at == owned;
-            // A copy in a folder that the model left, or a file of no model: nothing is lacking without it.
+            // A missing copy in a folder that the model left, or a missing file of no model, is not reported.
             let counts = match target {
                 Some(target) => own || !target.exists() || at.exists(),
                 None => Location::from(&row).open().is_some(),
@@ -194,7 +197,7 @@ impl Tasks<'_> {
         Ok(())
     }
 
-    /// `own`: the model, or the store itself, has it at `at`.
+    /// Adds a task. `own` is true if the model or the store itself keeps the file at `at`.
     fn put(&mut self, of: Listed<'_>, at: PathBuf, own: bool, kind: Kind) {
         let task = Task {
             model: of.model,
@@ -236,11 +239,11 @@ impl Task {
     }
 }
 
-/// What reading a file came to.
+/// The result of reading a file.
 pub(super) struct Found {
     condition: Condition,
     action: Action,
-    /// The groups that should be right and are not.
+    /// The damaged groups.
     bad: Option<(Bitfield, Tree)>,
 }
 
@@ -255,13 +258,13 @@ impl Found {
 }
 
 impl Store {
-    /// Reads every byte that is here of the given models again, or with `None` every byte that is here at all. Part
-    /// files that a transfer is writing are left out, for what it writes is verified. `repair`: damaged files that a
-    /// transfer wrote become part files again, damaged trees are rebuilt. Each file is one entry of the result, however
-    /// many models list it. Blocks.
+    /// Reads all local content of the given models again; with `None`, all local content. Part files that a transfer is
+    /// writing are skipped, because a transfer verifies what it writes. With `repair`, damaged files that a transfer
+    /// wrote become part files again, and damaged outboards are built again. Each file is one entry of the result,
+    /// however many models list it. Blocks.
     ///
     /// # Errors
-    /// [`StoreError::Cancelled`], and others of the disk; what was repaired by then stays so.
+    /// [`StoreError::Cancelled`], or an error of the disk; completed repairs stay.
     pub fn verify(
         &self,
         models: Option<&[Model]>,
@@ -298,7 +301,7 @@ impl Store {
         Ok(checked.into_iter().map(|(_, checked)| checked).collect())
     }
 
-    /// Each file and part file once, at the model in whose folder it lies, if there is one.
+    /// Returns each file and part file once, for the model in whose folder it lies, if there is one.
     fn tasks(&self, models: Option<&[Model]>) -> Result<Vec<Task>, StoreError> {
         let mut tasks = Tasks {
             store: self,
@@ -326,7 +329,7 @@ impl Store {
         Ok(tasks.tasks)
     }
 
-    /// Adds what is here of no model that is held: what was read of one, or left of it.
+    /// Adds the content of models that are not held: content that was only read, or left over.
     fn add_rest(&self, tasks: &mut Tasks<'_>, models: &[Model]) -> Result<(), StoreError> {
         let models: HashSet<Hash> = models.iter().map(|model| model.id).collect();
         let rows = self.blob_rows()?;
@@ -420,7 +423,7 @@ impl Store {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let reopened = match repair && ours {
-                    true => self.end_reopening(hash, &location)?,
+                    true => self.finish_reopening(hash, &location)?,
                     false => None,
                 };
                 return Ok(reopened.unwrap_or_else(|| Found::only(Condition::Missing)));
@@ -432,7 +435,7 @@ impl Store {
             if now.size != location.size {
                 return Ok(Found::only(Condition::Changed));
             }
-            // Touched, or copied back: its content tells.
+            // The file was touched, or copied back: its hash tells whether it has changed.
             return match hash_file(path, &reading.progress.check) {
                 Ok((actual, indexed)) if actual == *hash => {
                     self.adopt(&actual, &indexed)?;
@@ -462,7 +465,7 @@ impl Store {
                 return Ok(Found::only(Condition::Good));
             }
         }
-        // Either the content is damaged, or its tree: the hash of the whole tells.
+        // Either the content or the outboard is damaged: the hash of the whole file tells which.
         match hash_file(path, &reading.progress.check) {
             Ok((actual, indexed)) if actual == *hash => {
                 let mut found = Found::only(Condition::TreeMissing);
@@ -518,7 +521,7 @@ impl Store {
         }
         let mut found = Found::only(Condition::Damaged);
         found.bad = Some((bad, tree));
-        // Whoever opened it meanwhile goes on from what is in the row.
+        // If a transfer has opened the part file in the meantime, it continues from the row.
         if repair && let Ok(_lease) = PartLease::take(self, *hash, part) {
             let held = Held {
                 part,
@@ -531,8 +534,8 @@ impl Store {
         Ok(found)
     }
 
-    /// Makes a file a part file again, of which `good` is had; not while another writes that. After a crash at any point, the file is where it was, or a part
-    /// file with the right row.
+    /// Turns a file into a part file that holds the groups in `good`. Returns false if a transfer is writing the part
+    /// file. After a crash at any point, the file is either unchanged, or a part file with the right row.
     fn reopen(
         &self,
         hash: &Hash,
@@ -543,7 +546,7 @@ impl Store {
         let Ok(_lease) = PartLease::take(self, *hash, &part) else {
             return Ok(false);
         };
-        // What an earlier transfer left there would be vouched for by the row.
+        // The row must not vouch for content that an earlier transfer left there.
         match fs::remove_file(&part) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(StoreError::io("cannot remove", &part)(error));
@@ -569,8 +572,8 @@ impl Store {
         Ok(true)
     }
 
-    /// Writes down what a part file holds, and `more`. `read`: all of it was read just now, so that the file need not
-    /// be read again as long as it is unchanged.
+    /// Writes the row of a part file, and calls `more` in the same transaction. With `read`, all of the part file was
+    /// just read, and it need not be read again while it is unchanged.
     fn note_part(
         &self,
         hash: &Hash,
@@ -589,13 +592,19 @@ impl Store {
         })
     }
 
-    /// A file that is gone may have become a part file, and its row could not be told so: the disk was full, or the power went. `None` if it has not.
-    fn end_reopening(&self, hash: &Hash, location: &Location) -> Result<Option<Found>, StoreError> {
+    /// Finishes turning a missing file into a part file, after the last row could not be written because of a full disk
+    /// or a power loss. Returns `None` if the file did not become a part file.
+    fn finish_reopening(
+        &self,
+        hash: &Hash,
+        location: &Location,
+    ) -> Result<Option<Found>, StoreError> {
         let part = part_path(&location.path, hash);
         let Ok(_lease) = PartLease::take(self, *hash, &part) else {
             return Ok(None);
         };
-        // It keeps its time, unlike what a transfer writes: a file that a user deleted is not brought back because its content began to come again.
+        // The part file has the time of the old file, unlike one that a transfer writes. So a file that a user deleted
+        // does not come back because a new transfer of it has begun.
         let known = |file: fs::Metadata| Location::from_metadata(&location.path, &file);
         if !fs::symlink_metadata(&part).is_ok_and(|file| known(file) == *location) {
             return Ok(None);
@@ -614,10 +623,10 @@ impl Store {
     }
 }
 
-/// The reading of one file, counted in the progress of all.
+/// The reading of one file, counted in the overall progress.
 pub(super) struct Reading<'a> {
     progress: &'a Progress,
-    /// Bytes of this file that are counted.
+    /// Bytes of this file counted so far.
     done: AtomicU64,
 }
 
@@ -627,7 +636,7 @@ impl<'a> Reading<'a> {
         Self { progress, done }
     }
 
-    /// As [`read`].
+    /// As [`read`], with progress.
     fn read(&self, source: &Source, have: &Bitfield) -> Result<Option<Bitfield>, StoreError> {
         let done = |bytes| {
             self.done.fetch_add(bytes, Ordering::Relaxed);
@@ -636,15 +645,15 @@ impl<'a> Reading<'a> {
         read(source, have, &self.progress.check.cancelled, &done)
     }
 
-    /// Counts what was not read of `bytes`, or only by hashing the file: nothing more is to come.
+    /// Counts the rest of `bytes`, which was not read, or was read only by hashing the whole file.
     fn end(self, bytes: u64) {
         let rest = bytes.saturating_sub(self.done.into_inner());
         self.progress.bytes_done.fetch_add(rest, Ordering::Relaxed);
     }
 }
 
-/// Reads the groups that should be right; those that are, or `None` if the file changed. `done` is called with the
-/// bytes of each piece.
+/// Reads the groups in `have`. Returns the good ones, or `None` if the file has changed. Calls `done` with the size of
+/// each piece, in bytes.
 pub(super) fn read(
     source: &Source,
     have: &Bitfield,
@@ -666,7 +675,7 @@ pub(super) fn read(
             match source.read_with_parents(piece.clone(), &mut content, &mut parents) {
                 Ok(()) => good.insert_range(piece.clone()),
                 Err(ReadError::Changed) => return Ok(None),
-                // One group in it is wrong, or cannot be read: which?
+                // One group in the piece is damaged or cannot be read: find out which.
                 Err(_) => {
                     for group in piece.clone() {
                         match source.read_groups(group..group + 1) {
@@ -691,11 +700,11 @@ pub(super) fn difference(all: &Bitfield, without: &Bitfield) -> Bitfield {
     rest
 }
 
-/// Has the file read from the disk: what is cached of it may be better than what is there.
+/// Drops the file's page cache, so that reads come from the disk: the cache may be intact when the disk is not.
 fn from_disk(file: &File) {
     #[cfg(target_os = "linux")]
     if let Err(error) = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed) {
-        tracing::debug!(%error, "what is cached of a file is read, and not the disk");
+        tracing::debug!(%error, "cannot drop the page cache of a file: reads may not come from the disk");
     }
     #[cfg(not(target_os = "linux"))]
     let _ = file;

@@ -1,4 +1,4 @@
-//! Caches of huggingface_hub: built by hand and read, exported into and read by huggingface_hub itself.
+//! Tests of Hugging Face caches: built by hand and read, exported, and read by huggingface_hub itself.
 
 use std::{
     collections::BTreeMap,
@@ -32,7 +32,7 @@ fn link(target: impl AsRef<Path>, at: &Path) {
     symlink(target, at).unwrap();
 }
 
-/// A cache with `acme/m`, whose `main` is [`COMMIT`], as huggingface_hub leaves it.
+/// Builds a cache as huggingface_hub leaves it, with `acme/m`, whose `main` is [`COMMIT`].
 fn by_hand() -> (tempfile::TempDir, PathBuf) {
     let home = tempfile::tempdir().unwrap();
     let cache = home.path().join("hub");
@@ -57,7 +57,7 @@ fn index_of(cache: &Path, name: &str) -> Result<Manifest, ImportError> {
     Ok(indexed.manifest)
 }
 
-/// The flaws of files of `acme/m`, which are left out of it; they are seen before as well as by indexing.
+/// Returns the flaws of left-out files of `acme/m`. Reading the cache and indexing find the same flaws.
 fn flaws(cache: &Path) -> Vec<Flaw> {
     let found = find(cache, "acme/m").unwrap();
     let strict = found.snapshot.index(true, &Progress::default());
@@ -76,7 +76,7 @@ fn flaws(cache: &Path) -> Vec<Flaw> {
 }
 
 #[test]
-fn a_cache_is_read_with_its_refs_and_its_snapshots_without_one() {
+fn a_cache_is_read_with_its_refs_and_with_snapshots_that_have_no_ref() {
     let (_home, cache) = by_hand();
     let detached = cache
         .join("models--gpt2/snapshots")
@@ -119,7 +119,7 @@ fn a_cache_is_read_with_its_refs_and_its_snapshots_without_one() {
 }
 
 #[test]
-fn a_blob_in_the_store_that_repositories_share_is_part_of_the_model() {
+fn a_blob_that_repositories_share_is_part_of_the_model() {
     let (_home, cache) = by_hand();
     write(&cache.join("blobs/ab/abc"), "shared");
     link(
@@ -132,13 +132,13 @@ fn a_blob_in_the_store_that_repositories_share_is_part_of_the_model() {
 }
 
 #[test]
-fn who_asks_for_what_is_not_there_learns_what_is() {
+fn an_error_for_a_missing_name_lists_what_is_there() {
     let (_home, cache) = by_hand();
     let error = |name: &str| find(&cache, name).unwrap_err();
     assert!(find(&cache, "acme/m@main").is_ok());
     assert!(find(&cache, &format!("acme/m@{COMMIT}")).is_ok());
     let text = error("acme/n").to_string();
-    assert_eq!(text, "acme/n is not in the cache; it holds acme/m");
+    assert_eq!(text, "acme/n is not in the cache; the cache holds acme/m");
     let text = error("acme/m@v2").to_string();
     assert_eq!(text, "the cache does not hold acme/m at v2; it holds main");
     assert!(matches!(
@@ -221,7 +221,7 @@ fn unfinished_downloads_are_reported() {
             &Flaw::Unfinished { bytes: 0 }
         ]
     );
-    // They keep nothing from being read that is whole.
+    // Unfinished downloads do not prevent complete files from being read.
     index_of(&cache, "acme/m").unwrap();
     let snapshot = repo.join("snapshots").join(COMMIT);
     link("../../blobs/cc", &snapshot.join("late.bin"));
@@ -279,7 +279,7 @@ fn nothing_from_outside_the_repository_is_indexed() {
 }
 
 #[test]
-fn a_link_that_is_turned_after_it_was_looked_at_is_left_out() {
+fn a_link_that_changes_after_it_was_checked_is_left_out() {
     let (home, cache) = by_hand();
     let found = find(&cache, "acme/m").unwrap();
     let secret = home.path().join("secret");
@@ -305,7 +305,7 @@ fn folders_that_are_links_are_not_followed() {
         let folder = cache.join("models--acme--m").join(part);
         let moved = home.path().join("moved");
         fs::rename(&folder, &moved).unwrap();
-        // `join("")` leaves a slash, through which the link would be followed.
+        // `join("")` leaves a trailing slash, which would follow the link.
         let folder: PathBuf = folder.components().collect();
         link(&moved, &folder);
         match find(&cache, "acme/m") {
@@ -334,7 +334,7 @@ fn hostile_names_are_reported() {
 }
 
 #[test]
-fn a_blob_that_is_not_what_its_name_says_is_found_out() {
+fn a_blob_that_does_not_match_its_name_is_detected() {
     let world = World::new();
     let exported = world.export(false).unwrap();
     index_of(&world.cache, "acme/m").unwrap();
@@ -347,14 +347,14 @@ fn a_blob_that_is_not_what_its_name_says_is_found_out() {
     assert_eq!(
         indexed.manifest.files().len(),
         all - 1,
-        "the rest is published"
+        "the other files are published"
     );
     let strict = snapshot.index(true, &Progress::default());
     assert!(matches!(strict, Err(ImportError::Damaged { .. })));
 }
 
 #[test]
-fn a_ref_is_read_whatever_white_space_and_capitals_it_is_written_with() {
+fn a_ref_may_have_white_space_and_capitals() {
     for content in [
         format!("{COMMIT}\n"),
         format!("{COMMIT}\r\n"),
@@ -374,7 +374,7 @@ fn a_ref_is_read_whatever_white_space_and_capitals_it_is_written_with() {
 }
 
 #[test]
-fn an_export_writes_a_ref_anew_that_huggingface_hub_could_not_follow() {
+fn an_export_rewrites_a_ref_that_huggingface_hub_could_not_follow() {
     let world = World::new();
     world.export(false).unwrap();
     let main = world.repo().join("refs/main");
@@ -386,7 +386,7 @@ fn an_export_writes_a_ref_anew_that_huggingface_hub_could_not_follow() {
 }
 
 #[test]
-fn folders_of_models_that_are_named_like_no_repository_are_told() {
+fn model_folders_whose_names_are_no_repository_are_reported() {
     let (_home, cache) = by_hand();
     write(&cache.join("models--a--b--c/refs/main"), COMMIT);
     let told = unnamed(&cache).unwrap();
@@ -395,7 +395,7 @@ fn folders_of_models_that_are_named_like_no_repository_are_told() {
     assert!(told[0].path.ends_with("models--a--b--c"));
 }
 
-/// A model on disk and an empty cache.
+/// A model on disk, and an empty cache.
 struct World {
     _home: tempfile::TempDir,
     root: PathBuf,
@@ -463,7 +463,7 @@ impl World {
         export.run(&Progress::default())
     }
 
-    /// Where the weights go.
+    /// Returns the path of the blob for the weights.
     fn blob(&self) -> PathBuf {
         let layout = self.layout("main");
         let places = layout.places(&self.manifest);
@@ -475,7 +475,7 @@ impl World {
     }
 }
 
-/// Every file below a folder, with what its links say or what it holds.
+/// Returns every file below a folder, with its link target or its content.
 fn listing(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -557,7 +557,7 @@ fn a_second_export_changes_nothing() {
     assert_eq!(listing(&world.cache), before);
     assert_eq!(again.bytes_kept, world.manifest.size());
     assert_eq!((again.links_made, again.ref_written), (0, false));
-    // Under another name it is just one more ref; under the commit's own, none.
+    // Another revision is one more ref; the commit itself needs none.
     let other = world.export_as("refs/pr/1", false).unwrap();
     assert!(other.ref_written);
     let commit = world.commit().to_string();
@@ -594,7 +594,7 @@ fn progress_ends_at_the_size_and_cancelling_stops() {
 }
 
 #[test]
-fn sources_that_are_ours_are_moved_and_are_then_gone() {
+fn fetched_sources_are_moved_and_then_gone() {
     let world = World::new();
     let weights = world.root.join("model.safetensors.bin");
     let inode = fs::metadata(&weights).unwrap().ino();
@@ -612,16 +612,16 @@ fn sources_that_are_ours_are_moved_and_are_then_gone() {
     assert_eq!(by_path("config.json").how, How::Copied);
     assert_eq!((exported.bytes_moved, exported.bytes_copied), (12, 7));
     assert!(listing(&world.root).is_empty());
-    // The sources are gone and not needed.
+    // The sources are gone, and not needed.
     let again = world.export(true).unwrap();
     assert_eq!(again.bytes_kept, world.manifest.size());
     assert_eq!(index_of(&world.cache, "acme/m").unwrap(), world.manifest);
 }
 
 #[test]
-fn what_others_can_still_reach_is_not_moved() {
+fn sources_that_can_still_be_reached_otherwise_are_not_moved() {
     let world = World::of(&[("a.bin", "linked"), ("b.bin", "shared"), ("c.bin", "one")]);
-    // A symbolic link, a second name, and one source for two blobs.
+    // A symbolic link, a second hard link, and one source for two blobs.
     let real = world.root.join("real");
     fs::rename(&world.sources["a.bin"], &real).unwrap();
     link(&real, &world.sources["a.bin"]);
@@ -635,7 +635,7 @@ fn what_others_can_still_reach_is_not_moved() {
     fs::write(&second, "SHARED").unwrap();
     assert_eq!(index_of(&world.cache, "acme/m").unwrap(), world.manifest);
 
-    // A blob of this very repository is no source to take away.
+    // A blob of the same repository is not a source that may be moved away.
     let blob = exported.files[2].blob.clone();
     let mut other = World::of(&[("x.txt", "one")]);
     other.cache.clone_from(&world.cache);
@@ -645,7 +645,7 @@ fn what_others_can_still_reach_is_not_moved() {
 }
 
 #[test]
-fn one_source_of_two_blobs_is_there_for_both() {
+fn one_source_serves_two_blobs() {
     let mut world = World::of(&[("a.bin", "same"), ("b.pt", "same"), ("c.txt", "same")]);
     let one = world.sources["a.bin"].clone();
     for source in world.sources.values_mut() {
@@ -659,7 +659,7 @@ fn one_source_of_two_blobs_is_there_for_both() {
 }
 
 #[test]
-fn a_download_can_write_its_blobs_and_have_them_linked() {
+fn a_download_can_write_its_blobs_directly_and_have_them_linked() {
     let mut world = World::new();
     let layout = world.layout("main");
     let mut small = Vec::new();
@@ -680,7 +680,7 @@ fn a_download_can_write_its_blobs_and_have_them_linked() {
 }
 
 #[test]
-fn states_that_a_crash_leaves_are_finished() {
+fn an_export_completes_states_that_a_crash_leaves() {
     type Damage = fn(&World);
     let damages: [Damage; 5] = [
         |world| fs::remove_file(world.repo().join("refs/main")).unwrap(),
@@ -691,7 +691,7 @@ fn states_that_a_crash_leaves_are_finished() {
             write(&blobs.join(".weft-0123.new"), "half");
             write(&blobs.join(".weft-ref.new"), "012");
         },
-        // A blob that was pruned: its links dangle.
+        // A pruned blob, whose links dangle.
         |world| {
             for file in ["model.safetensors.bin", "config.json"] {
                 let at = world.layout("main").snapshot().join(file);
@@ -722,7 +722,7 @@ fn a_part_file_of_a_download_is_not_swept() {
 fn other_content_in_the_way_is_an_error_and_nothing_changes() {
     type Obstacle = fn(&World);
     let obstacles: [Obstacle; 10] = [
-        // Blobs under the right names: of another size, with other bytes, no file.
+        // Blobs with the right names: of another size, with other bytes, or not a file.
         |world| write(&world.blob(), "w"),
         |world| write(&world.blob(), "WEIGHTS"),
         |world| fs::create_dir_all(world.blob()).unwrap(),
@@ -734,7 +734,7 @@ fn other_content_in_the_way_is_an_error_and_nothing_changes() {
         |world| write(&world.layout("main").snapshot().join("config.json"), "[]"),
         |world| write(&world.layout("main").snapshot().join("sub"), "a file"),
         |world| link(&world.root, &world.layout("main").snapshot().join("sub")),
-        // Folders that lead elsewhere.
+        // Folders that are links to other folders.
         |world| link(&world.root, &world.repo().join("blobs")),
         |world| link(&world.root, &world.repo().join("refs")),
         |world| fs::create_dir_all(world.repo().join("refs/main")).unwrap(),
@@ -753,7 +753,7 @@ fn other_content_in_the_way_is_an_error_and_nothing_changes() {
 }
 
 #[test]
-fn what_the_snapshot_shows_counts_whatever_the_blob_is_called() {
+fn content_at_the_snapshots_path_counts_whatever_its_blob_is_called() {
     let world = World::new();
     // As if the hub had kept the small file in Git LFS.
     let blob = world.repo().join("blobs").join("ab".repeat(32));
@@ -795,7 +795,7 @@ fn a_ref_that_is_a_link_is_replaced_and_not_written_through() {
 }
 
 #[test]
-fn one_export_at_a_time_and_its_lock_overwrites_nothing() {
+fn exports_exclude_each_other_and_their_lock_overwrites_nothing() {
     let world = World::new();
     let locks = world.cache.join(".locks/models--acme--m");
     fs::create_dir_all(&locks).unwrap();
@@ -823,7 +823,7 @@ fn one_export_at_a_time_and_its_lock_overwrites_nothing() {
     assert!(!world.root.join("lock").exists());
 }
 
-/// What huggingface_hub says of a cache, as `name = value` lines.
+/// Checks a cache with huggingface_hub, and prints the number of files and their size.
 const ASK: &str = r#"
 import os, sys
 from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
@@ -845,9 +845,9 @@ print(repo.nb_files, repo.size_on_disk)
 "#;
 
 #[test]
-fn huggingface_hub_finds_what_is_exported() {
+fn huggingface_hub_finds_exported_files() {
     let Some(python) = env::var_os("WEFT_TEST_PYTHON") else {
-        eprintln!("skipped: WEFT_TEST_PYTHON names no Python that has huggingface_hub");
+        eprintln!("skipped: set WEFT_TEST_PYTHON to a Python that has huggingface_hub");
         return;
     };
     let ask = |script: &str, arguments: &[&str]| {
@@ -859,7 +859,7 @@ fn huggingface_hub_finds_what_is_exported() {
             .unwrap()
     };
     if !ask("import huggingface_hub", &[]).status.success() {
-        eprintln!("skipped: the Python of WEFT_TEST_PYTHON has no huggingface_hub");
+        eprintln!("skipped: the Python in WEFT_TEST_PYTHON has no huggingface_hub");
         return;
     }
     let mut world = World::new();
@@ -869,7 +869,7 @@ fn huggingface_hub_finds_what_is_exported() {
     world.sources.insert("large.txt".to_owned(), large);
     world.export(true).unwrap();
     world.export_as("refs/pr/1", true).unwrap();
-    // What an interrupted export leaves does not keep huggingface_hub from reading the rest.
+    // Leftovers of an interrupted export do not prevent huggingface_hub from reading the rest.
     write(&world.repo().join("blobs/.weft-0123.new"), "half");
     let cache = world.cache.to_str().unwrap();
     let answer = ask(ASK, &[cache, &world.commit().to_string()]);

@@ -1,5 +1,5 @@
-//! One odd file keeps no folder from being published: each case is one that people have met, in a folder with a good
-//! file beside it.
+//! Tests that one odd file does not prevent a folder from being published. Each case has occurred in practice, and is
+//! in a folder with a good file beside it.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use weft_blobs::{
     index::{IndexError, Indexed, Progress, Rules, index, index_by},
 };
 
-/// A safetensors file of a header and as many bytes of tensors.
+/// Returns a safetensors file with the given header and `data` bytes of tensors.
 fn safetensors(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(header.as_bytes());
@@ -25,14 +25,14 @@ fn safetensors(header: &str, data: usize) -> Vec<u8> {
     bytes
 }
 
-/// A safetensors file of one tensor.
+/// Returns a safetensors file with one tensor.
 fn one(dtype: &str, shape: &str, data: usize) -> Vec<u8> {
     let header =
         format!(r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,{data}]}}}}"#);
     safetensors(&header, data)
 }
 
-/// A GGUF file under construction: metadata pairs and entries of tensors, encoded.
+/// A GGUF file under construction: encoded metadata pairs and tensor entries.
 #[derive(Default)]
 struct Gguf {
     pairs: Vec<Vec<u8>>,
@@ -75,7 +75,7 @@ impl Gguf {
 const POINTER: &str = "version https://git-lfs.github.com/spec/v1\n\
     oid sha256:abababababababababababababababababababababababababababababababab\nsize 4998571440\n";
 
-fn lacks_utf8(name: &str) -> Vec<u8> {
+fn with_invalid_utf8(name: &str) -> Vec<u8> {
     let bytes = Gguf::default().tensor(name, &[4], 0, 0).bytes(16);
     let mut bytes = bytes;
     let at = bytes
@@ -96,7 +96,8 @@ fn names(indexed: &Indexed) -> Vec<&str> {
     files.map(|file| &*file.path).collect()
 }
 
-/// Publishes `name` with `content` beside a good file; the number of its tensors, or why it has none.
+/// Publishes `name` with `content` beside a good file. Returns the number of its tensors, or the reason why it has
+/// none.
 fn published(name: &str, content: &[u8]) -> Result<usize, String> {
     let folder = tempfile::tempdir().unwrap();
     fs::write(
@@ -148,24 +149,118 @@ fn a_safetensors_file_whose_header_cannot_be_read_is_published_as_bytes() {
     let long = "n".repeat(2000);
     let many = "1,".repeat(39);
     for (case, content, says) in [
-        ("metadata of numbers", of(format!(r#"{{"__metadata__":{{"step":100}},{f32}}}"#), 16), "expected a string"),
-        ("metadata in metadata", of(format!(r#"{{"__metadata__":{{"a":{{"b":1}}}},{f32}}}"#), 16), "expected a string"),
-        ("metadata as a list", of(format!(r#"{{"__metadata__":["pt"],{f32}}}"#), 16), "malformed"),
-        ("as 0.4.3 wrote it", of(r#"{},"__metadata__":{"key":"value"}}      "#.to_owned(), 0), "trailing characters"),
-        ("one element in no bytes", one("F32", "[1]", 0), "does not match its shape"),
-        ("an odd number of halves", one("F4", "[15]", 8), "does not match its shape"),
-        ("a page of a web server", b"<!DOCTYPE html><html>Rate limited</html>".repeat(4), "header claims"),
+        (
+            "metadata of numbers",
+            of(format!(r#"{{"__metadata__":{{"step":100}},{f32}}}"#), 16),
+            "expected a string",
+        ),
+        (
+            "metadata in metadata",
+            of(format!(r#"{{"__metadata__":{{"a":{{"b":1}}}},{f32}}}"#), 16),
+            "expected a string",
+        ),
+        (
+            "metadata as a list",
+            of(format!(r#"{{"__metadata__":["pt"],{f32}}}"#), 16),
+            "malformed",
+        ),
+        (
+            "as 0.4.3 wrote it",
+            of(r#"{},"__metadata__":{"key":"value"}}      "#.to_owned(), 0),
+            "trailing characters",
+        ),
+        (
+            "one element in no bytes",
+            one("F32", "[1]", 0),
+            "does not match its shape",
+        ),
+        (
+            "an odd number of halves",
+            one("F4", "[15]", 8),
+            "does not match its shape",
+        ),
+        (
+            "a page of a web server",
+            b"<!DOCTYPE html><html>Rate limited</html>".repeat(4),
+            "header claims",
+        ),
         ("nothing", Vec::new(), "truncated"),
-        ("cut off", one("F32", "[1024]", 4096)[..3000].to_vec(), "holds"),
-        ("bytes behind", [one("F32", "[4]", 16), vec![0; 512]].concat(), "holds"),
-        ("zeros as padding", of(format!("{{{f32}}}\0\0\0\0"), 16), "trailing characters"),
-        ("a tensor called __metadata__", of(r#"{"__metadata__":{"dtype":"I32","shape":[2],"data_offsets":[0,8]}}"#.to_owned(), 8), "malformed"),
-        ("a name of 2,000 bytes", of(format!(r#"{{"{long}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#), 1), "1024 bytes"),
-        ("a name twice", of(r#"{"w":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"w":{"dtype":"I8","shape":[4],"data_offsets":[4,8]}}"#.to_owned(), 8), "same name"),
-        ("a hole", of(r#"{"w":{"dtype":"I8","shape":[4],"data_offsets":[4,8]}}"#.to_owned(), 8), "does not begin"),
-        ("an overlap", of(r#"{"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"I8","shape":[4],"data_offsets":[2,6]}}"#.to_owned(), 6), "does not begin"),
-        ("forty dimensions", of(format!(r#"{{"w":{{"dtype":"U8","shape":[{many}1],"data_offsets":[0,1]}}}}"#), 1), "32 dimensions"),
-        ("a pointer of Git LFS", POINTER.as_bytes().to_vec(), "git lfs pull"),
+        (
+            "truncated",
+            one("F32", "[1024]", 4096)[..3000].to_vec(),
+            "holds",
+        ),
+        (
+            "bytes after the end",
+            [one("F32", "[4]", 16), vec![0; 512]].concat(),
+            "holds",
+        ),
+        (
+            "zeros as padding",
+            of(format!("{{{f32}}}\0\0\0\0"), 16),
+            "trailing characters",
+        ),
+        (
+            "a tensor called __metadata__",
+            of(
+                r#"{"__metadata__":{"dtype":"I32","shape":[2],"data_offsets":[0,8]}}"#.to_owned(),
+                8,
+            ),
+            "malformed",
+        ),
+        (
+            "a name of 2,000 bytes",
+            of(
+                format!(r#"{{"{long}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#),
+                1,
+            ),
+            "1024 bytes",
+        ),
+        (
+            "a name twice",
+            of(
+                concat!(
+                    r#"{"w":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"#,
+                    r#""w":{"dtype":"I8","shape":[4],"data_offsets":[4,8]}}"#
+                )
+                .to_owned(),
+                8,
+            ),
+            "same name",
+        ),
+        (
+            "a gap",
+            of(
+                r#"{"w":{"dtype":"I8","shape":[4],"data_offsets":[4,8]}}"#.to_owned(),
+                8,
+            ),
+            "does not begin",
+        ),
+        (
+            "an overlap",
+            of(
+                concat!(
+                    r#"{"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"#,
+                    r#""b":{"dtype":"I8","shape":[4],"data_offsets":[2,6]}}"#
+                )
+                .to_owned(),
+                6,
+            ),
+            "does not begin",
+        ),
+        (
+            "forty dimensions",
+            of(
+                format!(r#"{{"w":{{"dtype":"U8","shape":[{many}1],"data_offsets":[0,1]}}}}"#),
+                1,
+            ),
+            "32 dimensions",
+        ),
+        (
+            "a Git LFS pointer",
+            POINTER.as_bytes().to_vec(),
+            "git lfs pull",
+        ),
     ] {
         let reason = published("model.safetensors", &content).unwrap_err();
         assert!(reason.contains(says), "{case}: {reason}");
@@ -208,7 +303,7 @@ fn a_safetensors_file_that_a_newer_program_wrote_keeps_its_tensors() {
             "{case}"
         );
     }
-    // A name in capitals says no format; the file is published all the same.
+    // A name in capitals indicates no format; the file is published all the same.
     assert_eq!(
         published("MODEL.SAFETENSORS", &one("F32", "[4]", 16)),
         Ok(0)
@@ -237,26 +332,26 @@ fn a_gguf_file_whose_header_cannot_be_read_is_published_as_bytes() {
         ("version 1", version([1, 0, 0, 0]), "version 1"),
         ("the other byte order", version([0, 0, 0, 3]), "big-endian"),
         (
-            "of before GGUF",
+            "an older format",
             [&b"tjgg\x03\0\0\0"[..], &[0; 64]].concat(),
             "letters GGUF",
         ),
         (
-            "of before that",
+            "the oldest format",
             [&b"lmgg"[..], &[0; 64]].concat(),
             "letters GGUF",
         ),
         (
-            "cut in the header",
+            "truncated in the header",
             plain().bytes(128)[..50].to_vec(),
             "truncated",
         ),
         (
-            "cut in the data",
+            "truncated in the data",
             plain().bytes(128)[..150].to_vec(),
             "outside the file",
         ),
-        ("counts that lie", counts_lie, "limit"),
+        ("wrong counts", counts_lie, "limit"),
         (
             "alignment of zero",
             alignment(4, &0_u32.to_le_bytes()).bytes(128),
@@ -270,7 +365,7 @@ fn a_gguf_file_whose_header_cannot_be_read_is_published_as_bytes() {
         (
             "alignment of eight bytes",
             alignment(10, &64_u64.to_le_bytes()).bytes(128),
-            "no uint32",
+            "not a uint32",
         ),
         (
             "alignment twice",
@@ -289,7 +384,11 @@ fn a_gguf_file_whose_header_cannot_be_read_is_published_as_bytes() {
             Gguf::default().tensor("w", &[1; 9], 24, 0).bytes(32),
             "8 dimensions",
         ),
-        ("a name that is no UTF-8", lacks_utf8("token"), "UTF-8"),
+        (
+            "a name that is not UTF-8",
+            with_invalid_utf8("token"),
+            "UTF-8",
+        ),
         (
             "arrays in arrays",
             plain().pair("x", 9, &nested).bytes(128),
@@ -301,7 +400,7 @@ fn a_gguf_file_whose_header_cannot_be_read_is_published_as_bytes() {
             "unknown type",
         ),
         (
-            "a pointer of Git LFS",
+            "a Git LFS pointer",
             POINTER.as_bytes().to_vec(),
             "git lfs pull",
         ),
@@ -325,9 +424,9 @@ fn a_gguf_file_of_a_fork_or_a_newer_program_keeps_its_tensors() {
             Gguf::default().tensor("w", &[6912, 2], 36, 0).bytes(3456),
             1,
         ),
-        // TL2 of BitNet has the number of MXFP4, IFAIRY that of NVFP4.
+        // BitNet's TL2 has the number of MXFP4, and its IFAIRY that of NVFP4.
         (
-            "a number that is taken",
+            "a number with another meaning",
             Gguf::default()
                 .tensor("a", &[256], 39, 0)
                 .tensor("b", &[8], 0, 64)
@@ -335,7 +434,7 @@ fn a_gguf_file_of_a_fork_or_a_newer_program_keeps_its_tensors() {
             2,
         ),
         (
-            "another",
+            "another number with another meaning",
             Gguf::default()
                 .tensor("a", &[256], 40, 0)
                 .tensor("b", &[8], 0, 96)
@@ -343,7 +442,7 @@ fn a_gguf_file_of_a_fork_or_a_newer_program_keeps_its_tensors() {
             2,
         ),
         (
-            "rows that are no whole blocks",
+            "rows that are not whole blocks",
             Gguf::default().tensor("a", &[33, 2], 2, 0).bytes(64),
             1,
         ),
@@ -356,12 +455,12 @@ fn a_gguf_file_of_a_fork_or_a_newer_program_keeps_its_tensors() {
             2,
         ),
         (
-            "bytes behind",
+            "bytes after the end",
             Gguf::default().tensor("a", &[8], 0, 0).bytes(1032),
             1,
         ),
         (
-            "text that is no UTF-8",
+            "text that is not UTF-8",
             Gguf::default()
                 .pair(b"general.na\xffme", 8, &text(b"\xff"))
                 .tensor("a", &[8], 0, 0)
@@ -379,7 +478,7 @@ fn a_gguf_file_of_a_fork_or_a_newer_program_keeps_its_tensors() {
 }
 
 #[test]
-fn a_pointer_of_git_lfs_is_named_whatever_its_ending_is() {
+fn a_git_lfs_pointer_is_reported_whatever_its_extension() {
     for name in ["pytorch_model.bin", "tokenizer.json", "model.onnx"] {
         let reason = published(name, POINTER.as_bytes()).unwrap_err();
         assert!(reason.contains("git lfs pull"), "{reason}");
@@ -391,7 +490,7 @@ fn a_pointer_of_git_lfs_is_named_whatever_its_ending_is() {
 }
 
 #[test]
-fn what_systems_leave_in_folders_is_left_out_and_told() {
+fn files_of_operating_systems_are_left_out_and_reported() {
     let folder = tempfile::tempdir().unwrap();
     let write = |path: &str| {
         let path = folder.path().join(path);
@@ -428,7 +527,7 @@ fn what_systems_leave_in_folders_is_left_out_and_told() {
 }
 
 #[test]
-fn hidden_files_are_published_only_if_told_to() {
+fn hidden_files_are_published_only_on_request() {
     let folder = tempfile::tempdir().unwrap();
     for path in [
         "config.json",
@@ -444,7 +543,7 @@ fn hidden_files_are_published_only_if_told_to() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, "TOKEN=secret").unwrap();
     }
-    // A link that would give one away under another name.
+    // Links that would publish a hidden file under another name.
     symlink(".env", folder.path().join("readme.txt")).unwrap();
     symlink(".git/HEAD", folder.path().join("head.txt")).unwrap();
     let indexed = index(folder.path(), &Progress::default()).unwrap();
@@ -461,13 +560,13 @@ fn hidden_files_are_published_only_if_told_to() {
     assert!(names(&indexed).contains(&"readme.txt"));
     assert!(!names(&indexed).contains(&".git/HEAD"));
     assert!(!names(&indexed).contains(&"head.txt"));
-    // One that is named itself is meant.
+    // A file that is named itself is always included.
     let env = index(&folder.path().join(".env"), &Progress::default()).unwrap();
     assert_eq!(names(&env), [".env"]);
 }
 
 #[test]
-fn all_names_that_other_systems_cannot_hold_are_told_at_once_or_left_out() {
+fn all_names_that_other_systems_do_not_support_are_reported_at_once_or_left_out() {
     let folder = tempfile::tempdir().unwrap();
     let long = ["d"; 150].join("/") + "/x?.txt";
     let odd: [&[u8]; 18] = [
@@ -533,7 +632,7 @@ fn all_names_that_other_systems_cannot_hold_are_told_at_once_or_left_out() {
 }
 
 #[test]
-fn links_are_followed_within_the_folder_and_out_of_it_only_if_told_to() {
+fn links_within_the_folder_are_followed_and_links_out_of_it_only_on_request() {
     let home = tempfile::tempdir().unwrap();
     let root = home.path().join("model");
     let aside = home.path().join("aside");
@@ -559,7 +658,7 @@ fn links_are_followed_within_the_folder_and_out_of_it_only_if_told_to() {
     ] {
         symlink(target, root.join(at)).unwrap();
     }
-    // A folder beside that leads back here.
+    // A link in a folder beside the model that leads back to the model.
     symlink("../../model", aside.join("deep/back")).unwrap();
     let indexed = index(&root, &Progress::default()).unwrap();
     assert_eq!(
@@ -574,7 +673,7 @@ fn links_are_followed_within_the_folder_and_out_of_it_only_if_told_to() {
     };
     assert!(note("outside.bin: ").contains("--follow-links"));
     assert!(note("folder: ").contains("--follow-links"));
-    assert!(note("dangling.bin: ").contains("gone.bin, which is not there"));
+    assert!(note("dangling.bin: ").contains("gone.bin, which does not exist"));
     let follow = by(|rules| rules.follow_links = true);
     let indexed = index_by(&root, &follow, &Progress::default()).unwrap();
     assert_eq!(
@@ -612,14 +711,14 @@ fn a_snapshot_of_a_hugging_face_cache_is_added_by_its_folder() {
 }
 
 #[test]
-fn an_unreadable_file_is_left_out_and_told() {
+fn an_unreadable_file_is_left_out_and_reported() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("a.bin"), "a").unwrap();
     let closed = folder.path().join("closed.bin");
     fs::write(&closed, "b").unwrap();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).unwrap();
     if fs::File::open(&closed).is_ok() {
-        // The superuser reads everything.
+        // The superuser can read every file.
         return;
     }
     let indexed = index(folder.path(), &Progress::default()).unwrap();
@@ -628,7 +727,7 @@ fn an_unreadable_file_is_left_out_and_told() {
 }
 
 #[test]
-fn a_folder_of_which_nothing_is_left_says_what_was_left_out() {
+fn the_error_for_a_folder_with_nothing_to_publish_lists_what_was_left_out() {
     let folder = tempfile::tempdir().unwrap();
     symlink("gone", folder.path().join("weights.bin")).unwrap();
     fs::write(folder.path().join(".env"), "x").unwrap();
@@ -641,7 +740,7 @@ fn a_folder_of_which_nothing_is_left_says_what_was_left_out() {
     );
 }
 
-/// Waits until indexing has read something, does `then`, and lets it end.
+/// Waits until indexing has read something, calls `then`, and waits for the result.
 fn while_reading(folder: &Path, then: impl FnOnce() + Send) -> Result<Indexed, IndexError> {
     let progress = Progress::default();
     thread::scope(|scope| {
@@ -670,7 +769,7 @@ fn a_file_that_is_deleted_while_the_folder_is_read_is_not_published() {
 }
 
 #[test]
-fn incomplete_models_are_published_and_told() {
+fn incomplete_models_are_published_and_reported() {
     let shard = |name: &str| {
         let header = format!(r#"{{"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#);
         safetensors(&header, 1)
@@ -699,7 +798,7 @@ fn incomplete_models_are_published_and_told() {
             "m-00002-of-00002",
         ),
         (
-            "a stale index",
+            "an outdated index file",
             vec![
                 (one, shard("a")),
                 (two, shard("b")),
@@ -708,7 +807,7 @@ fn incomplete_models_are_published_and_told() {
             "m-00001-of-00005",
         ),
         (
-            "the wrong way round",
+            "swapped files",
             vec![
                 (one, shard("a")),
                 (two, shard("b")),
@@ -717,7 +816,7 @@ fn incomplete_models_are_published_and_told() {
             "2 tensors in files that do not have them",
         ),
         (
-            "cut short",
+            "a truncated index file",
             vec![
                 (one, shard("a")),
                 (two, shard("b")),
@@ -726,7 +825,7 @@ fn incomplete_models_are_published_and_told() {
             "malformed",
         ),
         (
-            "a split",
+            "numbered files",
             vec![("q-00002-of-00003.gguf", part.clone())],
             "1 of 3 files of q-*-of-00003.gguf",
         ),

@@ -1,4 +1,4 @@
-//! Content in its whole: what is indexed, how it is moved, and the cache of huggingface_hub.
+//! Tests of content as a whole: indexing, transfers, and the Hugging Face cache.
 
 #![allow(clippy::unwrap_used)]
 

@@ -45,7 +45,7 @@ fn write(root: &Path, path: &str, data: &[u8]) {
     fs::write(path, data).unwrap();
 }
 
-/// A model on its way, from one provider after another.
+/// A download of a model from one provider after another.
 struct Download {
     plan: Plan,
     transfer: Transfer,
@@ -198,8 +198,8 @@ async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
     assert!(download.is_complete());
     world.assert_equal("to");
     assert_eq!(moved(&progress), world.manifest.size());
-    // Whoever wrote the last of it counts it when it may be in place already.
-    until("all counts", || {
+    // A blob is counted just after it is renamed into place, so the count may lag behind.
+    until("all bytes are counted", || {
         progress.done.load(Ordering::Relaxed) == world.manifest.size()
     })
     .await;
@@ -208,7 +208,7 @@ async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
     assert!(download.is_complete());
     assert_eq!(progress.done.load(Ordering::Relaxed), world.manifest.size());
 
-    // What arrived can be served on.
+    // Received content can be served to others.
     let (near, far) = duplex(1 << 16);
     let receiver = world.receiver.clone();
     tokio::spawn(async move { serve(receiver, far, &[]).await });
@@ -224,12 +224,12 @@ async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
     world.assert_equal("to3");
 }
 
-/// The clock stands still until all transfers have ended, so that a transfer that waits for its time does not end.
+/// The clock stands still until all transfers have ended, so a transfer that waits for a timer does not end.
 #[tokio::test(start_paused = true)]
-async fn a_transfer_ends_when_the_last_byte_is_written_and_not_with_the_next_second() {
+async fn a_transfer_ends_when_the_last_byte_is_written_and_not_at_the_next_tick() {
     let world = World::new(&[("f", content(3 * GROUP, 1))]);
     let (ended, all_ended) = std::sync::mpsc::channel();
-    // The clock goes on by itself only while no blocking task runs. After a minute it does, and the test fails.
+    // The paused clock advances only while no blocking task runs. After a minute this task ends, and the test fails.
     let clock =
         tokio::task::spawn_blocking(move || all_ended.recv_timeout(Duration::from_secs(60)));
     let begin = tokio::time::Instant::now();
@@ -260,7 +260,7 @@ async fn hundreds_of_small_files_pass_through_few_descriptors() {
 }
 
 #[tokio::test]
-async fn equal_files_move_once_and_known_content_not_at_all() {
+async fn equal_files_are_transferred_once_and_known_content_not_at_all() {
     let data = content(5 * GROUP + 9, 1);
     let world = World::new(&[
         ("a", data.clone()),
@@ -272,14 +272,14 @@ async fn equal_files_move_once_and_known_content_not_at_all() {
     world.assert_equal("to");
     assert_eq!(moved(&progress), (data.len() + GROUP) as u64);
 
-    let (download, progress) = world.plan("elsewhere").unwrap();
+    let (download, progress) = world.plan("another").unwrap();
     assert!(download.is_complete());
-    world.assert_equal("elsewhere");
+    world.assert_equal("another");
     assert_eq!(moved(&progress), 0);
 }
 
 #[tokio::test]
-async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
+async fn a_dropped_download_keeps_verified_content_and_resumes_from_it() {
     let world = World::new(&[("big", content(800 * GROUP, 3)), ("z", content(10, 4))]);
     let (mut download, progress) = world.plan("to").unwrap();
     let size = world.manifest.size();
@@ -295,7 +295,10 @@ async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
             tokio::io::copy(&mut limited, &mut to_near).await
         };
         // All requests may be out before the link breaks.
-        tokio::select! { _ = async { up.await.unwrap(); std::future::pending::<()>().await } => {}, _ = down => {} }
+        tokio::select! {
+            _ = async { up.await.unwrap(); std::future::pending::<()>().await } => {},
+            _ = down => {}
+        }
     });
     let error = download.fetch(far).await.unwrap_err();
     assert!(!error.is_provider_wrong(), "{error}");
@@ -314,7 +317,7 @@ async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
 }
 
 #[tokio::test]
-async fn what_was_lost_of_an_earlier_run_comes_again_before_the_file_gets_its_name() {
+async fn groups_of_an_earlier_run_that_were_lost_are_fetched_again_before_the_file_gets_its_name() {
     let world = World::new(&[("big", content(300 * GROUP, 3))]);
     let path = world.path("own");
     let plan = |store: &Store| {
@@ -327,7 +330,7 @@ async fn what_was_lost_of_an_earlier_run_comes_again_before_the_file_gets_its_na
         let (mut download, _) = plan(&Store::open(&path).unwrap());
         fetch_some(&world, &mut download, 10 << 20).await;
     }
-    // A background task still settles the content that was written last.
+    // A background task still commits the content that was written last.
     let mut store = Store::open(&path);
     while store.is_err() {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -336,7 +339,7 @@ async fn what_was_lost_of_an_earlier_run_comes_again_before_the_file_gets_its_na
     let (mut download, progress) = plan(&store.unwrap());
     let had = progress.done.load(Ordering::Relaxed);
     assert!(had > 9 << 20, "{had}");
-    // Behind the back of whoever looked at it already.
+    // The file is changed after the plan has checked it.
     let mut parts = fs::read_dir(world.path("to")).unwrap();
     let part = parts.find_map(|entry| {
         let path = entry.unwrap().path();
@@ -360,7 +363,7 @@ async fn another_provider_finishes_what_one_began() {
     assert!(again <= GROUP as u64, "{again} bytes moved twice");
 }
 
-/// A link to the provider on which a bit of the answers flips after so many bytes.
+/// Connects to the provider over a link that flips a bit of the answers after the given number of bytes.
 fn flip(mut provider: DuplexStream, after: usize) -> DuplexStream {
     let (near, far) = duplex(64 * 1024);
     tokio::spawn(async move {
@@ -425,7 +428,7 @@ fn part_in(folder: &Path, size: usize) -> std::path::PathBuf {
         .unwrap()
 }
 
-/// Changes one byte, and keeps the size and time: only the tree can tell.
+/// Changes one byte and keeps the size and time, so that only the hash tree shows the change.
 fn spoil(path: &Path, offset: usize) {
     let modified = fs::metadata(path).unwrap().modified().unwrap();
     let mut data = fs::read(path).unwrap();
@@ -436,7 +439,7 @@ fn spoil(path: &Path, offset: usize) {
 }
 
 #[tokio::test]
-async fn one_bad_bit_at_the_only_provider_costs_one_chunk_group_and_another_provider_brings_it() {
+async fn one_bad_bit_at_the_only_provider_costs_one_chunk_group_which_another_provider_sends() {
     let data = content(100 * GROUP, 5);
     let world = World::new(&[("big", data.clone())]);
     spoil(&world.path("source/big"), 60 * GROUP + 77);
@@ -460,7 +463,7 @@ async fn one_bad_bit_at_the_only_provider_costs_one_chunk_group_and_another_prov
     assert_eq!(unreadable.path, "big");
     assert_eq!(unreadable.bytes, 60 * GROUP as u64..61 * GROUP as u64);
     assert_eq!(unreadable.more, 0);
-    // The provider still counts all of it but that.
+    // The provider still counts everything except the bad group.
     let model = world.provider.model(&world.id).unwrap();
     let presence = world.provider.presence(&model, &world.manifest).unwrap();
     assert!(!presence.complete);
@@ -468,7 +471,7 @@ async fn one_bad_bit_at_the_only_provider_costs_one_chunk_group_and_another_prov
     download.transfer.settle().await.unwrap();
     drop((peer, download));
 
-    // It goes on with one that has it.
+    // The download resumes with a provider that has the group.
     let good = world.path("good");
     write(&good, "big", &data);
     let other = Store::open(&world.path("other")).unwrap();
@@ -483,7 +486,7 @@ async fn one_bad_bit_at_the_only_provider_costs_one_chunk_group_and_another_prov
 }
 
 #[tokio::test]
-async fn after_the_first_damage_the_rest_of_that_file_is_read_and_all_that_is_damaged_is_known() {
+async fn the_first_damage_found_in_a_file_leads_to_a_check_of_the_whole_file() {
     let world = World::new(&[("big", content(100 * GROUP, 5)), ("z", content(9, 1))]);
     let path = world.path("source/big");
     for group in [3, 60, 61, 99] {
@@ -498,15 +501,15 @@ async fn after_the_first_damage_the_rest_of_that_file_is_read_and_all_that_is_da
         sources[0].have().count()
     };
     assert!(here() >= 96);
-    until("the others are found", || here() == 96).await;
-    // Repaired, it counts again once it was verified.
+    until("the other damaged groups are found", || here() == 96).await;
+    // After a repair, the file counts again once it was verified.
     write(&world.path("source"), "big", &content(100 * GROUP, 5));
     let indexed = index(&world.path("source"), &index::Progress::default()).unwrap();
     world.provider.add(&indexed, None).unwrap();
     assert!(world.provider.sources(&hash).unwrap()[0].is_whole());
 }
 
-/// Passes bytes from one end to the other, both ways, those of the provider at this rate.
+/// Copies bytes between both ends; those from the provider at the given rate.
 async fn slow_link(near: DuplexStream, far: DuplexStream, bytes_per_second: usize) {
     let (mut from_near, mut to_near) = tokio::io::split(near);
     let (mut from_far, mut to_far) = tokio::io::split(far);
@@ -521,12 +524,12 @@ async fn slow_link(near: DuplexStream, far: DuplexStream, bytes_per_second: usiz
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
     };
-    // Either end may go first.
+    // Either end may close first.
     let _ = tokio::join!(up, down);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_link_of_2_kilobytes_a_second_delivers_however_long_a_chunk_group_takes() {
+async fn a_link_of_2_kilobytes_a_second_completes_although_a_chunk_group_takes_long() {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
     let (near, far) = duplex(1 << 12);
     tokio::spawn(slow_link(far, world.connect(), 2000));
@@ -538,7 +541,7 @@ async fn a_link_of_2_kilobytes_a_second_delivers_however_long_a_chunk_group_take
     assert!((90..150).contains(&took), "{took} s");
 }
 
-/// Fetches from a provider that sends so many bytes each 15 s. Returns the error, and after how many seconds.
+/// Fetches from a provider that sends `bytes` bytes every 15 s. Returns the error, and the seconds until it occurred.
 async fn trickled(bytes: usize) -> (TransferError, u64) {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
     let (near, far) = duplex(1 << 12);
@@ -548,7 +551,7 @@ async fn trickled(bytes: usize) -> (TransferError, u64) {
         let (mut from_far, mut to_far) = tokio::io::split(provider);
         let up = tokio::io::copy(&mut from_near, &mut to_far);
         let down = async {
-            // As much as shows that it answers.
+            // Enough to count as an answer.
             let mut answer = [0; 200];
             from_far.read_exact(&mut answer).await.unwrap();
             to_near.write_all(&answer).await.unwrap();
@@ -569,7 +572,7 @@ async fn trickled(bytes: usize) -> (TransferError, u64) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_like_one_that_sends_none() {
+async fn a_provider_that_sends_single_bytes_is_given_up_like_one_that_sends_none() {
     let (error, seconds) = trickled(1).await;
     assert!(matches!(error, TransferError::Stalled(_)), "{error}");
     assert!((20..100).contains(&seconds), "{seconds}");
@@ -583,7 +586,7 @@ async fn a_provider_that_needs_more_than_ten_minutes_for_a_chunk_group_is_given_
 }
 
 #[tokio::test(start_paused = true)]
-async fn limits_far_below_a_kilobyte_a_second_a_stream_end_no_stream() {
+async fn rate_limits_far_below_a_kilobyte_a_second_end_no_stream() {
     let world = World::new(&[("a", content(2 * GROUP, 1))]);
     for receiving in [true, false] {
         let (near, far) = duplex(256 * 1024);
@@ -617,9 +620,9 @@ async fn limits_far_below_a_kilobyte_a_second_a_stream_end_no_stream() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_requester_hears_that_it_waits_for_its_turn_and_does_not_give_up() {
+async fn a_requester_that_is_told_to_wait_for_its_turn_does_not_give_up() {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
-    // All turns are taken by requesters that take nothing.
+    // All turns are taken by requesters that read nothing.
     let uplink = Uplink::default();
     let mut dead = Vec::new();
     for i in 0..8 {
@@ -672,7 +675,7 @@ async fn a_stream_whose_file_cannot_be_read_gives_its_turn_back() {
         waits: true,
         ..Default::default()
     };
-    // A group that can be read arrives, then groups of which one cannot be read.
+    // A group that can be read, then a request that includes one that cannot.
     frame::write(&mut writer, &request, 128).await.unwrap();
     let response: BlobResponse = frame::read(&mut reader, 128).await.unwrap().unwrap();
     assert_eq!(response.status(), Status::Ok);
@@ -682,7 +685,7 @@ async fn a_stream_whose_file_cannot_be_read_gives_its_turn_back() {
     frame::write(&mut writer, &request, 128).await.unwrap();
     let response: BlobResponse = frame::read(&mut reader, 128).await.unwrap().unwrap();
     assert_eq!(response.status(), Status::Internal);
-    // The requester has all answers.
+    // The requester has received all answers.
     (request.cancel, request.answered) = (Some(u64::MAX), 2);
     frame::write(&mut writer, &request, 128).await.unwrap();
     for _ in 0..20 {
@@ -695,7 +698,7 @@ async fn a_stream_whose_file_cannot_be_read_gives_its_turn_back() {
 }
 
 #[tokio::test]
-async fn several_providers_share_the_work_and_what_one_lacks_another_sends() {
+async fn several_providers_share_the_work_and_supply_what_others_lack() {
     let world = World::new(&[
         ("big", content(600 * GROUP + 5, 3)),
         ("small", content(10, 4)),
@@ -714,7 +717,7 @@ async fn several_providers_share_the_work_and_what_one_lacks_another_sends() {
     peers[0].has(0, 0..300);
     peers[1].has(0, 200..601);
     peers[2].has(1, 0..1);
-    // The last says nothing of what it has, and is not asked.
+    // The last peer does not announce any content, and is not asked.
     let mut run = Box::pin(transfer.run(&mut plan));
     let fetches = peers
         .iter()
@@ -735,14 +738,14 @@ async fn several_providers_share_the_work_and_what_one_lacks_another_sends() {
         "{sent:?}"
     );
     assert_eq!(sent[2..], [10, 0]);
-    // One piece may be asked for from both, if one of them comes to a halt at the end.
+    // At the end, both providers may be asked for the same piece if one of them stalls.
     let wasted: u64 = peers.iter().map(|peer| peer.wasted()).sum();
     let twice = moved(&progress) - world.manifest.size() + wasted;
-    assert!(twice <= 16 * group, "{twice} bytes came twice");
+    assert!(twice <= 16 * group, "{twice} bytes were received twice");
 }
 
 #[tokio::test]
-async fn what_is_still_arriving_is_served_on() {
+async fn content_that_is_still_arriving_is_served_to_others() {
     let world = World::new(&[("big", content(400 * GROUP, 3))]);
     let (mut download, progress) = world.plan("to").unwrap();
     fetch_some(&world, &mut download, 5 << 20).await;
@@ -750,7 +753,7 @@ async fn what_is_still_arriving_is_served_on() {
     let have = world.receiver.sources(&hash).unwrap()[0].have();
     assert_eq!(have.count() * GROUP as u64, moved(&progress));
 
-    // Another asks for what is here, while it is open and when it was left.
+    // A third node fetches the content that is here: while it is being received, and after the download was dropped.
     let third = Store::open(&world.path("third")).unwrap();
     for again in [false, true] {
         let progress = Arc::new(Progress::default());
@@ -786,28 +789,28 @@ async fn what_is_still_arriving_is_served_on() {
             }
         };
         tokio::select! {
-            _ = work => panic!("a part is not the whole"),
+            _ = work => panic!("a part is not the whole blob"),
             _ = tokio::time::timeout(Duration::from_secs(20), all_here) => {}
         }
         assert_eq!(moved(&progress), wanted * GROUP as u64);
         if !again {
             drop(std::mem::replace(
                 &mut download,
-                world.plan("elsewhere").unwrap().0,
+                world.plan("another").unwrap().0,
             ));
         }
     }
 }
 
 #[tokio::test]
-async fn what_one_node_left_of_a_file_another_with_its_own_home_goes_on_from() {
+async fn a_part_file_that_one_node_left_is_continued_by_another_node_with_its_own_home() {
     let world = World::new(&[("big", content(300 * GROUP, 3)), ("one", content(5000, 4))]);
     let (mut download, progress) = world.plan("to").unwrap();
     fetch_some(&world, &mut download, 12 << 20).await;
     drop(download);
     let first = moved(&progress);
     assert!(first > 100 * GROUP as u64, "{first}");
-    // Some of what was left is damaged.
+    // Some of the part file is damaged.
     let part = fs::read_dir(world.path("to")).unwrap();
     let mut parts = part.map(|entry| entry.unwrap().path());
     let part = parts
@@ -829,18 +832,18 @@ async fn what_one_node_left_of_a_file_another_with_its_own_home_goes_on_from() {
     world.assert_equal("to");
     let (again, reused) = (moved(&progress), progress.reused.load(Ordering::Relaxed));
     let size = world.manifest.size();
-    // The small file may have come whole before.
+    // The small file may have been completed before.
     assert!(
         again + reused + 5000 >= size,
         "{again} and {reused} of {size}"
     );
-    // But for the damage, and the rest of the run that it was found in.
+    // Everything except the damage, and the rest of the run in which it was found.
     assert!(reused + 17 * GROUP as u64 >= first, "{reused} of {first}");
     assert!(again < size - first + 34 * GROUP as u64, "{again}");
 }
 
 #[tokio::test]
-async fn damage_that_another_get_finds_in_a_part_that_is_still_arriving_is_fetched_again() {
+async fn damage_that_another_plan_finds_in_an_arriving_part_file_is_fetched_again() {
     let world = World::new(&[("big", content(200 * GROUP, 3))]);
     let progress = Arc::new(Progress::default());
     let transfer = Transfer::new(&world.receiver, &world.manifest, Arc::clone(&progress), 1);
@@ -864,8 +867,8 @@ async fn damage_that_another_get_finds_in_a_part_that_is_still_arriving_is_fetch
             .find(|path| path.extension().is_some_and(|end| end == "part"));
         let part = fs::File::options().write(true).open(part.unwrap()).unwrap();
         part.write_all_at(&[0xff; 100], 7 * GROUP as u64).unwrap();
-        // It copies what is here, and meets the damage.
-        let _second = plan("elsewhere", &Arc::default());
+        // The second plan copies local content, and finds the damage.
+        let _second = plan("another", &Arc::default());
         let here = world.receiver.sources(&hash).unwrap();
         assert!(here.iter().all(|source| !source.has(7..8)));
         peer.has(0, 100..200);
@@ -886,7 +889,7 @@ async fn damage_that_another_get_finds_in_a_part_that_is_still_arriving_is_fetch
 }
 
 #[tokio::test]
-async fn providers_that_lie_or_lack_are_told_apart() {
+async fn a_provider_that_lacks_content_and_one_that_sends_garbage_give_different_errors() {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
     let (mut download, _) = world.plan("to").unwrap();
     let empty = Store::open(&world.path("empty")).unwrap();
@@ -923,7 +926,7 @@ async fn a_silent_provider_counts_as_lost() {
 }
 
 #[tokio::test]
-async fn files_that_are_there_are_adopted_or_refused_but_never_replaced() {
+async fn existing_files_are_adopted_or_refused_but_never_replaced() {
     let world = World::new(&[("a", content(3 * GROUP, 1)), ("b/c", content(10, 2))]);
     write(&world.path("same"), "a", &content(3 * GROUP, 1));
     let (mut download, progress) = world.plan("same").unwrap();
@@ -973,7 +976,7 @@ async fn hostile_requests_are_refused_without_harm() {
     }
 }
 
-/// What the provider answers to a request for these groups of the only file, at once and until it ends the stream.
+/// Returns the provider's whole answer to a request for these groups of the only file.
 async fn answer_to(world: &World, first_group: u64, groups: u64, size: u64) -> Vec<u8> {
     let request = BlobRequest {
         hash: world.manifest.files()[0].blake3.as_bytes().to_vec().into(),
@@ -991,7 +994,7 @@ async fn answer_to(world: &World, first_group: u64, groups: u64, size: u64) -> V
 }
 
 #[tokio::test]
-async fn ranges_that_make_no_sense_are_refused_and_nothing_is_sent() {
+async fn invalid_ranges_are_refused_and_no_content_is_sent() {
     let world = World::new(&[("a", content(300 * GROUP, 1))]);
     let size = 300 * GROUP as u64;
     let status = |answer: &[u8]| {
@@ -1013,7 +1016,7 @@ async fn ranges_that_make_no_sense_are_refused_and_nothing_is_sent() {
         assert_eq!(status(&answer), Status::BadRequest, "{first}, {groups}");
         assert!(answer.len() < 16, "{first}, {groups}");
     }
-    // Of another size there is none.
+    // There is no content of another size.
     for other in [0, size - 1, size + 1, u64::MAX] {
         let answer = answer_to(&world, 0, 1, other).await;
         assert_eq!(status(&answer), Status::NotFound, "{other}");
@@ -1025,7 +1028,7 @@ async fn ranges_that_make_no_sense_are_refused_and_nothing_is_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_requester_that_asks_for_nothing_or_takes_nothing_is_left_after_a_minute() {
+async fn a_requester_that_asks_for_nothing_or_reads_nothing_is_dropped_after_a_minute() {
     let world = World::new(&[("a", content(300 * GROUP, 1))]);
     for asks in [false, true] {
         let (mut near, far) = duplex(64 * 1024);
@@ -1049,7 +1052,7 @@ async fn a_requester_that_asks_for_nothing_or_takes_nothing_is_left_after_a_minu
     }
 }
 
-/// Waits for what is about to become so.
+/// Waits until the condition is true, for at most 30 s.
 async fn until(what: &str, is_so: impl Fn() -> bool) {
     let begun = Instant::now();
     while !is_so() {
@@ -1058,7 +1061,7 @@ async fn until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-/// Cuts a file off, and keeps its time.
+/// Truncates a file and keeps its time.
 fn cut(path: &Path, size: usize) {
     let file = fs::File::options().write(true).open(path).unwrap();
     let modified = file.metadata().unwrap().modified().unwrap();
@@ -1067,13 +1070,13 @@ fn cut(path: &Path, size: usize) {
 }
 
 #[tokio::test]
-async fn a_file_that_was_cut_off_is_neither_served_nor_taken_over() {
+async fn a_truncated_file_is_neither_served_nor_reused() {
     let world = World::new(&[("big", content(100 * GROUP + 7, 5))]);
     let size = world.manifest.size() as usize;
     let hash = world.manifest.files()[0].blake3;
     let (mut download, _) = world.plan("to").unwrap();
     download.fetch(world.connect()).await.unwrap();
-    // Found when it is opened, and when it was open before; by a byte, within a group, and all of it.
+    // Found both when the file is opened and when it was open before; cut by one byte, within a group, and to nothing.
     for left in [size - 1, 50 * GROUP + 9, 0] {
         let open = world.receiver.sources(&hash).unwrap().remove(0);
         assert!(open.is_whole());
@@ -1091,7 +1094,7 @@ async fn a_file_that_was_cut_off_is_neither_served_nor_taken_over() {
     }
     cut(&world.path("source/big"), size - 1);
     let (mut download, _) = world.plan("last").unwrap();
-    // The last of those that came is still good.
+    // The copy fetched last is still good.
     assert!(download.is_complete());
     cut(&world.path("last/big"), 1);
     cut(&world.path("after-0/big"), 1);
@@ -1102,7 +1105,7 @@ async fn a_file_that_was_cut_off_is_neither_served_nor_taken_over() {
 }
 
 #[tokio::test]
-async fn a_part_file_that_was_cut_off_is_begun_anew() {
+async fn a_truncated_part_file_is_fetched_from_the_beginning() {
     let world = World::new(&[("big", content(300 * GROUP, 3))]);
     let size = world.manifest.size();
     for left in [size as usize - 1, 0] {
@@ -1113,8 +1116,9 @@ async fn a_part_file_that_was_cut_off_is_begun_anew() {
         let part = part_in(&world.path(&to), size as usize);
         cut(&part, left);
         let hash = world.manifest.files()[0].blake3;
-        // Blocking work of the transfer that was dropped may still be about to let go of it; while it is open, readers are given what they check themselves.
-        until("it is not used", || {
+        // Blocking work of the dropped transfer may still hold the part file. While it is open, its content is
+        // offered to readers, who check it themselves.
+        until("the part file is not offered", || {
             world.receiver.sources(&hash).unwrap().is_empty()
         })
         .await;
@@ -1128,7 +1132,7 @@ async fn a_part_file_that_was_cut_off_is_begun_anew() {
 }
 
 #[tokio::test]
-async fn of_a_damaged_local_copy_nothing_wrong_is_taken_over() {
+async fn nothing_damaged_is_reused_from_a_damaged_local_copy() {
     let data = content(600 * GROUP, 3);
     let world = World::new(&[("big", data.clone())]);
     let (mut download, _) = world.plan("to").unwrap();
@@ -1143,13 +1147,13 @@ async fn of_a_damaged_local_copy_nothing_wrong_is_taken_over() {
     let (mut download, progress) = world.plan("again").unwrap();
     assert!(!download.is_complete());
     let taken = progress.done.load(Ordering::Relaxed);
-    assert_eq!(taken, 256 * GROUP as u64, "what came before the damage");
+    assert_eq!(taken, 256 * GROUP as u64, "the groups before the damage");
     download.fetch(world.connect()).await.unwrap();
     world.assert_equal("again");
     assert_eq!(moved(&progress), world.manifest.size() - taken);
 }
 
-/// Breaks the link to the provider after so many bytes of answers.
+/// Fetches over a link to the provider that breaks after `bytes` bytes of answers.
 async fn fetch_some(world: &World, download: &mut Download, bytes: u64) {
     let (near, mut far) = duplex(64 * 1024);
     let mut stream = world.connect();
@@ -1180,7 +1184,7 @@ async fn a_part_file_that_was_removed_is_never_vouched_for() {
     let (mut download, _) = world.plan("to").unwrap();
     fetch_some(&world, &mut download, 15 << 20).await;
     drop(download);
-    // The user clears the folder; the next run is cut before it has come to anything of the same file.
+    // The user clears the folder. The next run is cut off before it has received anything of the file.
     fs::remove_dir_all(world.path("to")).unwrap();
     let (mut download, progress) = world.plan("to").unwrap();
     assert_eq!(progress.done.load(Ordering::Relaxed), 0);
@@ -1194,7 +1198,7 @@ async fn a_part_file_that_was_removed_is_never_vouched_for() {
 }
 
 #[tokio::test]
-async fn trees_are_not_shared_with_parts_that_were_forgotten() {
+async fn outboards_of_forgotten_part_files_are_not_reused() {
     let world = World::new(&[("a", content(300 * GROUP, 1))]);
     let id = world.id;
     let expect = |to: &str| {
@@ -1213,10 +1217,10 @@ async fn trees_are_not_shared_with_parts_that_were_forgotten() {
         fetch_some(&world, &mut download, 5 << 20).await;
         drop(download);
     }
-    // Removes the tree that both parts share.
+    // Removes the outboard that both part files share.
     let mut tries = 0;
     while let Err(error) = world.receiver.remove(&id, false) {
-        // The dropped download may still be settling.
+        // The dropped download may still be committing.
         assert!(tries < 1000, "{error}");
         tries += 1;
         tokio::task::yield_now().await;
@@ -1232,7 +1236,7 @@ async fn trees_are_not_shared_with_parts_that_were_forgotten() {
 }
 
 #[tokio::test]
-async fn removing_with_files_deletes_what_was_written_and_nothing_else() {
+async fn removing_with_files_deletes_only_files_that_were_fetched() {
     let world = World::new(&[
         ("mine", content(10, 1)),
         ("sub/fetched", content(3 * GROUP, 2)),
@@ -1253,7 +1257,7 @@ async fn removing_with_files_deletes_what_was_written_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_lost_tree_makes_its_content_absent_and_not_an_error() {
+async fn a_lost_outboard_makes_its_content_absent_and_is_not_an_error() {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
     let tree = world
         .path("provider/outboards")

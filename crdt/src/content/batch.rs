@@ -1,11 +1,11 @@
-//! Changes that were checked and wait to be applied together, and what they and the document tell of operations.
+//! Changes that were checked and wait to be applied together, and the operations in them and in the document.
 //!
-//! Automerge walks every list that a call to `apply_changes` touches, and so does the guard when it looks whether the
-//! list can still be read. Both cost as much for one change as for a thousand. So changes that come together are
-//! checked one by one, each against the document and the changes of the batch before it, and then applied in one call.
+//! Automerge walks every list that a call to `apply_changes` touches, and the guard walks it again to see whether it
+//! can still be read. Both cost as much for one change as for a thousand. Changes that arrive together are therefore
+//! checked one by one, each against the document and the earlier changes of the batch, and then applied in one call.
 //!
-//! The checks look at nothing but a change and its ancestors, wherever these are, and so a verdict does not depend on
-//! which changes share a batch.
+//! The checks of a change depend only on the change and its ancestors, wherever these are. The verdict is thus the same
+//! however changes are grouped into batches.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,23 +19,23 @@ use automerge::{
 
 use crate::content::guard::{Checked, Touched, object};
 
-/// Changes of a batch, and their bytes: two pieces of a log. More gains nothing, for what is the same for all of them
-/// is a small part of the work by then; and what is undone if Automerge fails on one of them stays small.
+/// Most changes in a batch, and their most bytes: two pieces of a log. A larger batch gains nothing, because the fixed
+/// cost is a small part of the work by then. It would also lose more work if Automerge fails on one of the changes.
 pub(crate) const MAX_CHANGES: usize = 4096;
 const MAX_BYTES: usize = 1 << 20;
 
-/// Operations that are kept decoded for a document, beside those of the change that was looked at last: two changes of
-/// the largest size, about 32 MB, which count as the document's memory. Most references lead to changes that others
-/// have just referred to.
+/// Most operations that are kept decoded for a document, in addition to those of the latest change: two changes of the
+/// largest size. They take about 32 MB, which count as memory of the document. Most references lead to changes that
+/// other operations have just referred to.
 const MAX_KEPT: usize = if cfg!(test) { 1000 } else { 131_072 };
 
 #[cfg(test)]
 thread_local! {
-    /// The number of changes of documents that were decoded on this thread.
+    /// Number of document changes that were decoded on this thread.
     pub(crate) static DECODED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// The operations of a change, the first with the number `start`.
+/// The operations of a change, the first of which has the number `start`.
 #[derive(Debug)]
 pub(crate) struct Operations {
     start: u64,
@@ -52,12 +52,12 @@ impl Operations {
     }
 
     pub(crate) fn get(&self, id: &OpId) -> Option<&Op> {
-        let place = id.counter().checked_sub(self.start)?;
-        self.ops.get(usize::try_from(place).ok()?)
+        let position = id.counter().checked_sub(self.start)?;
+        self.ops.get(usize::try_from(position).ok()?)
     }
 }
 
-/// A change that was checked, and has not been applied.
+/// A change that was checked but not applied.
 #[derive(Debug)]
 pub(crate) struct Pending {
     pub(crate) checked: Checked,
@@ -76,9 +76,9 @@ impl Pending {
 pub(crate) struct Batch {
     changes: Vec<Pending>,
     by_hash: HashMap<ChangeHash, usize>,
-    /// Each actor's, in the order of their operations.
+    /// Changes of each actor, in the order of their operations.
     by_actor: HashMap<ActorId, Vec<usize>>,
-    /// Of the document with these changes; `None` as long as there is none.
+    /// Heads of the document with these changes; `None` while the batch is empty.
     heads: Option<BTreeSet<ChangeHash>>,
     bytes: usize,
 }
@@ -126,7 +126,7 @@ impl Batch {
     }
 }
 
-/// A change's place among others.
+/// The position of a change in the graph of changes.
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) actor: ActorId,
@@ -135,7 +135,7 @@ pub(crate) struct Node {
     pub(crate) deps: Vec<ChangeHash>,
 }
 
-/// A document, with changes that are still to be applied to it.
+/// A document together with changes that are not yet applied to it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
     pub(crate) doc: &'a Automerge,
@@ -166,7 +166,7 @@ impl View<'_> {
         })
     }
 
-    /// Returns true if these are all heads.
+    /// Returns true if these are exactly the heads.
     pub(crate) fn are_heads(&self, changes: &BTreeSet<ChangeHash>) -> bool {
         match &self.batch.heads {
             Some(heads) => heads == changes,
@@ -177,7 +177,7 @@ impl View<'_> {
         }
     }
 
-    /// Returns the change that an operation is of.
+    /// Returns the change that contains an operation.
     pub(crate) fn change_of(&self, id: &OpId) -> Option<ChangeHash> {
         match self.batch.change_of(id) {
             Some(change) => Some(change.hash()),
@@ -185,7 +185,7 @@ impl View<'_> {
         }
     }
 
-    /// Returns the operations of the change that an operation is of.
+    /// Returns all operations of the change that contains an operation.
     pub(crate) fn operations_with(&self, id: &OpId, kept: &mut Decoded) -> Option<Arc<Operations>> {
         let hash = self.change_of(id)?;
         if let Some(at) = self.batch.by_hash.get(&hash) {
@@ -204,7 +204,7 @@ impl View<'_> {
     }
 }
 
-/// Operations of changes that were referred to last. They follow from hashes, and are never out of date.
+/// Operations of recently used changes. They are determined by hashes and thus never out of date.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Decoded {
     kept: HashMap<ChangeHash, (u64, Arc<Operations>)>,
@@ -214,7 +214,7 @@ pub(crate) struct Decoded {
 }
 
 impl Decoded {
-    /// An estimate of the memory that is taken, in bytes.
+    /// Returns an estimate of the memory used, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.count.saturating_mul(256)
     }
@@ -228,8 +228,8 @@ impl Decoded {
         Some(Arc::clone(operations))
     }
 
-    /// Keeps these, and drops what was not used for the longest time; the change that came last is kept whatever its
-    /// size.
+    /// Keeps these operations, and drops those that were unused for the longest time. The latest change is kept
+    /// whatever its size.
     pub(crate) fn keep(&mut self, change: ChangeHash, operations: Arc<Operations>) {
         if self.get(&change).is_some() {
             return;

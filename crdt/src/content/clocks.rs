@@ -1,8 +1,8 @@
-//! Decides whether one change is an ancestor of another, without a walk over all changes that are concurrent to it.
+//! Decides whether one change is an ancestor of another, without a walk over all concurrent changes.
 //!
-//! An actor's changes build on each other (the guard sees to that), so the ancestors of a change are told by a clock:
-//! how many changes of each actor are among them. The clock of a change follows from those of the changes that it
-//! builds on. Clocks are kept for the changes that were built on last. They are functions of hashes, and never out of
+//! The changes of an actor build on each other, which the guard enforces. A clock therefore identifies the ancestors of
+//! a change: it says how many changes of each actor are among them. The clock of a change follows from those of its
+//! dependencies. Clocks are kept for the most recent dependencies. They are determined by hashes and thus never out of
 //! date.
 
 use std::{
@@ -14,12 +14,11 @@ use automerge::{ActorId, ChangeHash};
 
 use crate::content::batch::View;
 
-/// Entries of all clocks that are kept for a document: about 5 MB. Two branches of any length need a clock each; a
-/// document whose 4,096 sessions all go on at once has room for 16 clocks, and looks at its history again for the
-/// others.
+/// Most entries of all clocks that are kept for a document: about 5 MB. Two branches of any length need one clock each.
+/// A document with 4,096 active sessions has room for 16 clocks, and walks its history again for the others.
 const MAX_ENTRIES: usize = 65_536;
 
-/// Of each actor, how many of its first changes are ancestors.
+/// For each actor, the number of its first changes that are ancestors.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Clock(HashMap<ActorId, u64>);
 
@@ -47,7 +46,7 @@ impl Clock {
 /// The clocks that are kept.
 #[derive(Debug, Clone)]
 pub(crate) struct Clocks {
-    /// Each with the change itself.
+    /// Clocks that include the change itself.
     kept: HashMap<ChangeHash, Arc<Clock>>,
     turns: VecDeque<ChangeHash>,
     entries: usize,
@@ -66,7 +65,7 @@ impl Default for Clocks {
 }
 
 impl Clocks {
-    /// The clock of a change that builds on these, without the change itself.
+    /// Returns the clock of a change with these dependencies, without the change itself.
     pub(crate) fn of(&mut self, view: &View<'_>, deps: &[ChangeHash]) -> Arc<Clock> {
         match deps {
             [one] => self.with(view, one),
@@ -80,13 +79,13 @@ impl Clocks {
         }
     }
 
-    /// The clock of a change of the document, with the change itself.
+    /// Returns the clock of a change of the document, including the change itself.
     fn with(&mut self, view: &View<'_>, change: &ChangeHash) -> Arc<Clock> {
         if let Some(clock) = self.kept.get(change) {
             return Arc::clone(clock);
         }
         let mut clock = Clock::default();
-        // Back to the changes whose clocks are kept: one step, if that was asked of the change before.
+        // Walk back to the changes whose clocks are kept: one step, if the clock of the previous change was computed.
         let (mut open, mut seen) = (vec![*change], HashSet::new());
         while let Some(change) = open.pop() {
             if let Some(known) = self.kept.get(&change) {
@@ -126,7 +125,7 @@ mod tests {
     use crate::content::batch::Batch;
 
     #[test]
-    fn a_clock_tells_the_same_ancestors_as_a_walk_over_the_graph() {
+    fn a_clock_identifies_the_same_ancestors_as_a_walk_over_the_graph() {
         for seed in 0..30 {
             let mut random = fastrand::Rng::with_seed(seed);
             let mut docs: Vec<Automerge> = (0..5)

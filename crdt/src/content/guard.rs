@@ -1,12 +1,13 @@
-//! A change meets Automerge: with every panic caught, and only if all that it refers to is among what it builds on.
+//! Lets Automerge process a change only if everything that the change refers to is among its ancestors, and catches
+//! every panic.
 //!
-//! The verdict depends on nothing but the change and its ancestors, so that every replica comes to the same: a change
-//! that one replica refuses and another takes would keep them apart for good. Hence an operation may refer only to
-//! operations of ancestors, even where others happen to be here; and the objects, keys and elements that it refers to
-//! are checked against these ancestors, and not against a document, in which concurrent changes are as well.
+//! The verdict depends only on the change and its ancestors, so that every replica reaches the same one. If one replica
+//! refused a change that another accepted, the two would never converge. An operation may therefore refer only to
+//! operations of ancestors, even if others are present. The objects, keys and elements that it refers to are checked
+//! against these ancestors, and not against the document, which also has concurrent changes.
 //!
-//! Changes that passed [`check`] are applied together ([`Batch`]). Automerge has no reason to fail on them; if it
-//! does, the caller throws the document away and applies them one by one.
+//! Changes that passed [`check`] are applied together ([`Batch`]). Automerge has no reason to fail on them. If it does,
+//! the caller discards the document and applies the changes one by one.
 
 use std::{
     cell::Cell,
@@ -30,7 +31,7 @@ use crate::{
     refusal::Refusal,
 };
 
-/// How deep maps and lists are in each other: a reader recurses.
+/// Most levels of nested maps and lists. Readers recurse, so the depth is limited.
 pub const MAX_DEPTH: usize = 32;
 
 thread_local! {
@@ -42,7 +43,7 @@ thread_local! {
     static FAILS: std::cell::RefCell<BTreeSet<ChangeId>> = const { std::cell::RefCell::new(BTreeSet::new()) };
 }
 
-/// Has Automerge panic on these changes, on this thread.
+/// Makes Automerge panic on these changes, on this thread.
 #[cfg(test)]
 pub(crate) fn fail_on(changes: BTreeSet<ChangeId>) {
     FAILS.set(changes);
@@ -50,8 +51,9 @@ pub(crate) fn fail_on(changes: BTreeSet<ChangeId>) {
 
 static HOOK: Once = Once::new();
 
-/// Runs what a hostile change may make panic; the panic is not reported, for the peer that caused it is.
-pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
+/// Runs work that a hostile change may make panic. The panic is not reported as a fault of this program; the peer that
+/// caused it is reported instead.
+pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
     HOOK.call_once(|| {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
@@ -66,29 +68,29 @@ pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
     result.map_err(|_| Refusal::Poisoned("Automerge panics on it"))
 }
 
-/// A change that is well-formed by itself.
+/// A change that is well-formed on its own.
 #[derive(Debug, Clone)]
 pub(crate) struct Checked {
     pub(crate) change: Change,
     pub(crate) id: ChangeId,
 }
 
-/// Decodes a change, and checks what can be checked without a document.
+/// Decodes a change, and makes the checks that need no document.
 pub(crate) fn decode(bytes: &[u8], actor: [u8; 16], seq: u64) -> Result<Checked, Refusal> {
     chunk::check(bytes)?;
-    let change = contained(|| Change::from_bytes(bytes.to_vec()))?
+    let change = catch_panic(|| Change::from_bytes(bytes.to_vec()))?
         .map_err(|_| Refusal::Malformed("a change cannot be decoded"))?;
     if change.hash().0[..4] != bytes[4..8] {
         return Err(Refusal::Malformed("a change's checksum is wrong"));
     }
     if change.raw_bytes() != bytes {
         return Err(Refusal::Malformed(
-            "a change is not encoded as Automerge does",
+            "a change is not encoded as Automerge encodes it",
         ));
     }
     if change.actor_id().to_bytes() != actor {
         return Err(Refusal::Malformed(
-            "a change is of another actor than its session's",
+            "a change has another actor than its session",
         ));
     }
     if change.seq() != seq {
@@ -101,10 +103,10 @@ pub(crate) fn decode(bytes: &[u8], actor: [u8; 16], seq: u64) -> Result<Checked,
     Ok(Checked { change, id })
 }
 
-/// The hash of a change, as far as it can be decoded.
+/// Returns the hash of a change, or `None` if it cannot be decoded.
 pub(crate) fn hash_of(bytes: &[u8]) -> Option<ChangeId> {
     chunk::check(bytes).ok()?;
-    let change = contained(|| Change::from_bytes(bytes.to_vec()))
+    let change = catch_panic(|| Change::from_bytes(bytes.to_vec()))
         .ok()?
         .ok()?;
     Some(ChangeId(change.hash().0))
@@ -115,10 +117,10 @@ pub(crate) fn object(id: &OpId) -> ObjId {
     ObjId::Id(id.counter(), id.actor().clone(), 0)
 }
 
-/// What of a document a change may refer to.
+/// The operations that a change may refer to.
 struct Ancestry<'a> {
     view: View<'a>,
-    /// `None`: all that is here is an ancestor.
+    /// Clock of the change; `None` if all changes of the view are ancestors.
     clock: Option<Arc<Clock>>,
     actor: &'a ActorId,
     own: &'a Operations,
@@ -138,38 +140,38 @@ impl<'a> Ancestry<'a> {
         }
     }
 
-    /// Returns true if an operation is of this change.
+    /// Returns true if an operation is part of this change.
     fn is_own(&self, id: &OpId) -> bool {
         id.actor() == self.actor && id.counter() >= self.start
     }
 
-    /// Whether an operation is an ancestor, or of this change and before its operation number `place`.
-    fn has(&self, id: &OpId, place: usize) -> bool {
+    /// Returns true if an operation is in an ancestor, or in this change before the operation at `position`.
+    fn has(&self, id: &OpId, position: usize) -> bool {
         if self.is_own(id) {
-            return id.counter() < self.start + place as u64;
+            return id.counter() < self.start + position as u64;
         }
         self.view
             .change_of(id)
             .is_some_and(|hash| self.has_change(&hash))
     }
 
-    /// Returns true if a change that is here is an ancestor.
+    /// Returns true if a change of the view is an ancestor.
     fn has_change(&self, change: &ChangeHash) -> bool {
         let clock = self.clock.as_ref();
         clock.is_none_or(|clock| clock.has(&self.view, change))
     }
 
-    /// Checks that each operation is of the kind that its object is, and that the element that it names and what it
-    /// replaces are at its own place: Automerge looks nowhere else for them, and a document in which it found them
-    /// elsewhere would depend on which changes are applied together.
+    /// Checks each operation against the kind of its object. Also checks that the element it names and the operations
+    /// it replaces are at its own position. Automerge looks for them only there. A document in which it found them at
+    /// another position would depend on which changes are applied together.
     ///
-    /// The references are sorted by the change that they lead to, so that each of these changes is decoded at most
-    /// once, however many there are and in whatever order they are referred to.
+    /// The references are sorted by the change that they lead to. Each of these changes is thus decoded at most once,
+    /// for any number and order of references.
     fn check_places(&self, decoded: &mut Decoded) -> Result<(), Refusal> {
         let mut elsewhere: Vec<(ChangeHash, &Op, Role, &OpId)> = Vec::new();
         for op in self.own.all() {
             if matches!(op.obj, ObjectId::Root) && matches!(op.key, OpKey::Seq(_)) {
-                return Err(Refusal::Poisoned(TAKES_FOR));
+                return Err(Refusal::Poisoned(WRONG_CONTAINER));
             }
             for (role, id) in Role::all_of(op) {
                 if self.is_own(id) {
@@ -195,21 +197,21 @@ impl<'a> Ancestry<'a> {
     }
 }
 
-const TAKES_FOR: &str = "it takes a map for a list, or a list for a map";
+const WRONG_CONTAINER: &str = "it uses a map as a list, or a list as a map";
 
 /// The purpose for which an operation refers to another.
 #[derive(Debug, Clone, Copy)]
 enum Role {
-    /// The operation that made its object.
+    /// The operation that created the object.
     Object,
-    /// The operation that inserted the element that it is at, or after.
+    /// The operation that inserted the element that this operation changes, or inserts after.
     Element,
-    /// An operation that it replaces.
+    /// An operation that is replaced.
     Before,
 }
 
 impl Role {
-    /// Returns all that an operation refers to.
+    /// Returns all references of an operation.
     fn all_of(op: &Op) -> impl Iterator<Item = (Self, &OpId)> {
         let object = match &op.obj {
             ObjectId::Root => None,
@@ -223,18 +225,18 @@ impl Role {
         object.into_iter().chain(element).chain(before)
     }
 
-    /// Checks `other`, which has the number `id`, against the operation that refers to it.
+    /// Checks the operation `other`, whose id is `id`, as the target of this reference of `op`.
     fn check(self, op: &Op, id: &OpId, other: Option<&Op>) -> Result<(), Refusal> {
         match self {
             Self::Object => {
                 let is_list = match other.map(|made| &made.action) {
                     Some(OpType::Make(ObjType::List)) => true,
                     Some(OpType::Make(ObjType::Map)) => false,
-                    _ => return Err(Refusal::Poisoned("it changes neither a map nor a list")),
+                    _ => return Err(Refusal::Poisoned("its object is neither a map nor a list")),
                 };
                 match is_list == matches!(op.key, OpKey::Seq(_)) {
                     true => Ok(()),
-                    false => Err(Refusal::Poisoned(TAKES_FOR)),
+                    false => Err(Refusal::Poisoned(WRONG_CONTAINER)),
                 }
             }
             Self::Element => match other.is_some_and(|made| made.insert && made.obj == op.obj) {
@@ -254,14 +256,14 @@ impl Role {
                 };
                 match other.is_some_and(is_here) {
                     true => Ok(()),
-                    false => Err(Refusal::Poisoned("it replaces what is at another place")),
+                    false => Err(Refusal::Poisoned("it replaces a value at another position")),
                 }
             }
         }
     }
 }
 
-/// Checks what a change refers to; what it touches.
+/// Checks the references of a change. Returns the objects that it touches and its operations.
 fn references(
     view: View<'_>,
     checked: &Checked,
@@ -279,29 +281,29 @@ fn references(
         return Err(Refusal::Poisoned("its operations have wrong numbers"));
     }
     let expanded = change.decode();
-    // A second encoding of the same operations would have another hash in a save. So envelopes of version 1 have one
-    // encoding, that of Automerge 0.12: an Automerge that encodes otherwise needs a version of its own, which replicas
-    // agree on before they write with it.
+    // A second encoding of the same operations would have another hash in a save. Envelopes of version 1 therefore have
+    // one encoding, that of Automerge 0.12. An Automerge with another encoding needs another version, on which replicas
+    // have to agree before they write with it.
     if Change::from(expanded.clone()).raw_bytes() != change.raw_bytes() {
         return Err(Refusal::Foreign);
     }
     let own = Operations::new(change.start_op().get(), expanded.operations);
     let ancestry = Ancestry::of(view, change, &own, clocks);
-    // Automerge's clocks hold only if an actor's changes build on each other.
+    // Automerge's clocks are correct only if an actor's changes build on each other.
     if previous.is_some_and(|previous| !ancestry.has_change(&previous)) {
         return Err(Refusal::Poisoned(
-            "it does not build on its author's change before",
+            "it does not build on the previous change of its author",
         ));
     }
     let mut touched = Touched::default();
-    for (place, op) in own.all().iter().enumerate() {
-        let known = |id: &OpId| ancestry.has(id, place);
+    for (position, op) in own.all().iter().enumerate() {
+        let known = |id: &OpId| ancestry.has(id, position);
         match &op.obj {
             ObjectId::Root => {}
             ObjectId::Id(id) if known(id) => {}
             ObjectId::Id(_) => {
                 return Err(Refusal::Poisoned(
-                    "it changes an object that it cannot know",
+                    "it changes an object that is not among its ancestors",
                 ));
             }
         }
@@ -316,15 +318,17 @@ fn references(
             OpKey::Seq(ElementId::Id(id)) if known(id) => {}
             OpKey::Seq(_) => {
                 return Err(Refusal::Poisoned(
-                    "it changes an element that it cannot know",
+                    "it changes an element that is not among its ancestors",
                 ));
             }
         }
         if !op.pred.iter().all(known) {
-            return Err(Refusal::Poisoned("it replaces what it cannot know"));
+            return Err(Refusal::Poisoned(
+                "it replaces a value that is not among its ancestors",
+            ));
         }
         if op.insert && !op.pred.is_empty() {
-            return Err(Refusal::Poisoned("an insertion replaces something"));
+            return Err(Refusal::Poisoned("an insertion replaces a value"));
         }
         match &op.action {
             OpType::Make(ObjType::Map | ObjType::List) | OpType::Put(_) => {}
@@ -340,10 +344,10 @@ fn references(
     Ok((touched, own))
 }
 
-/// Objects that a change touches, and of maps which keys.
+/// The objects that a change touches, with the touched keys of maps.
 pub(crate) type Touched = HashMap<ObjectId, HashSet<String>>;
 
-/// Whether the objects that were touched can still be read.
+/// Checks that the touched objects can still be read.
 fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
     for (id, keys) in touched {
         let id = &match id {
@@ -352,9 +356,9 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
         };
         let kind = doc
             .object_type(id)
-            .map_err(|_| Refusal::Poisoned("it changes what is no object"))?;
+            .map_err(|_| Refusal::Poisoned("it changes a value that is not an object"))?;
         if !matches!(kind, ObjType::Map | ObjType::List) {
-            return Err(Refusal::Poisoned("it changes neither a map nor a list"));
+            return Err(Refusal::Poisoned("its object is neither a map nor a list"));
         }
         let as_list = matches!(kind, ObjType::List);
         if as_list == keys.is_empty() {
@@ -362,19 +366,17 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
                 .take(if as_list { usize::MAX } else { 0 })
                 .for_each(drop);
         } else {
-            return Err(Refusal::Poisoned(
-                "it takes a map for a list, or a list for a map",
-            ));
+            return Err(Refusal::Poisoned(WRONG_CONTAINER));
         }
         for key in keys {
             doc.get_all(id, key.as_str())
-                .map_err(|_| Refusal::Poisoned("what it sets cannot be read"))?;
+                .map_err(|_| Refusal::Poisoned("the value that it sets cannot be read"))?;
         }
     }
     Ok(())
 }
 
-/// The guard's memory of a document.
+/// The guard's cached knowledge of a document.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Memory {
     depths: Depths,
@@ -383,18 +385,18 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// An estimate of the memory that decoded operations take, in bytes; clocks are few.
+    /// Returns an estimate of the memory that decoded operations take, in bytes. Clocks are few and not included.
     pub(crate) fn bytes(&self) -> usize {
         self.decoded.bytes()
     }
 }
 
-/// How deep objects are, as far as that was asked for. Automerge's own walk to the top panics below an element that is deleted.
+/// Depths of objects, as far as they were needed. Automerge's own walk to the root panics below a deleted element.
 #[derive(Debug, Clone, Default)]
 struct Depths(HashMap<OpId, usize>);
 
 impl Depths {
-    /// Whether none of the objects is too deep. `ops` are those of the change itself.
+    /// Checks that no touched object is nested too deeply. `ops` are the operations of the change itself.
     fn check(
         &mut self,
         view: View<'_>,
@@ -403,10 +405,10 @@ impl Depths {
         touched: &Touched,
         decoded: &mut Decoded,
     ) -> Result<(), Refusal> {
-        let missing = || Refusal::Poisoned("it changes an object that is nowhere");
+        let missing = || Refusal::Poisoned("it changes an object that does not exist");
         let (start, actor) = (change.start_op().get(), change.actor_id());
         let mut own: HashMap<OpId, usize> = HashMap::new();
-        // By the change that made them, so that none is decoded over and over.
+        // Sort by the change that created the object, so that none is decoded repeatedly.
         let mut objects: Vec<_> = touched.keys().collect();
         objects.sort_by_cached_key(|object| match object {
             ObjectId::Root => None,
@@ -439,7 +441,7 @@ impl Depths {
             };
             for (id, made_here) in above.into_iter().rev() {
                 depth += 1;
-                // A change that is refused in the end leaves nothing behind.
+                // A change that is refused in the end leaves no entry.
                 match made_here {
                     true => own.insert(id, depth),
                     false => self.0.insert(id, depth),
@@ -453,15 +455,15 @@ impl Depths {
     }
 }
 
-/// Checks everything of a change that can be checked before Automerge takes it; nothing is changed. `previous` is its
-/// actor's change before.
+/// Makes all checks of a change that are possible before Automerge applies it, without modifying the document.
+/// `previous` is the previous change of its actor.
 pub(crate) fn check(
     view: View<'_>,
     checked: Checked,
     previous: Option<ChangeId>,
     memory: &mut Memory,
 ) -> Result<Pending, Refusal> {
-    contained(|| {
+    catch_panic(|| {
         let previous = previous.map(|id| ChangeHash(id.0));
         let Memory {
             depths,
@@ -481,18 +483,18 @@ pub(crate) fn check(
     })?
 }
 
-/// Puts the changes of a batch into a document. When this fails, the document is to be thrown away.
+/// Applies the changes of a batch to a document. After an error, the caller must discard the document.
 pub(crate) fn apply(
     doc: &mut Automerge,
     batch: &Batch,
     memory: &mut Memory,
 ) -> Result<(), Refusal> {
-    contained(|| {
+    catch_panic(|| {
         let changes = batch.changes();
         #[cfg(test)]
         for one in changes {
             let fails = FAILS.with_borrow(|fails| fails.contains(&one.checked.id));
-            assert!(!fails, "as the test has it");
+            assert!(!fails, "the test makes it fail");
         }
         let bare: Vec<Change> = changes
             .iter()
@@ -507,7 +509,7 @@ pub(crate) fn apply(
                 Some(kept) if kept.raw_bytes() == change.raw_bytes() => {}
                 _ => {
                     return Err(Refusal::Poisoned(
-                        "Automerge does not give back what it took",
+                        "Automerge does not return the change that it was given",
                     ));
                 }
             }

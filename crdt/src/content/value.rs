@@ -1,7 +1,8 @@
-//! JSON values and paths, and how they meet an Automerge document.
+//! JSON values and paths, and their translation to an Automerge document.
 //!
-//! A path is a JSON pointer (RFC 6901): empty for the whole document, else `/` before each key or index; `~1` stands for `/` in a key and `~0` for `~`; `-` is
-//! the place after a list's last element. Numbers without a fraction are integers; a counter reads as an integer; text is a plain value that is replaced whole.
+//! A path is a JSON pointer (RFC 6901). It is empty for the whole document; otherwise `/` precedes each key or index.
+//! In a key, `~1` stands for `/` and `~0` for `~`. `-` is the position after a list's last element. Numbers without a
+//! fraction are integers. A counter reads as an integer. Text is a plain value that is replaced as a whole.
 
 use std::fmt;
 
@@ -16,72 +17,70 @@ use crate::{
     log::chunk::{MAX_CHANGE, MAX_MAP_KEY, MAX_OPS},
 };
 
-/// A text is no path.
+/// The reason for which a text is not a path.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PathError {
-    /// It does not begin with `/`.
+    /// The text does not begin with `/`.
     #[error(
-        "{0:?} is no path: it begins with `/`, or is empty for the whole document, as in /models/0/name"
+        "{0:?} is not a path: a path begins with `/`, or is empty for the whole document, as in /models/0/name"
     )]
     NoSlash(String),
-    /// `~` stands before something else than `0` or `1`.
-    #[error("{0:?} is no path: `~` in a key is written `~0`, and `/` is written `~1`")]
+    /// `~` precedes a character other than `0` or `1`.
+    #[error("{0:?} is not a path: in a key, write `~0` for `~` and `~1` for `/`")]
     Escape(String),
-    /// It has more parts than documents are deep.
+    /// The path has more parts than a document has levels.
     #[error("{0:?} is too deep: a document has at most {MAX_DEPTH} levels")]
     TooDeep(String),
 }
 
-/// An edit does not fit the document; nothing was changed.
+/// The reason for which an edit does not fit the document; nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EditError {
-    /// There is nothing at the path.
+    /// The path leads to no value.
     #[error("there is nothing at {0}")]
     NotFound(Path),
-    /// What should hold the place is not there, or is neither a map nor a list.
-    #[error(
-        "there is no map or list at {0} to put something into; put one there first, such as {{}}"
-    )]
+    /// The parent of the path does not exist, or is neither a map nor a list.
+    #[error("there is no map or list at {0} to hold the value; put one there first, such as {{}}")]
     NoContainer(Path),
-    /// A list is needed.
-    #[error("{0} is no list; only lists are inserted into")]
+    /// The value is not a list.
+    #[error("{0} is not a list; only lists support insertion")]
     NoList(Path),
-    /// A list's element has a number.
+    /// The last part of a path into a list is not a valid index.
     #[error(
         "{0} is in a list: its last part must be an index up to the list's length, or `-` for its end"
     )]
     Index(Path),
-    /// The document itself is not replaced or deleted.
+    /// The document itself cannot be replaced by another type or deleted.
     #[error("the whole document is always a map; name a key, as in /name")]
     Root,
-    /// Only counters are incremented.
-    #[error("{0} is no counter; increment where nothing is to make one")]
+    /// The value is not a counter.
+    #[error("{0} is not a counter; increment a path without a value to create one")]
     NoCounter(Path),
-    /// A key has a wrong length.
-    #[error("a key has {0} bytes; it has 1 to {MAX_MAP_KEY}")]
+    /// A key is empty or too long.
+    #[error("the key has {0} bytes; a key has 1 to {MAX_MAP_KEY} bytes")]
     Key(usize),
-    /// Nested too deeply.
+    /// The value is nested too deeply.
     #[error("{0} would be too deep: a document has at most {MAX_DEPTH} levels")]
     TooDeep(Path),
-    /// The counter would leave its range.
-    #[error("the counter at {0} would leave the range of 64 bits")]
+    /// The counter would exceed its range.
+    #[error("the counter at {0} would exceed the range of 64 bits")]
     Range(Path),
-    /// Too much for one commit.
-    #[error("a commit has at most {MAX_OPS} values in {} KiB; make several", MAX_CHANGE >> 10)]
+    /// The edits are too many or too large for one commit.
+    #[error("a commit has at most {MAX_OPS} values in {} KiB; split the edits into several commits", MAX_CHANGE >> 10)]
     TooMuch,
 }
 
-/// Where in a document something is.
+/// The position of a value in a document.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Path(Vec<String>);
 
 impl Path {
-    /// Reads a JSON pointer.
+    /// Parses a JSON pointer.
     ///
     /// # Errors
-    /// [`PathError`].
+    /// Returns [`PathError`] if the text is not a valid pointer.
     pub fn parse(text: &str) -> Result<Self, PathError> {
         if text.is_empty() {
             return Ok(Self::default());
@@ -100,7 +99,7 @@ impl Path {
         Ok(Self(parts))
     }
 
-    /// The path of something in what is at this path.
+    /// Returns the path of a child of the value at this path.
     pub fn join(&self, part: impl Into<String>) -> Self {
         let mut parts = self.0.clone();
         parts.push(part.into());
@@ -146,7 +145,7 @@ impl fmt::Display for Path {
 }
 
 impl Path {
-    /// The JSON pointer.
+    /// Returns the JSON pointer.
     pub fn to_pointer(&self) -> String {
         format!("{self:#}")
     }
@@ -155,17 +154,17 @@ impl Path {
 /// One edit of a document.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Edit {
-    /// Sets what is at a path, whatever was there. The map or list that holds it must be there.
+    /// Sets the value at a path, replacing any earlier value. The map or list that contains it must exist.
     Put(Path, Value),
-    /// Removes what is at a path.
+    /// Removes the value at a path.
     Delete(Path),
-    /// Adds to a counter, or makes one where nothing is. Increments of several writers add up.
+    /// Adds to a counter, or creates one if there is no value. Increments of several writers add up.
     Increment(Path, i64),
-    /// Puts something into a list before the element with the path's index.
+    /// Inserts a value into a list, before the element with the path's index.
     Insert(Path, Value),
 }
 
-/// How much an edit writes: operations and bytes, about.
+/// Returns the approximate number of operations and bytes that an edit writes.
 fn size(value: &Value) -> (u64, usize) {
     match value {
         Value::Array(values) => values.iter().map(size).fold((1, 8), add),
@@ -201,7 +200,7 @@ impl Edit {
     }
 }
 
-/// Whether edits fit into one commit.
+/// Checks that the edits fit into one commit.
 pub(crate) fn check(edits: &[Edit]) -> Result<(), EditError> {
     let mut total = (0, 0);
     for edit in edits {
@@ -218,7 +217,7 @@ pub(crate) fn check(edits: &[Edit]) -> Result<(), EditError> {
         let key = path.0.last().map_or(0, String::len);
         total = add(total, add(written, (0, key)));
     }
-    // An eighth for what surrounds the values.
+    // Reserve an eighth for the encoding around the values.
     if total.0 > MAX_OPS || total.1 > MAX_CHANGE / 8 * 7 {
         return Err(EditError::TooMuch);
     }
@@ -243,11 +242,11 @@ fn number_to_scalar(number: &Number) -> ScalarValue {
     }
 }
 
-/// A place that an edit is about.
-struct Place {
+/// The position that an edit applies to.
+struct Target {
     container: ObjId,
     prop: Prop,
-    /// It is in a list, and the index is the list's length.
+    /// True if the container is a list and the index is its length.
     at_end: bool,
 }
 
@@ -269,7 +268,7 @@ fn containing(doc: &impl ReadDoc, path: &Path) -> Result<(ObjId, ObjType), EditE
     Ok((container, kind))
 }
 
-fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError> {
+fn target(doc: &impl ReadDoc, path: &Path) -> Result<(Target, ObjType), EditError> {
     let (parents, last) = path.split_last().ok_or(EditError::Root)?;
     let (container, kind) = containing(doc, &parents)?;
     if kind == ObjType::List {
@@ -283,7 +282,7 @@ fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError>
         }
         let at_end = index == length;
         return Ok((
-            Place {
+            Target {
                 container,
                 prop: Prop::Seq(index),
                 at_end,
@@ -295,7 +294,7 @@ fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError>
         return Err(EditError::Key(last.len()));
     }
     Ok((
-        Place {
+        Target {
             container,
             prop: Prop::Map(last.to_owned()),
             at_end: false,
@@ -304,21 +303,21 @@ fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError>
     ))
 }
 
-/// What Automerge says although the place was looked up before.
+/// Converts an error that Automerge should not return, because the position was checked before.
 fn unexpected(error: automerge::AutomergeError) -> EditError {
-    tracing::warn!(%error, "an edit that should fit does not");
+    tracing::warn!(%error, "an edit that was checked does not fit the document");
     EditError::TooMuch
 }
 
 fn write(
     tx: &mut Transaction<'_>,
-    place: &Place,
+    target: &Target,
     insert: bool,
     value: &Value,
 ) -> Result<(), EditError> {
-    let Place {
+    let Target {
         container, prop, ..
-    } = place;
+    } = target;
     let made = match (scalar(value), prop) {
         (Some(scalar), Prop::Seq(index)) if insert => {
             tx.insert(container, *index, scalar).map(|()| None)
@@ -337,12 +336,12 @@ fn write(
     match value {
         Value::Array(values) => {
             for (index, value) in values.iter().enumerate() {
-                let place = Place {
+                let target = Target {
                     container: object.clone(),
                     prop: Prop::Seq(index),
                     at_end: true,
                 };
-                write(tx, &place, true, value)?;
+                write(tx, &target, true, value)?;
             }
         }
         Value::Object(map) => {
@@ -350,12 +349,12 @@ fn write(
                 if key.is_empty() || key.len() > MAX_MAP_KEY {
                     return Err(EditError::Key(key.len()));
                 }
-                let place = Place {
+                let target = Target {
                     container: object.clone(),
                     prop: Prop::Map(key.clone()),
                     at_end: false,
                 };
-                write(tx, &place, false, value)?;
+                write(tx, &target, false, value)?;
             }
         }
         _ => {}
@@ -371,9 +370,9 @@ fn kind_of(value: &Value) -> ObjType {
     }
 }
 
-/// Makes an edit. After an error the transaction is to be rolled back.
+/// Makes an edit. After an error, the caller must roll the transaction back.
 pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditError> {
-    // The document as a whole: its keys, for the map itself cannot be another. Keys that others write meanwhile stay.
+    // The root map cannot be replaced, so replace its keys. Keys that other writers add concurrently remain.
     if let Edit::Put(path, Value::Object(map)) = edit
         && path.0.is_empty()
     {
@@ -385,18 +384,18 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
             .iter()
             .try_for_each(|(key, value)| apply(tx, &Edit::Put(path.join(key), value.clone())));
     }
-    let (place, kind) = place(tx, edit.path())?;
-    let there = match place.at_end {
+    let (target, kind) = target(tx, edit.path())?;
+    let there = match target.at_end {
         true => None,
         false => tx
-            .get(&place.container, place.prop.clone())
+            .get(&target.container, target.prop.clone())
             .map_err(unexpected)?,
     };
     let there = there.map(|(value, _)| value.into_owned());
     match edit {
-        Edit::Put(_, value) => write(tx, &place, place.at_end, value),
+        Edit::Put(_, value) => write(tx, &target, target.at_end, value),
         Edit::Insert(path, value) => match kind {
-            ObjType::List => write(tx, &place, true, value),
+            ObjType::List => write(tx, &target, true, value),
             _ => Err(EditError::NoList(
                 path.split_last()
                     .map(|(parent, _)| parent)
@@ -405,14 +404,16 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
         },
         Edit::Delete(path) => match there {
             None => Err(EditError::NotFound(path.clone())),
-            Some(_) => tx.delete(&place.container, place.prop).map_err(unexpected),
+            Some(_) => tx
+                .delete(&target.container, target.prop)
+                .map_err(unexpected),
         },
         Edit::Increment(path, by) => match there {
             None => {
                 let counter = ScalarValue::counter(*by);
-                match (&place.prop, place.at_end) {
-                    (Prop::Seq(index), true) => tx.insert(&place.container, *index, counter),
-                    (prop, _) => tx.put(&place.container, prop.clone(), counter),
+                match (&target.prop, target.at_end) {
+                    (Prop::Seq(index), true) => tx.insert(&target.container, *index, counter),
+                    (prop, _) => tx.put(&target.container, prop.clone(), counter),
                 }
                 .map_err(unexpected)
             }
@@ -421,7 +422,7 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
                     i64::from(counter)
                         .checked_add(*by)
                         .ok_or_else(|| EditError::Range(path.clone()))?;
-                    tx.increment(&place.container, place.prop, *by)
+                    tx.increment(&target.container, target.prop, *by)
                         .map_err(unexpected)
                 }
                 _ => Err(EditError::NoCounter(path.clone())),
@@ -470,7 +471,7 @@ fn to_json(doc: &Automerge, value: &Stored<'_>, id: &ObjId) -> Value {
     }
 }
 
-/// What is at a path; `None` if nothing is.
+/// Returns the value at a path, or `None` if there is none.
 pub(crate) fn get(doc: &Automerge, path: &Path) -> Option<Value> {
     let Some((parents, last)) = path.split_last() else {
         return Some(to_json(doc, &Stored::Object(ObjType::Map), &ROOT));
@@ -484,7 +485,7 @@ pub(crate) fn get(doc: &Automerge, path: &Path) -> Option<Value> {
     Some(to_json(doc, &value, &id))
 }
 
-/// What changed between two states, as edits; for putting an author's late edits onto another state.
+/// Returns the difference between two states as edits, which can be applied to another state.
 pub(crate) fn edits_of(
     doc: &Automerge,
     before: &[automerge::ChangeHash],
@@ -559,7 +560,7 @@ fn path_of(path: &[(ObjId, Prop)]) -> Path {
     Path(path.iter().map(|(_, prop)| part_of(prop)).collect())
 }
 
-/// The paths that patches are about: containers' keys; of lists the list itself, for its elements move.
+/// Returns the paths that patches affect: keys of maps, and whole lists, because elements of lists move.
 pub(crate) fn touched(patches: &[automerge::Patch]) -> Vec<Path> {
     let mut paths: Vec<Path> = patches
         .iter()
@@ -577,7 +578,7 @@ pub(crate) fn touched(patches: &[automerge::Patch]) -> Vec<Path> {
         .collect();
     paths.sort();
     paths.dedup();
-    // What is in something that is told is told with it.
+    // Drop paths below a path that is reported.
     let mut kept: Vec<Path> = Vec::new();
     for path in paths {
         if !kept.last().is_some_and(|last| path.0.starts_with(&last.0)) {
@@ -587,8 +588,8 @@ pub(crate) fn touched(patches: &[automerge::Patch]) -> Vec<Path> {
     kept
 }
 
-/// Copies all of the content into an empty document, each counter as one, in commits of a bounded size and of this
-/// time.
+/// Copies all of the content into an empty document, each counter as a counter, in commits of limited size with the
+/// given time.
 pub(crate) fn copy(
     from: &Automerge,
     to: &mut Automerge,
@@ -597,7 +598,7 @@ pub(crate) fn copy(
     const OPS: usize = 4096;
     const BYTES: usize = MAX_CHANGE / 4;
     let options = || CommitOptions::default().with_time(time);
-    // Objects that are made, and still to be filled.
+    // Objects that were created and are still to be filled.
     let mut open = vec![(ROOT, ROOT, ObjType::Map)];
     let (mut ops, mut bytes) = (0, 0);
     let mut tx = to.transaction();
@@ -666,7 +667,7 @@ pub(crate) fn copy(
         }
     }
     if ops == 0 && tx.base_heads().is_empty() {
-        // Even of nothing there is a beginning.
+        // An empty document needs at least one change.
         tx.put(ROOT, "-", ScalarValue::Null)?;
         tx.delete(ROOT, "-")?;
     }

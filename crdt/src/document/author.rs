@@ -1,4 +1,4 @@
-//! What this replica itself writes into a document: commits, and the decisions of its owner.
+//! The changes that this replica itself makes to a document: commits, and the decisions of its owner.
 
 use automerge::{ActorId, Automerge, Change, ChangeHash, ReadDoc, transaction::CommitOptions};
 use bytes::Bytes;
@@ -11,7 +11,7 @@ use crate::{
     log::{
         chunk::{self, MAX_CHANGE},
         envelope::{Envelope, Header, Run},
-        epoch::{Epoch, MAX_BASE, MAX_EPOCHS, MAX_SESSIONS, Standing, Statement},
+        epoch::{Epoch, MAX_BASE, MAX_EPOCHS, MAX_SESSIONS, Standing, Terms},
         genesis::Readers,
         signed::Identity,
     },
@@ -21,17 +21,17 @@ use crate::{
 
 const MAKE_ANOTHER: &str = ": make a new document";
 
-/// Edits that are to be one commit.
+/// Edits for one commit.
 #[derive(Debug)]
 pub(crate) struct Draft<'a> {
     pub(crate) edits: &'a [Edit],
-    /// What the author says about them.
+    /// The author's message.
     pub(crate) message: Option<&'a str>,
-    /// Edits that do not fit any more are left out, instead of failing all.
+    /// If true, edits that no longer fit are skipped; otherwise one of them fails the commit.
     pub(crate) lenient: bool,
-    /// When, in seconds since the Unix epoch.
+    /// The time of the commit, in seconds since the Unix epoch.
     pub(crate) time: i64,
-    /// The nonce of the session, if one begins with this commit; never used before.
+    /// The nonce for a new session, if this commit begins one. It must never have been used before.
     pub(crate) nonce: [u8; 16],
 }
 
@@ -39,22 +39,22 @@ pub(crate) struct Draft<'a> {
 #[derive(Debug)]
 pub(crate) struct Made {
     pub(crate) envelope: Envelope,
-    /// Where the content has changed; empty if the document is not watched.
+    /// Changed paths; empty if the document is not watched.
     pub(crate) paths: Vec<Path>,
 }
 
-/// The owner's word on a document from now on.
+/// A decision of the owner that holds from now on.
 #[derive(Debug)]
 pub(crate) struct Decision {
-    /// The keys that may write it, sorted.
+    /// The keys that may write the document, sorted.
     pub(crate) writers: Vec<Key>,
     pub(crate) readers: Readers,
-    /// The content begins anew at this time, without its history.
-    pub(crate) anew: Option<i64>,
+    /// If set, the content is compacted at this time: it begins anew without its history.
+    pub(crate) compact_at: Option<i64>,
 }
 
 impl Document {
-    /// Makes edits as one commit; all of them, or none after an error. `None` if nothing changes.
+    /// Makes edits as one commit: all of them, or none after an error. Returns `None` if nothing changes.
     pub(crate) fn commit(
         &mut self,
         store: &mut Store,
@@ -75,7 +75,7 @@ impl Document {
         let bytes = Bytes::copy_from_slice(change.raw_bytes());
         if let Err(refusal) = chunk::check(&bytes) {
             tracing::warn!(%refusal, "a commit is too large");
-            self.forget_last(store)?;
+            self.undo_last_commit(store)?;
             return Err(value::EditError::TooMuch.into());
         }
         let count = self.count(&session);
@@ -94,7 +94,7 @@ impl Document {
         }))
     }
 
-    /// Checks that an author may make this commit, and that the document has room for it.
+    /// Checks that the author may make this commit and that the document has room for it.
     fn check_draft(&self, author: &Key, draft: &Draft<'_>) -> Result<(), Error> {
         if !self.may_write(author) {
             let (document, owner) = (self.id(), self.genesis.owner);
@@ -135,7 +135,7 @@ impl Document {
         Ok(())
     }
 
-    /// The session in which this replica writes, begun anew if there is none that counts.
+    /// Returns the session in which this replica writes, and begins a new one if there is no valid one.
     fn session(
         &mut self,
         store: &mut Store,
@@ -164,13 +164,15 @@ impl Document {
         (session, run)
     }
 
-    /// Makes a change in memory; `None` if nothing changes.
+    /// Makes a change in memory. Returns `None` if nothing changes.
     fn edit(&mut self, draft: &Draft<'_>) -> Result<Option<ChangeHash>, Error> {
         let mut tx = self.doc.transaction();
         for edit in draft.edits {
             match value::apply(&mut tx, edit) {
                 Ok(()) => {}
-                Err(error) if draft.lenient => tracing::debug!(%error, "an edit no longer fits"),
+                Err(error) if draft.lenient => {
+                    tracing::debug!(%error, "skipping an edit that no longer fits")
+                }
                 Err(error) => {
                     tx.rollback();
                     return Err(error.into());
@@ -185,8 +187,8 @@ impl Document {
         Ok(made)
     }
 
-    /// Takes a commit back that was made in memory only.
-    fn forget_last(&mut self, store: &Store) -> Result<(), StoreError> {
+    /// Undoes a commit that was made in memory only.
+    fn undo_last_commit(&mut self, store: &Store) -> Result<(), StoreError> {
         let genesis = self.genesis.clone();
         let mut again = Self::load(store, genesis)?;
         again.watched = self.watched;
@@ -197,7 +199,7 @@ impl Document {
         Ok(())
     }
 
-    /// Puts the owner's word in force.
+    /// Signs a decision of the owner and puts it in force.
     pub(crate) fn decide(
         &mut self,
         store: &mut Store,
@@ -223,25 +225,25 @@ impl Document {
         let Decision {
             writers,
             readers,
-            anew,
+            compact_at,
         } = decision;
-        let base = match anew {
+        let base = match compact_at {
             Some(time) => self.new_base(number, &previous, time)?,
             None => Vec::new(),
         };
         let mut heads = self.heads();
-        if anew.is_none() {
-            // Only of those who may no longer write is it said how far they count.
+        if compact_at.is_none() {
+            // The epoch names the valid length only for sessions of authors who lose the right to write.
             heads.retain(|session, _| {
                 let author = self.sessions[session].run.author;
                 author != owner && writers.binary_search(&author).is_err()
             });
-            // What an earlier epoch cut stays cut.
+            // Sessions that an earlier epoch cut remain cut.
         }
         let id_of = |change: &Bytes| {
             Change::from_bytes(change.to_vec()).map(|change| ChangeId(change.hash().0))
         };
-        let says = Statement {
+        let terms = Terms {
             writers,
             readers,
             heads,
@@ -251,7 +253,7 @@ impl Document {
                 .collect::<Result<_, _>>()
                 .map_err(|error| StoreError::Other(error.to_string()))?,
         };
-        let epoch = Epoch::sign(identity, &self.genesis, number, previous, &says);
+        let epoch = Epoch::sign(identity, &self.genesis, number, previous, &terms);
         match self.take_epochs(store, vec![epoch.clone()], &base) {
             Ok(taken) => Ok((epoch, taken)),
             Err(TakeError::Store(error)) => Err(error.into()),
@@ -261,7 +263,7 @@ impl Document {
         }
     }
 
-    /// The changes that make the content as it is, without its history, for the epoch with this number.
+    /// Returns the changes that produce the current content without its history, for the epoch with this number.
     fn new_base(&self, number: u64, previous: &EpochId, time: i64) -> Result<Vec<Bytes>, Error> {
         let actor = Epoch::base_actor(&self.id(), number, previous);
         let mut doc = Automerge::new().with_actor(ActorId::from(actor));

@@ -1,4 +1,4 @@
-//! A document on disk: it is read from its last save and the log after it, and saved again from time to time.
+//! Loads a document from its last save and the log after it, and writes saves from time to time.
 
 use std::collections::HashMap;
 
@@ -17,24 +17,24 @@ use crate::{
     store::{Store, StoreError, key},
 };
 
-/// A save is written when so many changes have come since the last one: reading the log takes about as long for each as
-/// for reading a kilobyte of a save.
+/// Number of changes since the last save after which another is written. Reading one change from the log takes about as
+/// long as reading a kilobyte of a save.
 const SAVE_EVERY: usize = 512;
 
 impl Document {
-    /// Reads a document from disk. All in it was checked before it was written, signatures as well. Of the log only
-    /// what came after the last save is read.
+    /// Loads a document from disk. All its data was checked before it was written, signatures included. Reads only the
+    /// part of the log after the last save.
     pub(crate) fn load(store: &Store, genesis: Genesis) -> Result<Self, StoreError> {
         if let Some(this) = Self::load_with(store, genesis.clone(), true)? {
             return Ok(this);
         }
         let id = genesis.id;
-        tracing::warn!(document = %id, "a save does not fit the log; all of the log is read instead");
+        tracing::warn!(document = %id, "the save does not fit the log; reading all of the log instead");
         Self::load_with(store, genesis, false)?
             .ok_or_else(|| store.damaged(id, "its changes do not follow each other"))
     }
 
-    /// `None` if the log does not continue what is in the save.
+    /// Loads the document. Returns `None` if the log does not continue the save.
     fn load_with(
         store: &Store,
         genesis: Genesis,
@@ -63,12 +63,12 @@ impl Document {
         let mut is_saved = false;
         if with_save && let Some(row) = store.get(&key::save(&id))? {
             let save = Save::unpack(&row);
-            // Saves of earlier versions are an Automerge document alone.
+            // A save of an earlier version is an Automerge document alone.
             let document = save.as_ref().map_or(&row[..], |save| save.document);
-            match guard::contained(|| Automerge::load(document)) {
+            match guard::catch_panic(|| Automerge::load(document)) {
                 Ok(Ok(doc)) => this.doc = doc,
                 _ => {
-                    tracing::warn!(document = %id, "a save cannot be loaded; the log is read instead");
+                    tracing::warn!(document = %id, "the save cannot be loaded; reading the log instead");
                 }
             }
             if let Some(save) = save {
@@ -92,14 +92,14 @@ impl Document {
         }
         changes.retain(|change| this.doc.get_change_meta_by_hash(&change.hash()).is_none());
         this.unsaved = changes.len();
-        let applied = guard::contained(|| this.doc.apply_changes(changes));
+        let applied = guard::catch_panic(|| this.doc.apply_changes(changes));
         match applied {
             Ok(Ok(())) if this.doc.get_missing_deps(&[]).is_empty() => Ok(Some(this)),
             _ => Err(damaged("a change")),
         }
     }
 
-    /// Takes sessions from a save. Returns false if they do not fit the document in it.
+    /// Restores sessions from a save. Returns false if they do not fit its Automerge document.
     fn restore(&mut self, save: &Save<'_>) -> bool {
         let mut actors: HashMap<[u8; 16], Vec<ChangeId>> = HashMap::new();
         for meta in self.doc.get_changes_meta(&[]) {
@@ -129,10 +129,10 @@ impl Document {
         true
     }
 
-    /// Reads the envelopes that are not in a session yet; changes that Automerge lacks are added to `changes`. Returns
-    /// false if an envelope does not follow those before it.
+    /// Reads the envelopes that are not in a session yet, and adds changes that Automerge lacks to `changes`. Returns
+    /// false if an envelope does not follow its predecessors.
     fn read_log(&mut self, store: &Store, changes: &mut Vec<Change>) -> Result<bool, StoreError> {
-        /// Bytes that are read in vain, at most, where the envelopes of the next session are in the save.
+        /// Most bytes that are read in vain where the envelopes of the next session are in the save.
         const AT_ONCE: usize = 64 << 10;
         let id = self.id();
         let damaged = |what: &str| store.damaged(id, format!("{what} cannot be read"));
@@ -144,17 +144,17 @@ impl Document {
                 return Ok(true);
             }
             for (key, row) in rows {
-                let place = key[log.len()..].split_first_chunk();
-                let place = place.and_then(|(session, index)| {
+                let position = key[log.len()..].split_first_chunk();
+                let position = position.and_then(|(session, index)| {
                     Some((
                         SessionId(*session),
                         u64::from_be_bytes(index.try_into().ok()?),
                     ))
                 });
-                let (session, index) = place.ok_or_else(|| damaged("the log"))?;
+                let (session, index) = position.ok_or_else(|| damaged("the log"))?;
                 let count = self.count(&session);
                 if index < count {
-                    // In the save: the envelopes behind them come next.
+                    // These envelopes are in the save; continue after them.
                     from = [&session.0[..], &count.to_be_bytes()].concat();
                     at_once = 0;
                     break;
@@ -183,7 +183,7 @@ impl Document {
         }
     }
 
-    /// Writes a save if there is much that is not in the last one, or `always` if there is anything.
+    /// Writes a save if the last one lacks many changes, or, if `always` is set, more than 16.
     pub(crate) fn save(&mut self, store: &mut Store, always: bool) {
         if self.unsaved >= SAVE_EVERY || always && self.unsaved > 16 {
             self.put_save(store);

@@ -1,9 +1,10 @@
-//! One document as a replica holds it: the log of envelopes that count, and the Automerge document that they make.
+//! A document as a replica holds it: the log of valid envelopes, and the Automerge document that their changes produce.
 //!
-//! The envelopes that count are a function of what is known, in any order of arrival: the genesis, the chain of epochs,
-//! proofs of equivocation, and the envelopes. Of each session a beginning counts: as far as the epochs let its author
-//! write, before the index at which equivocation is proven, and only so far as everything that a change builds on
-//! counts as well. When an epoch or a proof takes something away, the document is built anew from what is left.
+//! The set of valid envelopes is a function of the known data, in any order of arrival: the genesis, the chain of
+//! epochs, proofs of equivocation, and the envelopes. Of each session, a prefix is valid. The prefix ends where the
+//! epochs no longer let its author write, before the index of a proven equivocation, and before the first change with
+//! an invalid dependency. When an epoch or a proof invalidates envelopes, the document is rebuilt from the remaining
+//! ones.
 
 mod author;
 mod load;
@@ -29,7 +30,7 @@ use crate::{
     },
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
     log::{
-        causal::{CausalOrder, Place},
+        causal::{CausalOrder, Position},
         envelope::{Envelope, Header, Proof, Run},
         epoch::{Epochs, Head, Heads, Standing},
         genesis::{Genesis, Readers},
@@ -40,18 +41,18 @@ use crate::{
 
 pub(crate) use self::{
     author::{Decision, Draft, Made},
-    take::{From, Source, Taken},
+    take::{Received, Source, Taken},
 };
 
-/// Bytes of a document's envelopes since it last began anew.
+/// Most bytes of a document's envelopes since it was last compacted.
 pub const MAX_LOG: u64 = 128 << 20;
 
 #[derive(Debug, Clone)]
 struct Session {
     run: Run,
-    /// The extent to which the epochs let the session count.
+    /// The part of the session that the epochs permit.
     standing: Standing,
-    /// The chain after each envelope, and its change.
+    /// For each envelope, the chain after it and its change.
     entries: Vec<(Chain, ChangeId)>,
 }
 
@@ -71,19 +72,19 @@ impl Session {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Commit {
-    /// Its hash.
+    /// Hash of the commit.
     pub id: ChangeId,
-    /// Who signed it; the owner for a new beginning.
+    /// The key that signed the commit; the owner's for a compaction.
     pub author: Key,
-    /// In which run of the author's program; `None` for what a new beginning is made of.
+    /// The session in which the author made the commit; `None` for the changes of a compaction.
     pub session: Option<SessionId>,
-    /// When, by the author's clock: seconds since the Unix epoch.
+    /// Time by the author's clock, in seconds since the Unix epoch.
     pub time: i64,
-    /// What the author says about it.
+    /// The author's message.
     pub message: Option<String>,
-    /// Commits it builds on.
+    /// Commits that this one builds on.
     pub builds_on: Vec<ChangeId>,
-    /// Operations in it.
+    /// Number of operations in the commit.
     pub operations: u64,
 }
 
@@ -94,22 +95,22 @@ pub(crate) struct Document {
     doc: Automerge,
     sessions: BTreeMap<SessionId, Session>,
     proofs: BTreeMap<SessionId, Proof>,
-    /// In which this replica writes.
+    /// The session in which this replica writes.
     writing: Option<SessionId>,
-    /// All of this replica's sessions.
+    /// All sessions of this replica.
     own: BTreeSet<SessionId>,
     waiting: Waiting,
     memory: Memory,
-    /// Changes that are applied at once, at most.
+    /// Most changes that are applied at once.
     together: usize,
     log_bytes: u64,
     unsaved: usize,
     digest: Option<Digest>,
-    /// Whether somebody wants to know which paths change.
+    /// True if changed paths are to be reported.
     pub(crate) watched: bool,
-    /// Changes that rebuilds have looked at.
+    /// Number of changes that rebuilds have examined.
     #[cfg(test)]
-    pub(crate) looked_at: usize,
+    pub(crate) examined: usize,
 }
 
 impl Document {
@@ -130,7 +131,7 @@ impl Document {
             digest: None,
             watched: false,
             #[cfg(test)]
-            looked_at: 0,
+            examined: 0,
         }
     }
 
@@ -142,7 +143,7 @@ impl Document {
         &self.doc
     }
 
-    /// The session of a run, made if it is not here.
+    /// Returns the session of a run, and creates it if it is unknown.
     fn session_of(&mut self, run: Run) -> &mut Session {
         let id = run.session(&self.genesis.id);
         let standing = || {
@@ -156,7 +157,7 @@ impl Document {
         })
     }
 
-    /// Returns the extent to which the epochs let a session count.
+    /// Returns the part of a session that the epochs permit.
     fn standing(&self, session: &SessionId, run: &Run) -> Standing {
         match self.sessions.get(session) {
             Some(known) => known.standing,
@@ -166,7 +167,7 @@ impl Document {
         }
     }
 
-    /// How far a session counts, by epochs and proofs.
+    /// Returns the number of envelopes of a session that are valid by epochs and proofs.
     fn limit(&self, session: &SessionId, run: &Run) -> u64 {
         let limit = match self.standing(session, run) {
             Standing::Open => u64::MAX,
@@ -177,7 +178,7 @@ impl Document {
         limit.min(fork)
     }
 
-    /// Returns true if an envelope can never count, by epochs and proofs.
+    /// Returns true if an envelope can never be valid, by epochs and proofs.
     pub(crate) fn is_void(&self, header: &Header) -> bool {
         let standing = self.standing(&header.session, &header.run);
         let is_another = matches!(standing, Standing::Until(head)
@@ -185,8 +186,8 @@ impl Document {
         is_another || header.index >= self.limit(&header.session, &header.run)
     }
 
-    /// Whether a proof is about something that would count without it.
-    pub(crate) fn matters(&self, proof: &Proof) -> bool {
+    /// Returns true if a proof concerns an envelope that would be valid without it.
+    pub(crate) fn is_relevant(&self, proof: &Proof) -> bool {
         let run = &proof.one.run;
         match self
             .epochs
@@ -211,13 +212,13 @@ impl Document {
                 .is_ok()
     }
 
-    /// Returns whether a peer might read the document at some time because it was named, and whether because everybody
-    /// might.
+    /// Returns whether a peer could read the document at some time because it was named, and whether because everybody
+    /// could.
     pub(crate) fn was_reader(&self, peer: &Key) -> (bool, bool) {
         let genesis = &self.genesis;
         let first = (&genesis.writers, &genesis.readers);
         let later = self.epochs.iter();
-        let later = later.map(|epoch| (&epoch.says.writers, &epoch.says.readers));
+        let later = later.map(|epoch| (&epoch.terms.writers, &epoch.terms.readers));
         let (mut as_named, mut as_everybody) = (*peer == genesis.owner, false);
         for (writers, readers) in [first].into_iter().chain(later) {
             as_everybody |= *readers == Readers::Everybody;
@@ -230,14 +231,15 @@ impl Document {
         (as_named, as_everybody)
     }
 
-    /// Returns true if a peer that names these sessions and this epoch has had a part of the document: a session's id
-    /// comes from a random nonce, and an epoch's from a signature, and neither is told to peers that may not read.
+    /// Returns true if a peer that names these sessions and this epoch has had a part of the document. The id of a
+    /// session comes from a random nonce, and that of an epoch from a signature. Neither is given to peers that may not
+    /// read.
     pub(crate) fn has_part(&self, heads: &Heads, epoch: Option<&EpochId>) -> bool {
         let decision = epoch.and_then(|epoch| self.epochs.number_of(epoch, &self.genesis));
-        // Sessions of before the content began anew are known by that decision alone.
+        // Sessions from before a compaction are known by that decision alone.
         let was_here = |session: &SessionId| {
-            let mut beginnings = self.epochs.iter().filter(|epoch| epoch.is_beginning());
-            beginnings.any(|epoch| epoch.says.heads.contains_key(session))
+            let mut beginnings = self.epochs.iter().filter(|epoch| epoch.is_compaction());
+            beginnings.any(|epoch| epoch.terms.heads.contains_key(session))
         };
         decision.is_some_and(|number| number > 0)
             || heads
@@ -245,7 +247,7 @@ impl Document {
                 .any(|session| self.sessions.contains_key(session) || was_here(session))
     }
 
-    /// Takes sessions for this replica's own, as far as something of them is here.
+    /// Marks sessions as this replica's own if the document has any of their envelopes.
     pub(crate) fn adopt(&mut self, store: &mut Store, own: impl Iterator<Item = SessionId>) {
         for session in own.filter(|session| self.sessions.contains_key(session)) {
             store.put(key::own(&self.genesis.id, &session), Vec::new());
@@ -253,17 +255,17 @@ impl Document {
         }
     }
 
-    /// The session in which this replica writes, to go on in it when the document is loaded again.
+    /// Returns the session in which this replica writes, to continue it when the document is loaded again.
     pub(crate) fn writing(&self) -> Option<SessionId> {
         self.writing
     }
 
-    pub(crate) fn go_on_writing(&mut self, session: Option<SessionId>) {
+    pub(crate) fn resume_session(&mut self, session: Option<SessionId>) {
         self.writing = session.filter(|session| self.own.contains(session));
     }
 
-    /// An estimate of the memory that the document takes. Automerge needs about 250 bytes for an operation, and what is
-    /// written beside; a small document has been measured with 24 KB.
+    /// Returns an estimate of the memory that the document takes. Automerge needs about 250 bytes per operation, plus
+    /// the data itself. A small document was measured at 24 KB.
     pub(crate) fn weight(&self) -> usize {
         let (changes, log_bytes) = self.log();
         let bytes = log_bytes
@@ -274,10 +276,10 @@ impl Document {
             .saturating_add((16 << 10) + self.waiting.bytes() + self.memory.bytes())
     }
 
-    /// Changes that the content began anew with.
+    /// Returns the number of changes in the base of the last compaction.
     pub(crate) fn base_changes(&self) -> u64 {
-        let beginning = self.epochs.beginning();
-        beginning.map_or(0, |epoch| epoch.says.base.len() as u64)
+        let compaction = self.epochs.compaction();
+        compaction.map_or(0, |epoch| epoch.terms.base.len() as u64)
     }
 
     pub(crate) fn figures(&mut self) -> Figures {
@@ -352,7 +354,7 @@ impl Document {
         self.proofs.get(session)
     }
 
-    /// The chain of a session after `count` envelopes; `None` if there are fewer.
+    /// Returns the chain of a session after `count` envelopes, or `None` if there are fewer.
     pub(crate) fn chain_at(&self, id: &SessionId, count: u64) -> Option<Chain> {
         match self.sessions.get(id) {
             Some(session) => session.chain_before(id, count),
@@ -376,7 +378,7 @@ impl Document {
         (envelopes, self.log_bytes)
     }
 
-    /// Commits, the latest first, as far as `limit` goes.
+    /// Returns up to `limit` commits, the latest first.
     pub(crate) fn history(&self, limit: usize) -> Vec<Commit> {
         let actors: BTreeMap<[u8; 16], (&SessionId, &Session)> = self
             .sessions
@@ -413,9 +415,9 @@ impl Document {
         read.ok_or_else(|| store.damaged(self.id(), "a change cannot be read"))
     }
 
-    /// Envelopes of these sessions, each from its count on, in causal order. Dependencies on other sessions are
-    /// taken to be known to the receiver.
-    pub(crate) fn causal(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
+    /// Returns the envelopes of these sessions, each from its count on, in causal order. The receiver is assumed to
+    /// have the dependencies in other sessions.
+    pub(crate) fn causal(&self, from: &Heads) -> impl Iterator<Item = Position> + '_ {
         let range = |(session, head): (&SessionId, &Head)| {
             let end = self.count(session);
             (head.count < end).then_some((*session, head.count..end))
@@ -423,8 +425,8 @@ impl Document {
         self.ordered(from.iter().filter_map(range).collect())
     }
 
-    /// These ranges of sessions in causal order.
-    fn ordered(&self, ranges: Vec<(SessionId, Range<u64>)>) -> impl Iterator<Item = Place> + '_ {
+    /// Returns these ranges of sessions in causal order.
+    fn ordered(&self, ranges: Vec<(SessionId, Range<u64>)>) -> impl Iterator<Item = Position> + '_ {
         let actors: HashMap<[u8; 16], SessionId> = ranges
             .iter()
             .map(|(session, _)| (session.actor(), *session))
@@ -434,29 +436,29 @@ impl Document {
                 let (_, change) = known.entries.get(usize::try_from(index).ok()?)?;
                 self.doc.get_change_meta_by_hash(&hash(change))
             });
-            let place = |dep: &ChangeHash| {
+            let position = |dep: &ChangeHash| {
                 let meta = self.doc.get_change_meta_by_hash(dep)?;
                 let actor = <[u8; 16]>::try_from(meta.actor.to_bytes()).ok()?;
                 Some((*actors.get(&actor)?, meta.seq.checked_sub(1)?))
             };
             let deps = entry.map(|meta| meta.deps).unwrap_or_default();
-            deps.iter().filter_map(place).collect()
+            deps.iter().filter_map(position).collect()
         };
         CausalOrder::new(ranges, dependencies)
     }
 
-    /// Envelopes of these sessions, each from its count on, session by session.
+    /// Returns the envelopes of these sessions, each from its count on, session by session.
     #[cfg(test)]
-    pub(crate) fn by_session(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
+    pub(crate) fn by_session(&self, from: &Heads) -> impl Iterator<Item = Position> + '_ {
         let range = |(session, head): (&SessionId, &Head)| {
             let (session, end) = (*session, self.count(session));
             (head.count..end).map(move |index| (session, index))
         };
-        let places: Vec<_> = from.iter().flat_map(range).collect();
-        places.into_iter()
+        let positions: Vec<_> = from.iter().flat_map(range).collect();
+        positions.into_iter()
     }
 
-    /// Returns the index that a session reaches, including envelopes that wait for what they build on.
+    /// Returns the index that a session reaches, including envelopes that wait for their dependencies.
     pub(crate) fn reach(&self, session: &SessionId) -> u64 {
         let count = self.count(session);
         match self.chain_at(session, count) {
@@ -465,12 +467,12 @@ impl Document {
         }
     }
 
-    /// Bytes of changes that wait for what they build on.
+    /// Returns the bytes of changes that wait for their dependencies.
     pub(crate) fn waiting_bytes(&self) -> usize {
         self.waiting.bytes()
     }
 
-    /// Forgets what waits; it is wanted again.
+    /// Drops all waiting envelopes; they are requested again.
     pub(crate) fn forget_waiting(&mut self) {
         self.waiting.clear();
     }
@@ -480,7 +482,7 @@ impl Document {
         (self.waiting.len(), self.waiting.bytes())
     }
 
-    /// Has so many changes applied at once, at most.
+    /// Sets the most changes that are applied at once.
     #[cfg(test)]
     pub(crate) fn apply_together(&mut self, changes: usize) {
         self.together = changes;

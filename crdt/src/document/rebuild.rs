@@ -1,4 +1,4 @@
-//! The document built anew from what counts, after an epoch or a proof has taken something away.
+//! Rebuilds a document from its valid envelopes after an epoch or a proof has invalidated some.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -18,18 +18,18 @@ use crate::{
     store::{Store, StoreError, key},
 };
 
-/// What counts when a document is built anew.
-struct Counting {
-    /// The envelopes of each session that count.
+/// The valid part of a document.
+struct ValidPart {
+    /// Number of valid envelopes of each session.
     kept: BTreeMap<SessionId, usize>,
     /// Their changes, in causal order.
     changes: Vec<Change>,
-    looked_at: usize,
+    examined: usize,
 }
 
 impl Document {
-    /// Whether what is here of a session is another branch than the one an epoch names.
-    pub(super) fn goes_astray(&self, session: &SessionId, known: &Session) -> bool {
+    /// Returns true if this replica has another branch of a session than the one that an epoch names.
+    pub(super) fn is_other_branch(&self, session: &SessionId, known: &Session) -> bool {
         match self.standing(session, &known.run) {
             Standing::Until(head) => known
                 .chain_before(session, head.count)
@@ -49,8 +49,8 @@ impl Document {
         Ok(doc)
     }
 
-    /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered`
-    /// contains and what was revoked.
+    /// Rebuilds the document on this base from its valid envelopes. Returns this replica's own edits that are no longer
+    /// valid, except for those that `covered` contains and those that were revoked.
     pub(super) fn rebuild(
         &mut self,
         store: &mut Store,
@@ -58,63 +58,63 @@ impl Document {
         covered: &Heads,
     ) -> Result<Vec<Edit>, StoreError> {
         let id = self.id();
-        let Counting {
+        let ValidPart {
             kept,
             changes,
-            looked_at,
-        } = self.what_counts(base);
+            examined,
+        } = self.valid_part(base);
         let mut doc = base.clone();
-        let applied = guard::contained(|| doc.apply_changes(changes));
+        let applied = guard::catch_panic(|| doc.apply_changes(changes));
         if !matches!(applied, Ok(Ok(()))) {
-            return Err(store.damaged(id, "its changes cannot be put together again"));
+            return Err(store.damaged(id, "its changes cannot be combined again"));
         }
-        tracing::debug!(document = %id, changes = looked_at, "a document is built anew");
+        tracing::debug!(document = %id, changes = examined, "rebuilt a document");
         #[cfg(test)]
         {
-            self.looked_at += looked_at;
+            self.examined += examined;
         }
-        let carry = self.lost_edits(&kept, covered);
+        let reapply = self.lost_edits(&kept, covered);
         for (session, count) in kept {
-            self.shorten(store, session, count)?;
+            self.truncate_session(store, session, count)?;
         }
         self.doc = doc;
         self.memory = Memory::default();
         self.digest = None;
         self.put_save(store);
-        Ok(carry)
+        Ok(reapply)
     }
 
-    /// What of each session counts, by epochs, proofs, and what each change builds on.
-    fn what_counts(&self, base: &Automerge) -> Counting {
+    /// Determines the valid part of each session, by epochs, proofs and the dependencies of each change.
+    fn valid_part(&self, base: &Automerge) -> ValidPart {
         let mut known: HashSet<ChangeHash> = base
             .get_changes_meta(&[])
             .into_iter()
             .map(|meta| meta.hash)
             .collect();
         let range = |(id, session): (&SessionId, &Session)| {
-            let limit = match self.goes_astray(id, session) {
+            let limit = match self.is_other_branch(id, session) {
                 true => 0,
                 false => self.limit(id, &session.run),
             };
             (*id, 0..limit.min(session.entries.len() as u64))
         };
-        let mut counting = Counting {
+        let mut counting = ValidPart {
             kept: self.sessions.keys().map(|session| (*session, 0)).collect(),
             changes: Vec::new(),
-            looked_at: 0,
+            examined: 0,
         };
-        // One pass: what a change builds on comes before it.
+        // One pass suffices: dependencies come before the changes that build on them.
         for (session, index) in self.ordered(self.sessions.iter().map(range).collect()) {
             let (Some(count), Some(known_session)) =
                 (counting.kept.get_mut(&session), self.sessions.get(&session))
             else {
                 continue;
             };
-            // One before it does not count.
+            // An earlier envelope of the session is invalid.
             if *count as u64 != index {
                 continue;
             }
-            counting.looked_at += 1;
+            counting.examined += 1;
             let entry = known_session.entries.get(*count);
             let change = entry.and_then(|(_, change)| self.doc.get_change_by_hash(&hash(change)));
             if let Some(change) = change
@@ -128,8 +128,8 @@ impl Document {
         counting
     }
 
-    /// Drops what of a session no longer counts.
-    fn shorten(
+    /// Drops the envelopes of a session that are no longer valid.
+    fn truncate_session(
         &mut self,
         store: &mut Store,
         session: SessionId,
@@ -148,7 +148,7 @@ impl Document {
         }
         if count < entries.entries.len() {
             entries.entries.truncate(count);
-            // What would follow builds on what is gone.
+            // Further changes would build on a dropped one.
             if self.writing == Some(session) {
                 self.writing = None;
             }
@@ -161,7 +161,8 @@ impl Document {
         Ok(())
     }
 
-    /// What this replica has edited and is no longer kept, each change as it was meant: against what it was built on.
+    /// Returns this replica's edits that are no longer valid. Each change is compared with the state that it was built
+    /// on, so that its edits keep their meaning.
     fn lost_edits(&self, kept: &BTreeMap<SessionId, usize>, covered: &Heads) -> Vec<Edit> {
         let mut edits = Vec::new();
         for session in &self.own {
@@ -169,7 +170,7 @@ impl Document {
                 continue;
             };
             let standing = self.standing(session, &entries.run);
-            // Taken away by the owner.
+            // Revoked by the owner.
             let revoked =
                 !self.may_write(&entries.run.author) || matches!(standing, Standing::Until(_));
             if revoked {
@@ -187,7 +188,7 @@ impl Document {
                 let Some(meta) = self.doc.get_change_meta_by_hash(&hash) else {
                     continue;
                 };
-                let diff = guard::contained(|| value::edits_of(&self.doc, &meta.deps, &[hash]));
+                let diff = guard::catch_panic(|| value::edits_of(&self.doc, &meta.deps, &[hash]));
                 edits.extend(diff.unwrap_or_default());
             }
         }
@@ -195,19 +196,19 @@ impl Document {
     }
 }
 
-/// The document that a base makes, each of its changes checked as if a peer had sent it.
+/// Builds the document of a base, and checks each change as if a peer had sent it.
 pub(super) fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
-    if base.len() != epoch.says.base.len() {
+    if base.len() != epoch.terms.base.len() {
         return Err(Refusal::Early);
     }
     let actor = Epoch::base_actor(&epoch.document, epoch.number, &epoch.previous);
     let (mut doc, mut memory) = (Automerge::new(), Memory::default());
     let mut previous = None;
-    for (index, (change, id)) in base.iter().zip(&epoch.says.base).enumerate() {
+    for (index, (change, id)) in base.iter().zip(&epoch.terms.base).enumerate() {
         let checked = guard::decode(change, actor, index as u64 + 1)?;
         if checked.id != *id {
             return Err(Refusal::Malformed(
-                "a base has another change than was signed",
+                "a base has a change that its epoch does not list",
             ));
         }
         let mut batch = Batch::default();

@@ -1,5 +1,5 @@
-//! Caches on disk: a save of what a document's log makes, and the document's figures. Both are made again from the log
-//! where they are missing, damaged, or of an earlier version.
+//! Caches on disk: a save of the state that a document's log produces, and the document's figures. A cache that is
+//! missing, damaged or of an earlier version is created again from the log.
 
 use bytes::Bytes;
 use prost::Message;
@@ -12,11 +12,11 @@ use crate::{
     },
 };
 
-/// Sessions whose heads are kept with a document's figures. A row for more would be written anew, with 72 bytes for
-/// each session, at each flush; a document of more sessions is loaded when a peer is told what is here.
+/// Most sessions whose heads are stored with a document's figures. Each flush writes the row again, with 72 bytes per
+/// session. A document with more sessions is loaded when a peer compares it.
 const MAX_HEADS: usize = 64;
 
-/// A session's entry in a save.
+/// The entry of a session in a save.
 #[derive(Clone, PartialEq, Message)]
 struct SavedSession {
     #[prost(bytes = "bytes", tag = "1")]
@@ -37,7 +37,7 @@ struct SavedHead {
     log_bytes: u64,
 }
 
-/// A save: the sessions that it contains with their lengths, bytes of their envelopes, and the Automerge document.
+/// A save: its sessions with their lengths, the bytes of their envelopes, and the Automerge document.
 #[derive(Debug)]
 pub(crate) struct Save<'a> {
     pub(crate) sessions: Vec<(Run, u64)>,
@@ -62,7 +62,7 @@ impl<'a> Save<'a> {
         [&blake3::hash(&content).as_bytes()[..], &content].concat()
     }
 
-    /// Reads a save; `None` if it is damaged or of a version before sessions were kept in it.
+    /// Decodes a save. Returns `None` if it is damaged or from a version without sessions.
     pub(crate) fn unpack(row: &'a [u8]) -> Option<Self> {
         let (digest, mut content) = row.split_at_checked(32)?;
         if blake3::hash(content).as_bytes()[..] != *digest {
@@ -85,21 +85,21 @@ impl<'a> Save<'a> {
     }
 }
 
-/// How much there is of a document.
+/// The size of a document.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Counts {
     pub(crate) epochs: u64,
-    /// Changes since the content last began anew, and their bytes.
+    /// Changes since the last compaction, and their bytes.
     pub(crate) changes: u64,
     pub(crate) log_bytes: u64,
-    /// Changes that the content began anew with.
+    /// Changes in the base of the last compaction.
     pub(crate) base_changes: u64,
 }
 
-/// A document's figures: everything that a listing says of it, and a peer is told when the two compare it.
+/// The figures of a document: the data for a listing, and for comparing the document with a peer.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Figures {
-    /// The digest of the document that they are of.
+    /// Digest of the document to which the figures belong.
     #[prost(bytes = "bytes", tag = "1")]
     digest: Bytes,
     #[prost(uint64, tag = "2")]
@@ -114,7 +114,7 @@ pub(crate) struct Figures {
     pub(crate) equivocations: u64,
     #[prost(bytes = "bytes", tag = "7")]
     epoch: Bytes,
-    /// The heads of all sessions, 72 bytes for each; empty if they are too many.
+    /// Heads of all sessions, 72 bytes each; empty if there are too many.
     #[prost(bytes = "bytes", tag = "8")]
     heads: Bytes,
     #[prost(bytes = "bytes", tag = "9")]
@@ -177,13 +177,13 @@ impl Figures {
         }
     }
 
-    /// Reads figures, if they are of the document with this digest.
+    /// Decodes figures, if they belong to the document with this digest.
     pub(crate) fn read(row: &[u8], digest: &Digest) -> Option<Self> {
         let this = Self::decode(row).ok()?;
         (this.digest[..] == digest.0).then_some(this)
     }
 
-    /// The last epoch, and the heads of sessions and of forks, if they are kept.
+    /// Returns the last epoch and the heads of sessions and forks, if they are stored.
     pub(crate) fn heads(&self) -> Option<(EpochId, Heads, Heads)> {
         if !self.has_heads {
             return None;
@@ -196,9 +196,10 @@ impl Figures {
     }
 }
 
-/// The seal of an envelope's row: a field that the wire's envelope has not, and readers of earlier versions skip, with
-/// the beginning of the BLAKE3 hash of all before it. Every part of a row is covered by its author's signature or the
-/// chain, but to check those costs a hundred times as much; a row without a seal is of an earlier version.
+/// Tag and length of the seal of an envelope's row: a field unknown to the wire format, which readers of earlier
+/// versions skip. It holds the first bytes of the BLAKE3 hash of all bytes before it. Every part of a row is covered by
+/// its author's signature or the chain, but checking those costs a hundred times as much. A row without a seal is from
+/// an earlier version.
 const SEAL: [u8; 2] = [15 << 3 | 2, 8];
 
 fn seal_of(row: &[u8]) -> [u8; 8] {
@@ -207,7 +208,7 @@ fn seal_of(row: &[u8]) -> [u8; 8] {
     seal
 }
 
-/// An envelope's row, with its seal.
+/// Appends the seal to the row of an envelope.
 pub(crate) fn seal(mut row: Vec<u8>) -> Vec<u8> {
     let seal = seal_of(&row);
     row.extend(SEAL);
@@ -215,7 +216,7 @@ pub(crate) fn seal(mut row: Vec<u8>) -> Vec<u8> {
     row
 }
 
-/// Returns whether an envelope's row is as it was written; `None` if it has no seal.
+/// Returns whether the row of an envelope is unchanged; `None` if it has no seal.
 pub(crate) fn is_sealed(row: &[u8]) -> Option<bool> {
     let (row, end) = row.split_last_chunk::<10>()?;
     let seal = end.strip_prefix(&SEAL)?;
@@ -252,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sealed_row_with_one_bit_changed_is_not_taken_for_what_was_written() {
+    fn a_sealed_row_with_one_bit_changed_is_detected() {
         let envelope = weft_proto::wire::Envelope {
             change: Bytes::from_static(b"a change"),
             ..weft_proto::wire::Envelope::default()
@@ -273,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_of_one_digest_only_and_keep_the_heads_of_few_sessions() {
+    fn figures_belong_to_one_digest_and_store_the_heads_of_few_sessions() {
         let head = |number: u8| {
             let head = Head {
                 count: u64::from(number) + 1,

@@ -1,4 +1,4 @@
-//! What is taken of peers' envelopes, epochs and proofs: each is checked in a fixed order, counts, waits, or is
+//! Accepts envelopes, epochs and proofs of peers. Each is checked in a fixed order, and is then valid, waits, or is
 //! refused.
 
 use std::{
@@ -20,7 +20,7 @@ use crate::{
         Document, MAX_LOG, hash,
         rebuild::build_base,
         saved,
-        waiting::{On, Waiter},
+        waiting::{Condition, Waiter},
     },
     id::{ChangeId, Key, SessionId},
     log::{
@@ -32,15 +32,15 @@ use crate::{
     store::{Store, StoreError, key},
 };
 
-/// An envelope, and which peer it came from.
-pub(crate) type From = (Envelope, Option<Key>);
+/// An envelope, and the peer that it came from.
+pub(crate) type Received = (Envelope, Option<Key>);
 
 /// The source of an envelope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A peer; `asked`: it was wanted of that peer.
+    /// A peer. `asked` is true if the envelope was requested from it.
     Peer { key: Key, asked: bool },
-    /// A file of the user's own, whose envelopes are taken in causal order.
+    /// A file of the user's, whose envelopes are in causal order.
     File,
 }
 
@@ -53,40 +53,40 @@ impl Source {
     }
 }
 
-/// What became of envelopes.
+/// The result of processing envelopes.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
-    /// Those that are new and count.
-    pub(crate) new: Vec<From>,
+    /// New valid envelopes.
+    pub(crate) new: Vec<Received>,
     pub(crate) proofs: Vec<Proof>,
-    /// Sessions of which a peer has given what can never count.
+    /// Sessions of which a peer has sent envelopes that can never be valid.
     pub(crate) void: BTreeSet<(Key, SessionId)>,
-    /// Envelopes of a file that do not count, and why.
+    /// Envelopes of a file that are not valid, with the reason.
     pub(crate) refused: Vec<(Header, Refusal)>,
-    /// Peers that sent what no honest peer would.
+    /// Peers that sent data that no honest peer would send.
     pub(crate) offences: Vec<(Key, Refusal)>,
-    /// Sessions of which another branch is known, and who knows it: the point where they part is to be found.
-    pub(crate) astray: Vec<(Key, SessionId)>,
-    /// From these something is missing.
+    /// Sessions of which another branch is known, with the peer that knows it. The point of divergence is to be found.
+    pub(crate) diverged: Vec<(Key, SessionId)>,
+    /// Peers from which data is missing.
     pub(crate) early: BTreeSet<Key>,
-    /// Where the content has changed; `None`: it was not asked.
+    /// Changed paths; empty if the document is not watched.
     pub(crate) paths: Vec<Path>,
-    /// Own edits that no longer counted, to be made again.
-    pub(crate) carry: Vec<Edit>,
-    /// The document was built anew.
+    /// Own edits that became invalid and are to be made again.
+    pub(crate) reapply: Vec<Edit>,
+    /// True if the document was rebuilt.
     pub(crate) rebuilt: bool,
-    /// It takes no more.
+    /// True if the document has no more room.
     pub(crate) full: bool,
-    /// Peers are told of what is new in another way.
+    /// True if peers learn of the new data in another way.
     pub(crate) quiet: bool,
 }
 
-/// An envelope that is to be taken.
+/// An envelope to process.
 #[derive(Debug)]
 struct Sent {
     envelope: Envelope,
     source: Source,
-    /// Its signature has been checked.
+    /// True if its signature was checked.
     verified: bool,
 }
 
@@ -96,23 +96,23 @@ impl std::convert::From<Waiter> for Sent {
             envelope: waiter.envelope,
             source: Source::Peer {
                 key: waiter.from,
-                asked: waiter.asked,
+                asked: waiter.requested,
             },
             verified: true,
         }
     }
 }
 
-/// The result of a check of one envelope.
+/// The result of the checks of one envelope.
 enum Verdict {
     Counts(Box<Pending>),
-    Waits(On),
+    Waits(Condition),
     Refused(Refusal),
 }
 
 impl Document {
-    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here. After an
-    /// error, what was taken before it counts.
+    /// Processes these envelopes and those that waited, as far as their dependencies are present. After an error,
+    /// everything accepted before it remains valid.
     pub(crate) fn take(
         &mut self,
         store: &mut Store,
@@ -120,7 +120,7 @@ impl Document {
     ) -> Result<Taken, StoreError> {
         let mut taken = Taken::default();
         let before = self.doc.get_heads();
-        let due: Vec<On> = self.waiting.awaited().copied().collect();
+        let due: Vec<Condition> = self.waiting.awaited().copied().collect();
         let due = due.into_iter().filter(|on| self.is_here(on));
         let mut queue = VecDeque::new();
         for on in due.collect::<Vec<_>>() {
@@ -131,10 +131,10 @@ impl Document {
             source,
             verified: false,
         }));
-        // Each envelope is looked at once, and again when the one thing is here that it waits for.
-        let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
-        // Envelopes that count, and their changes, which are applied together. `alone` changes are applied one by one,
-        // because Automerge has failed on one of them.
+        // Each envelope is examined once, and again when the one condition that it waits for is met.
+        let mut stalled: BTreeMap<Condition, Vec<Sent>> = BTreeMap::new();
+        // Valid envelopes, and their changes, which are applied together. The next `alone` changes are applied one by
+        // one, because Automerge has failed on one of them.
         let (mut counting, mut batch, mut alone) = (Vec::new(), Batch::default(), 0_usize);
         let mut failed = None;
         loop {
@@ -172,8 +172,8 @@ impl Document {
             let header = &sent.envelope.header;
             match verdict {
                 Verdict::Counts(pending) => {
-                    let next = On::Place(header.session, header.index + 1);
-                    for on in [On::Change(header.change), next] {
+                    let next = Condition::Position(header.session, header.index + 1);
+                    for on in [Condition::Change(header.change), next] {
                         queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
                         queue.extend(stalled.remove(&on).unwrap_or_default());
                     }
@@ -186,8 +186,8 @@ impl Document {
             }
         }
         if let Some(error) = failed {
-            // Envelopes that count are in the log, so they have to be in the document. If that fails, the first error
-            // is told.
+            // Valid envelopes are in the log, so they have to be in the document as well. If that fails, the first
+            // error is returned.
             let _ = self.settle(store, batch, counting, &mut taken);
             return Err(error);
         }
@@ -201,14 +201,15 @@ impl Document {
         for proof in mem::take(&mut taken.proofs) {
             let also = self.take_proof(store, &proof)?;
             taken.rebuilt |= also.rebuilt;
-            taken.carry.extend(also.carry);
+            taken.reapply.extend(also.reapply);
             taken.proofs.extend(also.proofs);
         }
         Ok(taken)
     }
 
-    /// Puts a batch into the document, whose envelopes are in the log. Where Automerge fails on it, they leave the log,
-    /// and are returned to be taken one by one: each other one counts all the same. One that is alone is refused.
+    /// Applies a batch, whose envelopes are in the log, to the document. If Automerge fails on it, its envelopes leave
+    /// the log and are returned, to be processed one by one, so that all others remain valid. A single envelope is
+    /// refused.
     fn settle(
         &mut self,
         store: &mut Store,
@@ -230,8 +231,8 @@ impl Document {
         for sent in sent.iter().rev() {
             self.pop(store, &sent.envelope.header)?;
         }
-        // The document may be half changed. All that counts is in the log: only a writer can make this happen, and a
-        // copy for each batch would cost all of them as much.
+        // The document may be partly changed, so it is loaded again from the log, which has all valid envelopes. Only a
+        // writer can cause this, and a copy before each batch would cost every batch as much.
         self.doc = Self::load(store, self.genesis.clone())?.doc;
         self.memory = Memory::default();
         let mut again: Vec<_> = sent
@@ -249,7 +250,7 @@ impl Document {
         Ok(again)
     }
 
-    /// All checks of one envelope, in their order, against the document and what is to be applied to it before.
+    /// Makes all checks of one envelope, in their order, against the document and the batch that is applied before it.
     fn consider(
         &mut self,
         store: &Store,
@@ -260,9 +261,9 @@ impl Document {
         let (envelope, document) = (&sent.envelope, self.id());
         let header = &envelope.header;
         let is_signed = || sent.verified || header.is_signed(&document);
-        let mut astray = false;
-        let admitted = self.admit(envelope, &mut astray);
-        if astray {
+        let mut diverged = false;
+        let admitted = self.admit(envelope, &mut diverged);
+        if diverged {
             if !is_signed() {
                 return Ok(Verdict::Refused(Refusal::Signature));
             }
@@ -275,10 +276,10 @@ impl Document {
                 sent.source.peer(),
             ) {
                 (Some(proof), _) => taken.proofs.push(proof),
-                (None, Some(from)) => taken.astray.push((from, header.session)),
+                (None, Some(from)) => taken.diverged.push((from, header.session)),
                 (None, None) => {}
             }
-            // The point where the branches part is looked for: this session is not over for the peer.
+            // The point of divergence is being searched for, so this session is not void for the peer.
             if let Err(Refusal::Void) = admitted
                 && sent.source != Source::File
             {
@@ -288,14 +289,17 @@ impl Document {
         match admitted {
             Ok(()) => {}
             Err(Refusal::Early) if !self.knows(&header.run.epoch) => {
-                return Ok(Verdict::Waits(On::Epoch(header.run.epoch)));
+                return Ok(Verdict::Waits(Condition::Epoch(header.run.epoch)));
             }
             Err(Refusal::Early) => {
-                return Ok(Verdict::Waits(On::Place(header.session, header.index)));
+                return Ok(Verdict::Waits(Condition::Position(
+                    header.session,
+                    header.index,
+                )));
             }
             Err(refusal) => return Ok(Verdict::Refused(refusal)),
         }
-        // Looked at before all that costs something: what waits is decoded once, when it can be applied.
+        // Check this before anything expensive: a waiting change is decoded once, when it can be applied.
         let dependencies = chunk::dependencies(&envelope.change);
         let view = View {
             doc: &self.doc,
@@ -303,7 +307,7 @@ impl Document {
         };
         let is_missing = |dep: &&ChangeId| !view.has(&hash(dep));
         if let Some(missing) = dependencies.iter().find(is_missing) {
-            return Ok(Verdict::Waits(On::Change(*missing)));
+            return Ok(Verdict::Waits(Condition::Change(*missing)));
         }
         if !is_signed() {
             return Ok(Verdict::Refused(Refusal::Signature));
@@ -330,8 +334,9 @@ impl Document {
         )
     }
 
-    /// Checks an envelope up to where Automerge is needed. `Err(Astray)` comes as [`Refusal::Early`] with `astray` set.
-    fn admit(&self, envelope: &Envelope, astray: &mut bool) -> Result<(), Refusal> {
+    /// Makes the checks of an envelope that need no Automerge. If the peer is on another branch, returns
+    /// [`Refusal::Early`] and sets `diverged`.
+    fn admit(&self, envelope: &Envelope, diverged: &mut bool) -> Result<(), Refusal> {
         let header = &envelope.header;
         let known = self.sessions.get(&header.session);
         let count = known.map_or(0, |session| session.entries.len() as u64);
@@ -339,14 +344,14 @@ impl Document {
             return match self.chain_at(&header.session, header.index + 1) {
                 Some(chain) if chain == header.chain() => Err(Refusal::Known),
                 _ => {
-                    *astray = true;
+                    *diverged = true;
                     Err(Refusal::Void)
                 }
             };
         }
         let standing = self.standing(&header.session, &header.run);
         if header.index >= self.limit(&header.session, &header.run) {
-            // Of an epoch that is not here yet.
+            // The session may belong to an epoch that has not arrived.
             let later = standing == Standing::Void && !self.knows(&header.run.epoch);
             return Err(if later { Refusal::Early } else { Refusal::Void });
         }
@@ -360,7 +365,7 @@ impl Document {
             return Err(Refusal::Early);
         }
         if self.chain_at(&header.session, count) != Some(header.previous) {
-            *astray = true;
+            *diverged = true;
             return Err(Refusal::Void);
         }
         if known.is_none() && self.sessions.len() >= MAX_SESSIONS {
@@ -372,17 +377,17 @@ impl Document {
         Ok(())
     }
 
-    /// Returns true if what an envelope waits for is here.
-    fn is_here(&self, on: &On) -> bool {
+    /// Returns true if the condition that an envelope waits for is met.
+    fn is_here(&self, on: &Condition) -> bool {
         match on {
-            On::Place(session, index) => self.count(session) >= *index,
-            On::Change(change) => self.doc.get_change_meta_by_hash(&hash(change)).is_some(),
-            On::Epoch(epoch) => self.knows(epoch),
+            Condition::Position(session, index) => self.count(session) >= *index,
+            Condition::Change(change) => self.doc.get_change_meta_by_hash(&hash(change)).is_some(),
+            Condition::Epoch(epoch) => self.knows(epoch),
         }
     }
 
-    /// Keeps an envelope for when what it builds on is here, if there is room.
-    fn wait(&mut self, sent: Sent, on: On, taken: &mut Taken) {
+    /// Keeps an envelope until its dependencies arrive, if there is room.
+    fn wait(&mut self, sent: Sent, on: Condition, taken: &mut Taken) {
         let Sent {
             envelope,
             source,
@@ -395,8 +400,8 @@ impl Document {
         if self.waiting.has(&envelope) {
             return;
         }
-        // The signature of an envelope that nobody asked for is not checked if there is no room for the envelope. Room
-        // for a requested envelope is made at the cost of other peers, and so after the check.
+        // If there is no room for an unrequested envelope, its signature is not checked. Room for a requested envelope
+        // is made at the expense of other peers, so only after the check.
         let fits = asked || self.waiting.make_room(&envelope, &key, asked);
         if fits && !verified && !envelope.header.is_signed(&self.id()) {
             taken.offences.push((key, Refusal::Signature));
@@ -408,7 +413,7 @@ impl Document {
         taken.early.insert(key);
     }
 
-    /// Notes why an envelope does not count.
+    /// Records the reason for which an envelope is not valid.
     fn refuse(&self, sent: Sent, refusal: Refusal, taken: &mut Taken) {
         let header = sent.envelope.header;
         match sent.source {
@@ -418,7 +423,8 @@ impl Document {
                 Refusal::Full => taken.full = true,
                 Refusal::Void => _ = taken.void.insert((key, header.session)),
                 Refusal::Foreign => {
-                    // Not wanted again at once, and told to whoever runs this node; no fault of the peer.
+                    // Do not request it again at once, and log it for the operator of this node. The peer is not at
+                    // fault.
                     tracing::warn!(document = %self.id(), author = %header.run.author, "{refusal}");
                     taken.void.insert((key, header.session));
                 }
@@ -428,7 +434,7 @@ impl Document {
         }
     }
 
-    /// Takes the last envelope of a session out of the log again.
+    /// Removes the last envelope of a session from the log.
     fn pop(&mut self, store: &mut Store, header: &Header) -> Result<(), StoreError> {
         let row = key::envelope(&self.id(), &header.session, header.index);
         if let Some(row) = store.get(&row)? {
@@ -445,7 +451,7 @@ impl Document {
         Ok(())
     }
 
-    /// Writes an envelope that has been checked behind its session.
+    /// Appends a checked envelope to its session.
     pub(super) fn push(&mut self, store: &mut Store, envelope: &Envelope) {
         let header = &envelope.header;
         let row = saved::seal(envelope.to_wire().encode_to_vec());
@@ -460,7 +466,7 @@ impl Document {
         self.digest = None;
     }
 
-    /// Takes a proof whose signatures have been checked.
+    /// Processes a proof whose signatures were checked.
     pub(crate) fn take_proof(
         &mut self,
         store: &mut Store,
@@ -468,7 +474,7 @@ impl Document {
     ) -> Result<Taken, StoreError> {
         let mut taken = Taken::default();
         let (session, run) = (proof.session(), proof.one.run);
-        if !self.matters(proof)
+        if !self.is_relevant(proof)
             || self
                 .proofs
                 .get(&session)
@@ -491,13 +497,13 @@ impl Document {
         if self.count(&session) > proof.index() {
             tracing::warn!(document = %self.id(), author = %run.author, "an author has equivocated");
             let base = self.base(store)?;
-            taken.carry = self.rebuild(store, &base, &Heads::new())?;
+            taken.reapply = self.rebuild(store, &base, &Heads::new())?;
             taken.rebuilt = true;
         }
         Ok(taken)
     }
 
-    /// Takes epochs that follow each other, with what the base of the last new beginning among them is made of.
+    /// Processes consecutive epochs, with the base of the last compaction among them.
     pub(crate) fn take_epochs(
         &mut self,
         store: &mut Store,
@@ -510,8 +516,8 @@ impl Document {
         for epoch in &epochs {
             chain.would_take(epoch, &self.genesis)?;
             dropped = dropped.max(chain.take(epoch.clone()));
-            if epoch.is_beginning() {
-                for (session, head) in &epoch.says.heads {
+            if epoch.is_compaction() {
+                for (session, head) in &epoch.terms.heads {
                     let known = covered.entry(*session).or_insert(*head);
                     if known.count < head.count {
                         *known = *head;
@@ -520,12 +526,12 @@ impl Document {
             }
         }
         let id = self.id();
-        let begins = epochs.iter().rev().find(|epoch| epoch.is_beginning());
+        let begins = epochs.iter().rev().find(|epoch| epoch.is_compaction());
         let built = begins.map(|epoch| build_base(epoch, base)).transpose()?;
         let mut taken = Taken::default();
         let had = (
             self.epochs.count(),
-            self.epochs.beginning().map(|epoch| epoch.id),
+            self.epochs.compaction().map(|epoch| epoch.id),
         );
         for epoch in &epochs {
             store.put(key::epoch(&id, epoch.number), epoch.wire.encode_to_vec());
@@ -548,8 +554,8 @@ impl Document {
                 }
                 built
             }
-            // A beginning that is no longer in the chain; what is before it is to come from others.
-            None if had.1 != self.epochs.beginning().map(|epoch| epoch.id) => {
+            // A compaction is no longer in the chain. The changes before it have to come from other replicas.
+            None if had.1 != self.epochs.compaction().map(|epoch| epoch.id) => {
                 store.delete_all(&key::base(&id))?;
                 Automerge::new()
             }
@@ -558,7 +564,7 @@ impl Document {
         let void: Vec<_> = self
             .proofs
             .iter()
-            .filter(|(_, proof)| !self.matters(proof))
+            .filter(|(_, proof)| !self.is_relevant(proof))
             .map(|(id, _)| *id)
             .collect();
         for session in void {
@@ -567,17 +573,17 @@ impl Document {
         }
         let cut = self.sessions.iter().any(|(session, known)| {
             let limit = self.limit(session, &known.run);
-            known.entries.len() as u64 > limit || self.goes_astray(session, known)
+            known.entries.len() as u64 > limit || self.is_other_branch(session, known)
         });
         if begins || cut || dropped > 0 {
-            taken.carry = self.rebuild(store, &built, &covered)?;
+            taken.reapply = self.rebuild(store, &built, &covered)?;
             taken.rebuilt = true;
         }
         self.forget_void();
         Ok(taken)
     }
 
-    /// Forgets what waits and can never count.
+    /// Drops waiting envelopes that can never be valid.
     fn forget_void(&mut self) {
         let mut waiting = mem::take(&mut self.waiting);
         waiting.retain(|envelope| {

@@ -1,10 +1,10 @@
-//! Envelopes that came before what they build on.
+//! Envelopes that arrived before their dependencies.
 //!
-//! Anybody can make up envelopes of that kind, so what waits is bounded: of envelopes that were told unasked,
-//! [`MAX_TOLD`] and [`MAX_TOLD_BYTES`] for each document, a quarter of the number from one peer; of those that a peer
-//! gave because they were wanted of it, [`MAX_ASKED`] and [`MAX_ASKED_BYTES`] for each document. A document is wanted
-//! of one peer at a time; what another peer gave earlier is dropped first. All documents together have [`MAX_IN_ALL`].
-//! None of it is on disk, and whatever is dropped is wanted again.
+//! Any peer can make up such envelopes, so their number is limited. For unrequested envelopes, the limits for each
+//! document are [`MAX_UNREQUESTED`] and [`MAX_UNREQUESTED_BYTES`]; one peer may fill a quarter of the number. For
+//! requested envelopes, the limits for each document are [`MAX_REQUESTED`] and [`MAX_REQUESTED_BYTES`]. A document is
+//! requested from one peer at a time; envelopes that another peer sent earlier are dropped first. All documents
+//! together are limited to [`MAX_IN_ALL`]. Waiting envelopes are not on disk, and dropped ones are requested again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,27 +13,27 @@ use crate::{
     log::envelope::Envelope,
 };
 
-/// Envelopes of one document that were told unasked and wait, and the bytes of their changes.
-pub(crate) const MAX_TOLD: usize = 512;
-pub(crate) const MAX_TOLD_BYTES: usize = 4 << 20;
+/// Most unrequested envelopes of one document that wait, and the most bytes of their changes.
+pub(crate) const MAX_UNREQUESTED: usize = 512;
+pub(crate) const MAX_UNREQUESTED_BYTES: usize = 4 << 20;
 
-/// Envelopes of one document that were wanted and wait, and the bytes of their changes: eight pieces of a peer that
-/// gives session by session, as versions before causal order do.
-pub(crate) const MAX_ASKED: usize = 4096;
-pub(crate) const MAX_ASKED_BYTES: usize = 4 << 20;
+/// Most requested envelopes of one document that wait, and the most bytes of their changes: eight pieces of a peer that
+/// sends session by session, as versions before the causal order do.
+pub(crate) const MAX_REQUESTED: usize = 4096;
+pub(crate) const MAX_REQUESTED_BYTES: usize = 4 << 20;
 
-/// Bytes of changes that wait in all documents of a replica. Checked at the end of each round of a replica; one message
-/// may exceed it until then.
+/// Most bytes of waiting changes in all documents of a replica. Checked at the end of each round of a replica; one
+/// message may exceed it until then.
 pub(crate) const MAX_IN_ALL: usize = 64 << 20;
 
 /// The condition that an envelope waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum On {
-    /// The envelopes of its session before this index.
-    Place(SessionId, u64),
-    /// A change that it builds on.
+pub(crate) enum Condition {
+    /// The envelopes of its session before this index are present.
+    Position(SessionId, u64),
+    /// A dependency is present.
     Change(ChangeId),
-    /// The epoch in which its session began.
+    /// The epoch in which its session began is present.
     Epoch(EpochId),
 }
 
@@ -41,36 +41,36 @@ pub(crate) enum On {
 pub(crate) struct Waiter {
     pub(crate) envelope: Envelope,
     pub(crate) from: Key,
-    pub(crate) asked: bool,
-    pub(crate) on: On,
-    /// Counts up with each that is kept.
+    pub(crate) requested: bool,
+    pub(crate) on: Condition,
+    /// Number that increases with each kept envelope.
     turn: u64,
 }
 
-/// The chain after an envelope tells apart branches of a session.
-type Place = (SessionId, u64, Chain);
+/// Position of an envelope. The chain after the envelope distinguishes branches of a session.
+type Position = (SessionId, u64, Chain);
 
-fn place(envelope: &Envelope) -> Place {
+fn position(envelope: &Envelope) -> Position {
     let header = &envelope.header;
     (header.session, header.index, header.chain())
 }
 
-/// Envelopes that wait; their signatures have been checked.
+/// Waiting envelopes, whose signatures were checked.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
-    entries: BTreeMap<Place, Waiter>,
-    /// The places of those that wait for something.
-    by_on: BTreeMap<On, BTreeSet<Place>>,
-    /// Number and bytes of what was told, and of what was asked for.
-    told: (usize, usize),
-    asked: (usize, usize),
-    told_by: BTreeMap<Key, usize>,
+    entries: BTreeMap<Position, Waiter>,
+    /// Positions of the envelopes that wait for each condition.
+    by_condition: BTreeMap<Condition, BTreeSet<Position>>,
+    /// Number and bytes of unrequested envelopes, and of requested ones.
+    unrequested: (usize, usize),
+    requested: (usize, usize),
+    unrequested_by: BTreeMap<Key, usize>,
     turns: u64,
 }
 
 impl Waiting {
     pub(crate) fn bytes(&self) -> usize {
-        self.told.1 + self.asked.1
+        self.unrequested.1 + self.requested.1
     }
 
     pub(crate) fn clear(&mut self) {
@@ -78,24 +78,24 @@ impl Waiting {
     }
 
     pub(crate) fn has(&self, envelope: &Envelope) -> bool {
-        self.entries.contains_key(&place(envelope))
+        self.entries.contains_key(&position(envelope))
     }
 
-    /// Returns true if there is room for an envelope; drops envelopes of other peers to make room for one that was
-    /// wanted.
-    pub(crate) fn make_room(&mut self, envelope: &Envelope, from: &Key, asked: bool) -> bool {
+    /// Returns true if there is room for an envelope. For a requested envelope, drops envelopes of other peers to make
+    /// room.
+    pub(crate) fn make_room(&mut self, envelope: &Envelope, from: &Key, requested: bool) -> bool {
         let bytes = envelope.change.len();
-        if !asked {
-            return self.told.0 < MAX_TOLD
+        if !requested {
+            return self.unrequested.0 < MAX_UNREQUESTED
                 && self
-                    .told_by
+                    .unrequested_by
                     .get(from)
-                    .is_none_or(|of_it| *of_it < MAX_TOLD / 4)
-                && self.told.1 + bytes <= MAX_TOLD_BYTES;
+                    .is_none_or(|of_it| *of_it < MAX_UNREQUESTED / 4)
+                && self.unrequested.1 + bytes <= MAX_UNREQUESTED_BYTES;
         }
-        while self.asked.0 >= MAX_ASKED || self.asked.1 + bytes > MAX_ASKED_BYTES {
+        while self.requested.0 >= MAX_REQUESTED || self.requested.1 + bytes > MAX_REQUESTED_BYTES {
             let others = self.entries.iter();
-            let others = others.filter(|(_, waiter)| waiter.asked && waiter.from != *from);
+            let others = others.filter(|(_, waiter)| waiter.requested && waiter.from != *from);
             let Some(oldest) = others.min_by_key(|(_, waiter)| waiter.turn) else {
                 return false;
             };
@@ -105,81 +105,84 @@ impl Waiting {
         true
     }
 
-    pub(crate) fn insert(&mut self, envelope: Envelope, from: Key, asked: bool, on: On) {
+    pub(crate) fn insert(&mut self, envelope: Envelope, from: Key, requested: bool, on: Condition) {
         let bytes = envelope.change.len();
-        let place = place(&envelope);
-        self.remove(&place);
-        let room = if asked {
-            &mut self.asked
+        let position = position(&envelope);
+        self.remove(&position);
+        let room = if requested {
+            &mut self.requested
         } else {
-            *self.told_by.entry(from).or_default() += 1;
-            &mut self.told
+            *self.unrequested_by.entry(from).or_default() += 1;
+            &mut self.unrequested
         };
         *room = (room.0 + 1, room.1 + bytes);
         self.turns += 1;
         let waiter = Waiter {
             envelope,
             from,
-            asked,
+            requested,
             on,
             turn: self.turns,
         };
-        self.entries.insert(place, waiter);
-        self.by_on.entry(on).or_default().insert(place);
+        self.entries.insert(position, waiter);
+        self.by_condition.entry(on).or_default().insert(position);
     }
 
-    fn remove(&mut self, place: &Place) -> Option<Waiter> {
-        let waiter = self.entries.remove(place)?;
-        if let Some(places) = self.by_on.get_mut(&waiter.on) {
-            places.remove(place);
-            if places.is_empty() {
-                self.by_on.remove(&waiter.on);
+    fn remove(&mut self, position: &Position) -> Option<Waiter> {
+        let waiter = self.entries.remove(position)?;
+        if let Some(positions) = self.by_condition.get_mut(&waiter.on) {
+            positions.remove(position);
+            if positions.is_empty() {
+                self.by_condition.remove(&waiter.on);
             }
         }
         let bytes = waiter.envelope.change.len();
-        let room = if waiter.asked {
-            &mut self.asked
+        let room = if waiter.requested {
+            &mut self.requested
         } else {
-            if let Some(of_it) = self.told_by.get_mut(&waiter.from) {
+            if let Some(of_it) = self.unrequested_by.get_mut(&waiter.from) {
                 *of_it -= 1;
                 if *of_it == 0 {
-                    self.told_by.remove(&waiter.from);
+                    self.unrequested_by.remove(&waiter.from);
                 }
             }
-            &mut self.told
+            &mut self.unrequested
         };
         *room = (room.0 - 1, room.1 - bytes);
         Some(waiter)
     }
 
     /// Returns all conditions that envelopes wait for.
-    pub(crate) fn awaited(&self) -> impl Iterator<Item = &On> {
-        self.by_on.keys()
+    pub(crate) fn awaited(&self) -> impl Iterator<Item = &Condition> {
+        self.by_condition.keys()
     }
 
-    /// Takes out what waits for this, in the order of sessions.
-    pub(crate) fn wake(&mut self, on: &On) -> Vec<Waiter> {
-        let places = self.by_on.get(on).cloned().unwrap_or_default();
-        let waiters = places.iter().filter_map(|place| self.remove(place));
+    /// Removes and returns the envelopes that wait for this condition, ordered by session.
+    pub(crate) fn wake(&mut self, on: &Condition) -> Vec<Waiter> {
+        let positions = self.by_condition.get(on).cloned().unwrap_or_default();
+        let waiters = positions
+            .iter()
+            .filter_map(|position| self.remove(position));
         waiters.collect()
     }
 
-    /// Drops what does not satisfy this.
+    /// Drops the envelopes for which `keep` returns false.
     pub(crate) fn retain(&mut self, keep: impl Fn(&Envelope) -> bool) {
         let others = self.entries.iter();
         let others = others.filter(|(_, waiter)| !keep(&waiter.envelope));
-        let others: Vec<_> = others.map(|(place, _)| *place).collect();
-        others.iter().for_each(|place| _ = self.remove(place));
+        let others: Vec<_> = others.map(|(position, _)| *position).collect();
+        others.iter().for_each(|position| _ = self.remove(position));
     }
 
-    /// Returns the index that a session reaches with its waiting envelopes, from `count` envelopes with this chain on.
+    /// Returns the index that a session reaches with its waiting envelopes, starting after `count` envelopes with this
+    /// chain.
     pub(crate) fn reach(&self, session: &SessionId, count: u64, mut chain: Chain) -> u64 {
         let mut next = count;
         loop {
-            let places = (*session, next, Chain([0; 32]))..=(*session, next, Chain([255; 32]));
-            let mut branches = self.entries.range(places);
+            let positions = (*session, next, Chain([0; 32]))..=(*session, next, Chain([255; 32]));
+            let mut branches = self.entries.range(positions);
             match branches.find(|(_, waiter)| waiter.envelope.header.previous == chain) {
-                Some((place, _)) => chain = place.2,
+                Some((position, _)) => chain = position.2,
                 None => return next,
             }
             next += 1;
@@ -188,7 +191,7 @@ impl Waiting {
 
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        assert_eq!(self.entries.len(), self.told.0 + self.asked.0);
+        assert_eq!(self.entries.len(), self.unrequested.0 + self.requested.0);
         self.entries.len()
     }
 }
@@ -230,17 +233,17 @@ mod tests {
     fn kept(
         waiting: &mut Waiting,
         from: u8,
-        asked: bool,
+        requested: bool,
         indices: std::ops::Range<u64>,
         bytes: usize,
     ) -> usize {
         let from = Key([from; 32]);
         let keep = |index: &u64| {
             let envelope = envelope(*index, bytes);
-            let fits = waiting.make_room(&envelope, &from, asked);
+            let fits = waiting.make_room(&envelope, &from, requested);
             if fits {
-                let on = On::Place(envelope.header.session, *index);
-                waiting.insert(envelope, from, asked, on);
+                let on = Condition::Position(envelope.header.session, *index);
+                waiting.insert(envelope, from, requested, on);
             }
             fits
         };
@@ -248,24 +251,30 @@ mod tests {
     }
 
     #[test]
-    fn what_was_asked_for_is_not_held_to_the_quarter_and_all_of_it_is_bounded() {
+    fn requested_envelopes_are_exempt_from_the_quarter_and_the_total_is_limited() {
         let mut waiting = Waiting::default();
-        assert_eq!(kept(&mut waiting, 1, false, 0..1_000, 10), MAX_TOLD / 4);
-        assert_eq!(kept(&mut waiting, 2, false, 1_000..2_000, 10), MAX_TOLD / 4);
-        // Room of its own, bounded by number and by bytes.
-        assert_eq!(kept(&mut waiting, 1, true, 2_000..7_000, 10), MAX_ASKED);
-        assert_eq!(waiting.len(), MAX_TOLD / 2 + MAX_ASKED);
-        // Envelopes that another peer is asked for replace those that the first gave, and never those that were told.
-        let large = MAX_ASKED_BYTES / 16;
+        assert_eq!(
+            kept(&mut waiting, 1, false, 0..1_000, 10),
+            MAX_UNREQUESTED / 4
+        );
+        assert_eq!(
+            kept(&mut waiting, 2, false, 1_000..2_000, 10),
+            MAX_UNREQUESTED / 4
+        );
+        // Requested envelopes have room of their own, limited by number and by bytes.
+        assert_eq!(kept(&mut waiting, 1, true, 2_000..7_000, 10), MAX_REQUESTED);
+        assert_eq!(waiting.len(), MAX_UNREQUESTED / 2 + MAX_REQUESTED);
+        // Envelopes requested from another peer replace those of the first peer, but never unrequested ones.
+        let large = MAX_REQUESTED_BYTES / 16;
         assert_eq!(kept(&mut waiting, 3, true, 8_000..8_100, large), 16);
-        assert_eq!(waiting.len(), MAX_TOLD / 2 + 16);
-        assert!(waiting.bytes() <= MAX_TOLD_BYTES + MAX_ASKED_BYTES);
-        let awaited: Vec<On> = waiting.awaited().copied().collect();
+        assert_eq!(waiting.len(), MAX_UNREQUESTED / 2 + 16);
+        assert!(waiting.bytes() <= MAX_UNREQUESTED_BYTES + MAX_REQUESTED_BYTES);
+        let awaited: Vec<Condition> = waiting.awaited().copied().collect();
         assert_eq!(awaited.len(), waiting.len());
         let woken: usize = awaited.iter().map(|on| waiting.wake(on).len()).sum();
         assert_eq!(
             (woken, waiting.len(), waiting.bytes()),
-            (MAX_TOLD / 2 + 16, 0, 0)
+            (MAX_UNREQUESTED / 2 + 16, 0, 0)
         );
     }
 }

@@ -1,10 +1,10 @@
-//! The order in which envelopes are given and imported: after everything that they build on, whatever sessions that is
-//! in.
+//! The order in which envelopes are sent and imported: each after all of its dependencies, in whichever sessions these
+//! are.
 //!
 //! A receiver can apply an envelope once it has the changes that the envelope builds on. Session ids are random, so an
-//! order by session puts a change before its dependencies about as often as after them; a piece of a log in that order
-//! may hold nothing that can be applied. In a topological order of the change graph, every piece begins with an
-//! envelope that can be.
+//! order by session puts a change before its dependencies about as often as after them. A piece of a log in that order
+//! may have no change that can be applied. In a topological order of the change graph, every piece begins with a change
+//! that can be.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,10 +13,11 @@ use std::{
 
 use crate::id::SessionId;
 
-/// A place in a session.
-pub(crate) type Place = (SessionId, u64);
+/// A position in a session.
+pub(crate) type Position = (SessionId, u64);
 
-/// The next place of a session, the end of its range, and how many dependencies of the next place have not been passed.
+/// The next position of a session, the end of its range, and the number of dependencies of the next position that were
+/// not passed.
 #[derive(Debug)]
 struct Cursor {
     next: u64,
@@ -24,23 +25,24 @@ struct Cursor {
     unmet: usize,
 }
 
-/// Iterates over ranges of sessions in topological order; of several places that could follow, the one with the least
-/// session id. The order is a function of the graph: an iteration that begins where another one was cut goes on in the
-/// same order.
+/// Iterates over ranges of sessions in topological order. Of several possible next positions, it takes the one with the
+/// least session id. The order is a function of the graph, so an iteration that begins where another one stopped
+/// continues in the same order.
 ///
-/// It looks at one place of each session at a time, so it needs memory for the sessions and not for the log.
-/// `dependencies` names the places that a place builds on; those outside the ranges count as passed.
+/// The iterator examines one position of each session at a time, so its memory depends on the number of sessions and
+/// not on the length of the log. `dependencies` returns the positions that a position builds on. Those outside the
+/// ranges count as passed.
 #[derive(Debug)]
 pub(crate) struct CausalOrder<D> {
     cursors: BTreeMap<SessionId, Cursor>,
-    /// Sessions whose next place can follow.
+    /// Sessions whose next position can follow.
     ready: BTreeSet<SessionId>,
-    /// For a place that has not been passed, the places that wait for it.
-    blocked: BTreeMap<Place, Vec<Place>>,
+    /// For a position that was not passed, the positions that wait for it.
+    blocked: BTreeMap<Position, Vec<Position>>,
     dependencies: D,
 }
 
-impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
+impl<D: FnMut(&SessionId, u64) -> Vec<Position>> CausalOrder<D> {
     pub(crate) fn new(
         ranges: impl IntoIterator<Item = (SessionId, Range<u64>)>,
         dependencies: D,
@@ -67,23 +69,23 @@ impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
         this
     }
 
-    fn is_ahead(&self, (session, index): &Place) -> bool {
+    fn is_ahead(&self, (session, index): &Position) -> bool {
         self.cursors
             .get(session)
             .is_some_and(|cursor| (cursor.next..cursor.end).contains(index))
     }
 
-    /// Finds out what the next place of a session waits for.
+    /// Determines the positions that the next position of a session waits for.
     fn examine(&mut self, session: SessionId) {
         let Some(next) = self.cursors.get(&session).map(|cursor| cursor.next) else {
             return;
         };
-        let place = (session, next);
+        let position = (session, next);
         let mut unmet = 0;
         for dependency in (self.dependencies)(&session, next) {
-            if dependency != place && self.is_ahead(&dependency) {
+            if dependency != position && self.is_ahead(&dependency) {
                 unmet += 1;
-                self.blocked.entry(dependency).or_default().push(place);
+                self.blocked.entry(dependency).or_default().push(position);
             }
         }
         if unmet == 0 {
@@ -95,24 +97,24 @@ impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
     }
 }
 
-impl<D: FnMut(&SessionId, u64) -> Vec<Place>> Iterator for CausalOrder<D> {
-    type Item = Place;
+impl<D: FnMut(&SessionId, u64) -> Vec<Position>> Iterator for CausalOrder<D> {
+    type Item = Position;
 
-    fn next(&mut self) -> Option<Place> {
-        // A graph of hashes has no cycles, but a damaged file may claim one: then the order by session goes on.
+    fn next(&mut self) -> Option<Position> {
+        // A graph of hashes has no cycles, but a damaged file may claim one. Then continue in the order of sessions.
         let session = match self.ready.pop_first() {
             Some(session) => session,
             None => *self.cursors.first_key_value()?.0,
         };
         let cursor = self.cursors.get_mut(&session)?;
-        let place = (session, cursor.next);
+        let position = (session, cursor.next);
         cursor.next += 1;
         if cursor.next == cursor.end {
             self.cursors.remove(&session);
         } else {
             self.examine(session);
         }
-        for (waiting, index) in self.blocked.remove(&place).unwrap_or_default() {
+        for (waiting, index) in self.blocked.remove(&position).unwrap_or_default() {
             if let Some(cursor) = self.cursors.get_mut(&waiting)
                 && cursor.next == index
             {
@@ -122,7 +124,7 @@ impl<D: FnMut(&SessionId, u64) -> Vec<Place>> Iterator for CausalOrder<D> {
                 }
             }
         }
-        Some(place)
+        Some(position)
     }
 }
 
@@ -135,8 +137,8 @@ mod tests {
     }
 
     #[test]
-    fn dependencies_come_first_and_a_cut_changes_nothing() {
-        // 9.0, 1.0 on 9.0, 9.1 on 1.0, 1.1 on 9.1; 5.0 on what is outside.
+    fn dependencies_come_first_and_an_interruption_does_not_change_the_order() {
+        // 9.0; 1.0 builds on 9.0; 9.1 on 1.0; 1.1 on 9.1; 5.0 on positions outside.
         let dependencies = |of: &SessionId, index: u64| match (of.0[0], index) {
             (1, 0) => vec![(session(9), 0)],
             (9, 1) => vec![(session(1), 0), (session(9), 0)],
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claimed_cycle_ends() {
+    fn an_iteration_over_a_claimed_cycle_ends() {
         let dependencies = |of: &SessionId, index: u64| vec![(session(3 - of.0[0]), index)];
         let ranges = [1, 2].map(|number| (session(number), 0..3));
         assert_eq!(CausalOrder::new(ranges, dependencies).count(), 6);

@@ -1,34 +1,35 @@
-//! What a change may look like before Automerge decodes it.
+//! Limits a change before Automerge decodes it.
 //!
-//! Automerge's decoder trusts lengths: a few bytes of run-length encoding can stand for billions of operations, and a compressed chunk inflates without a bound.
-//! This walks the chunk (the format: <https://automerge.org/automerge-binary-format-spec/>) and adds up what it would become, without making any of it.
+//! Automerge's decoder trusts lengths: a few bytes of run-length encoding can stand for billions of operations, and a
+//! compressed chunk inflates without a limit. This module walks the chunk (format:
+//! <https://automerge.org/automerge-binary-format-spec/>) and computes its decoded size without decoding it.
 
 use crate::{id::ChangeId, refusal::Refusal};
 
-/// Bytes of one change.
+/// Largest change, in bytes.
 pub const MAX_CHANGE: usize = 512 << 10;
 
-/// Operations of one change.
+/// Most operations in one change.
 pub const MAX_OPS: u64 = 65_536;
 
-/// Bytes of a map's key.
+/// Longest key of a map, in bytes.
 pub const MAX_MAP_KEY: usize = 1024;
 
-/// Bytes of a commit's message.
+/// Longest message of a commit, in bytes.
 pub const MAX_MESSAGE: usize = 1024;
 
-/// Bytes of keys once run lengths are expanded.
+/// Most bytes of keys after run lengths are expanded.
 const MAX_EXPANDED: u64 = 8 * MAX_CHANGE as u64;
 
-/// Concurrent changes that one builds on, and sessions whose operations it mentions.
+/// Most changes that one change builds on, and most sessions whose operations it mentions.
 const MAX_DEPS: u64 = 4096;
 
-/// Automerge has eight groups of columns; with their parts fewer than this.
+/// Upper limit of columns. Automerge has eight groups of columns, which have fewer parts than this in all.
 const MAX_COLUMNS: u64 = 32;
 
 const MAGIC: [u8; 4] = [0x85, 0x6f, 0x4a, 0x83];
 
-/// The only kind of chunk that is taken: one change, not compressed.
+/// The only accepted kind of chunk: one change, not compressed.
 const CHANGE: u8 = 1;
 
 const ACTOR: usize = 16;
@@ -36,7 +37,7 @@ const ACTOR: usize = 16;
 struct Reader<'a>(&'a [u8]);
 
 const TRUNCATED: Refusal = Refusal::Malformed("a change ends early");
-const TOO_MUCH: Refusal = Refusal::Malformed("a change unfolds to more than is allowed");
+const TOO_MUCH: Refusal = Refusal::Malformed("a change expands to more than is allowed");
 
 impl<'a> Reader<'a> {
     fn take(&mut self, count: u64) -> Result<&'a [u8], Refusal> {
@@ -50,13 +51,14 @@ impl<'a> Reader<'a> {
         Ok(self.take(1)?[0])
     }
 
-    /// The seven-bit groups of a LEB128 number, the number of bits, and whether the sign bit is set.
+    /// Reads the seven-bit groups of a LEB128 number. Returns the value, the number of bits, and whether the sign bit
+    /// is set.
     fn groups(&mut self) -> Result<(u64, u32, bool), Refusal> {
         let (mut value, mut bits) = (0u64, 0);
         loop {
             let byte = self.byte()?;
             let group = u64::from(byte & 0x7f);
-            // The tenth group has room for one bit: the 64th.
+            // The tenth group has room for one bit, the 64th.
             if bits == 63 && group > 1 && group != 0x7f {
                 return Err(Refusal::Malformed("a number has more than 64 bits"));
             }
@@ -93,11 +95,11 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What a column unfolds to.
+/// The decoded size of a column.
 #[derive(Default)]
 struct Unfolded {
     rows: u64,
-    /// Of a group's column: members. Of a value's: bytes. Of strings: bytes.
+    /// Members, for the column of a group; bytes, for a column of values or strings.
     sum: u64,
 }
 
@@ -123,7 +125,7 @@ fn booleans(data: &[u8]) -> Result<Unfolded, Refusal> {
     Ok(unfolded)
 }
 
-/// A run-length encoded column; `value` reads one value and says what it counts for.
+/// Measures a run-length encoded column. `value` reads one value and returns its size.
 fn runs(
     data: &[u8],
     value: impl Fn(&mut Reader<'_>) -> Result<u64, Refusal>,
@@ -136,7 +138,7 @@ fn runs(
                 let each = value(&mut reader)?;
                 unfolded.add(count.unsigned_abs(), each)?;
             }
-            // Each value takes a byte at least, so this ends.
+            // Each value takes at least one byte, so this loop ends.
             count => {
                 for _ in 0..count.unsigned_abs() {
                     let each = value(&mut reader)?;
@@ -155,11 +157,11 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
     }
     let mut reader = Reader(bytes);
     if reader.take(4)? != MAGIC {
-        return Err(Refusal::Malformed("this is no change"));
+        return Err(Refusal::Malformed("this is not a change"));
     }
     let _checksum = reader.take(4)?;
     if reader.byte()? != CHANGE {
-        return Err(Refusal::Malformed("a chunk is no plain change"));
+        return Err(Refusal::Malformed("a chunk is not an uncompressed change"));
     }
     if reader.unsigned()? != reader.0.len() as u64 {
         return Err(Refusal::Malformed("a chunk's length is wrong"));
@@ -167,7 +169,7 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
     let dependencies = reader.limited(MAX_DEPS)?;
     reader.take(dependencies * 32)?;
     if reader.unsigned()? != ACTOR as u64 {
-        return Err(Refusal::Malformed("an actor has not 16 bytes"));
+        return Err(Refusal::Malformed("an actor does not have 16 bytes"));
     }
     reader.take(ACTOR as u64)?;
     let (_seq, _start_op, _time) = (reader.unsigned()?, reader.unsigned()?, reader.signed()?);
@@ -175,7 +177,7 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
     reader.take(message)?;
     for _ in 0..reader.limited(MAX_DEPS)? {
         if reader.unsigned()? != ACTOR as u64 {
-            return Err(Refusal::Malformed("an actor has not 16 bytes"));
+            return Err(Refusal::Malformed("an actor does not have 16 bytes"));
         }
         reader.take(ACTOR as u64)?;
     }
@@ -190,7 +192,7 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
             return Err(Refusal::Malformed("a column is compressed"));
         }
         match spec & 7 {
-            // Groups count for their members.
+            // Groups count by their members.
             0 => {
                 if runs(data, |reader| reader.unsigned())?.sum > MAX_OPS {
                     return Err(TOO_MUCH);
@@ -208,27 +210,29 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
             }
             6 => value_bytes = Some(runs(data, |reader| Ok(reader.unsigned()? >> 4))?.sum),
             _ if value_bytes.take() == Some(length) => {}
-            _ => return Err(Refusal::Malformed("values have another length than stated")),
+            _ => {
+                return Err(Refusal::Malformed(
+                    "values have a length other than declared",
+                ));
+            }
         }
     }
     if value_bytes.is_some_and(|bytes| bytes != 0) {
         return Err(Refusal::Malformed("values are missing"));
     }
     if !reader.0.is_empty() {
-        return Err(Refusal::Malformed(
-            "a change has something after its operations",
-        ));
+        return Err(Refusal::Malformed("a change has data after its operations"));
     }
     Ok(())
 }
 
-/// The changes that a plain change says it builds on; none if it cannot be read so far.
+/// Returns the dependencies that an uncompressed change declares; none if it cannot be decoded that far.
 pub(crate) fn dependencies(bytes: &[u8]) -> Vec<ChangeId> {
     let read = || {
         let mut reader = Reader(bytes);
         reader.take(MAGIC.len() as u64 + 4)?;
         if reader.byte()? != CHANGE {
-            return Err(Refusal::Malformed("a chunk is no plain change"));
+            return Err(Refusal::Malformed("a chunk is not an uncompressed change"));
         }
         let _length = reader.unsigned()?;
         let count = reader.limited(MAX_DEPS)?;
@@ -256,20 +260,20 @@ mod tests {
     }
 
     #[test]
-    fn what_automerge_makes_is_allowed() {
+    fn changes_made_by_automerge_are_allowed() {
         assert_eq!(check(&change()), Ok(()));
     }
 
     #[test]
-    fn no_truncation_and_no_addition_is_allowed() {
+    fn truncated_and_extended_changes_are_refused() {
         let change = change();
         for end in 0..change.len() {
             check(&change[..end]).expect_err("it is truncated");
         }
-        check(&[&change[..], &[0]].concat()).expect_err("there is something after it");
+        check(&[&change[..], &[0]].concat()).expect_err("there is data after it");
     }
 
-    /// A chunk with these columns; the checksum is not this module's business.
+    /// Creates a chunk with these columns. The checksum is wrong, because this module does not check it.
     fn with_columns(columns: &[(u8, &[u8])]) -> Vec<u8> {
         let mut body = vec![0, 16];
         body.extend([7; 16]);
@@ -285,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn run_lengths_do_not_unfold_without_bound() {
+    fn run_lengths_do_not_expand_without_limit() {
         let many = [0x80, 0x80, 0x80, 0x80, 0x80, 0x20];
         assert_eq!(check(&with_columns(&[(0x42, &[1, 1])])), Ok(()));
         for spec in [0x40, 0x41, 0x42, 0x43, 0x46] {
@@ -303,15 +307,15 @@ mod tests {
             );
         }
         assert_eq!(check(&with_columns(&[(0x44, &many)])), Err(TOO_MUCH));
-        // Few rows, each a group of many.
+        // Few rows, each a group with many members.
         assert_eq!(
             check(&with_columns(&[(0x70, &[&[1], &many[..]].concat())])),
             Err(TOO_MUCH)
         );
-        // A long key, again and again.
+        // A long key, repeated many times.
         let key = [&[0x80, 0x80, 4, 100][..], &[b'k'; 100]].concat();
         assert_eq!(check(&with_columns(&[(0x15, &key)])), Err(TOO_MUCH));
-        // A column that is compressed.
+        // A compressed column.
         check(&with_columns(&[(0x4a, &[1, 1])])).expect_err("a compressed column");
     }
 }

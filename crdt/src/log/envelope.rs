@@ -1,7 +1,9 @@
-//! What an author signs: one change, its place in the author's session, and by the chain's hash all that came before.
+//! The data that an author signs: one change, its position in the author's session, and, by the chain's hash, all
+//! changes before it.
 //!
-//! The signature covers `"weft document envelope v1\0"`, the document's id, the session's id, the index as 8 bytes (big-endian), the chain's hash before, and
-//! the change's hash. The chain begins with the session's id; after a change it is BLAKE3 (derive key "weft document chain v1") of the hash before and the change's.
+//! The signature covers `"weft document envelope v1\0"`, the document's id, the session's id, the index as 8 bytes
+//! (big-endian), the chain's hash before the change, and the change's hash. The chain begins with the session's id.
+//! After a change, it is BLAKE3 (derive key "weft document chain v1") of the previous chain hash and the change's hash.
 
 use bytes::Bytes;
 use weft_proto::wire;
@@ -38,12 +40,12 @@ impl Run {
 }
 
 impl SessionId {
-    /// What its changes are signed with towards Automerge.
+    /// Returns the Automerge actor of the session's changes.
     pub(crate) fn actor(&self) -> [u8; 16] {
         prefix(&self.0)
     }
 
-    /// The chain before the first envelope.
+    /// Returns the chain before the first envelope.
     pub(crate) fn chain(&self) -> Chain {
         Chain(self.0)
     }
@@ -57,7 +59,7 @@ impl Chain {
     }
 }
 
-/// An envelope without its change. Well-formed; the signature is checked only when [`Header::is_signed`] says so.
+/// An envelope without its change. It is well-formed, but only [`Header::is_signed`] checks its signature.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) run: Run,
@@ -147,7 +149,7 @@ impl Header {
         )
     }
 
-    /// The chain after this envelope.
+    /// Returns the chain after this envelope.
     pub(crate) fn chain(&self) -> Chain {
         self.previous.then(&self.change)
     }
@@ -169,7 +171,8 @@ impl Envelope {
     }
 }
 
-/// Two envelopes of one session at one index after the same chain: proof that the author has equivocated. All replicas drop the session from there on.
+/// Two envelopes of one session with the same index and previous chain, which prove that the author has equivocated.
+/// All replicas drop the session from this index on.
 #[derive(Debug, Clone)]
 pub(crate) struct Proof {
     pub(crate) one: Header,
@@ -177,7 +180,7 @@ pub(crate) struct Proof {
 }
 
 impl Proof {
-    /// `None` if the two do not prove anything. Signatures are the caller's business.
+    /// Combines two headers into a proof, or returns `None` if they prove nothing. The caller checks the signatures.
     pub(crate) fn of(one: Header, other: Header) -> Option<Self> {
         let same = one.session == other.session
             && one.index == other.index
@@ -205,7 +208,7 @@ impl Proof {
     ) -> Result<Self, Refusal> {
         let part = |header: &Option<wire::EnvelopeHeader>| match header {
             Some(header) => Header::read(header, document),
-            None => Err(Refusal::Malformed("half a proof")),
+            None => Err(Refusal::Malformed("a proof lacks an envelope")),
         };
         Self::of(part(&wire.one)?, part(&wire.other)?)
             .ok_or(Refusal::Malformed("a proof proves nothing"))
@@ -222,7 +225,7 @@ impl Proof {
         self.one.session
     }
 
-    /// From which on the session is void.
+    /// Returns the index from which on the session is void.
     pub(crate) fn index(&self) -> u64 {
         self.one.index
     }

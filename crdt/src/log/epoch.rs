@@ -1,4 +1,4 @@
-//! The owner's word on who may write, and on where the content begins anew.
+//! The owner's decisions about who may write, and about compactions of the content.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,14 +18,14 @@ use crate::{
 const DOMAIN: &[u8] = b"weft document epoch v1\0";
 const NAME: &str = "weft document epoch v1";
 
-/// Epochs of a document. Each is kept for good: a new replica checks the chain of them.
+/// Most epochs of a document. All of them are kept, because a new replica checks the whole chain.
 pub const MAX_EPOCHS: usize = 4096;
 
-/// Sessions of a document between two new beginnings, and changes that a base is made of.
+/// Most sessions of a document between two compactions, and most changes in a base.
 pub(crate) const MAX_SESSIONS: usize = 4096;
 pub(crate) const MAX_BASE: usize = 4096;
 
-/// How far a session has come.
+/// The length of a session: the number of its envelopes, and the chain after the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Head {
     pub(crate) count: u64,
@@ -68,23 +68,23 @@ pub(crate) fn read_heads(heads: &[wire::SessionHead]) -> Result<Heads, Refusal> 
     Ok(all)
 }
 
-/// What an epoch says.
+/// The content of an epoch.
 #[derive(Debug, Clone)]
-pub(crate) struct Statement {
+pub(crate) struct Terms {
     pub(crate) writers: Vec<Key>,
     pub(crate) readers: Readers,
     pub(crate) heads: Heads,
     pub(crate) base: Vec<ChangeId>,
 }
 
-/// A signed epoch that has been checked, but for its place in the chain.
+/// A signed epoch that was checked, except for its position in the chain.
 #[derive(Debug, Clone)]
 pub(crate) struct Epoch {
     pub(crate) id: EpochId,
     pub(crate) document: DocumentId,
     pub(crate) number: u64,
     pub(crate) previous: EpochId,
-    pub(crate) says: Statement,
+    pub(crate) terms: Terms,
     pub(crate) wire: wire::SignedEpoch,
 }
 
@@ -94,16 +94,16 @@ impl Epoch {
         genesis: &Genesis,
         number: u64,
         previous: EpochId,
-        says: &Statement,
+        terms: &Terms,
     ) -> Self {
         let epoch = wire::Epoch {
             document: Bytes::copy_from_slice(&genesis.id.0),
             number,
             previous: Bytes::copy_from_slice(&previous.0),
-            writers: to_wire(&says.writers),
-            readers: Some(says.readers.to_wire()),
-            heads: heads_to_wire(&says.heads),
-            base: says
+            writers: to_wire(&terms.writers),
+            readers: Some(terms.readers.to_wire()),
+            heads: heads_to_wire(&terms.heads),
+            base: terms
                 .base
                 .iter()
                 .map(|id| Bytes::copy_from_slice(&id.0))
@@ -115,8 +115,9 @@ impl Epoch {
             epoch: epoch.into(),
             signature,
         };
-        Self::read(wire, genesis)
-            .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
+        Self::read(wire, genesis).expect(
+            "what this crate signs is well-formed: its lists are normalized and limited before",
+        )
     }
 
     pub(crate) fn read(wire: wire::SignedEpoch, genesis: &Genesis) -> Result<Self, Refusal> {
@@ -137,26 +138,28 @@ impl Epoch {
         let epoch = wire::Epoch::decode(wire.epoch.clone())
             .map_err(|_| Refusal::Malformed("an epoch cannot be decoded"))?;
         if epoch.document[..] != genesis.id.0 {
-            return Err(Refusal::Malformed("an epoch is of another document"));
+            return Err(Refusal::Malformed("an epoch belongs to another document"));
         }
-        let previous =
-            EpochId::read(&epoch.previous).ok_or(Refusal::Malformed("an epoch follows none"))?;
+        let previous = EpochId::read(&epoch.previous)
+            .ok_or(Refusal::Malformed("an epoch has no predecessor"))?;
         if epoch.number == 0 || epoch.number > MAX_EPOCHS as u64 {
             return Err(Refusal::Malformed("an epoch's number is out of range"));
         }
         let writers = read_keys(&epoch.writers)?;
         if genesis.kind == Kind::SingleWriter && !writers.is_empty() {
-            return Err(Refusal::Malformed("a single-writer document names writers"));
+            return Err(Refusal::Malformed(
+                "a single-writer document has a list of writers",
+            ));
         }
         if epoch.base.len() > MAX_BASE {
             return Err(Refusal::Malformed("a base has too many changes"));
         }
         let base: Option<Vec<_>> = epoch.base.iter().map(|id| ChangeId::read(id)).collect();
-        let says = Statement {
+        let terms = Terms {
             writers,
             readers: Readers::read(epoch.readers.as_ref())?,
             heads: read_heads(&epoch.heads)?,
-            base: base.ok_or(Refusal::Malformed("a change's hash has not 32 bytes"))?,
+            base: base.ok_or(Refusal::Malformed("a change's hash does not have 32 bytes"))?,
         };
         let mut hasher = blake3::Hasher::new_derive_key(NAME);
         hasher.update(&wire.epoch).update(&wire.signature);
@@ -167,17 +170,17 @@ impl Epoch {
             document,
             number,
             previous,
-            says,
+            terms,
             wire,
         })
     }
 
-    /// Whether the content begins anew.
-    pub(crate) fn is_beginning(&self) -> bool {
-        !self.says.base.is_empty()
+    /// Returns true if the epoch compacts the document.
+    pub(crate) fn is_compaction(&self) -> bool {
+        !self.terms.base.is_empty()
     }
 
-    /// The actor of the base's changes: nobody's session has it.
+    /// Returns the actor of the base's changes. No session has this actor.
     pub(crate) fn base_actor(document: &DocumentId, number: u64, previous: &EpochId) -> [u8; 16] {
         let mut hasher = blake3::Hasher::new_derive_key("weft document base v1");
         hasher
@@ -194,23 +197,23 @@ pub(crate) fn prefix(bytes: &[u8; 32]) -> [u8; 16] {
     actor
 }
 
-/// The chain of epochs that is in force.
+/// The current chain of epochs.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Epochs {
     chain: Vec<Epoch>,
     numbers: HashMap<EpochId, u64>,
-    /// The number of the last epoch at which the content began anew.
-    beginning: Option<u64>,
+    /// Number of the last epoch that compacted the document.
+    compaction: Option<u64>,
 }
 
-/// Whether, and how far, a session counts.
+/// The part of a session that the epochs permit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
-    /// As far as it goes.
+    /// All of the session.
     Open,
-    /// So far, and with this chain.
+    /// The envelopes up to this head, which also fixes the branch.
     Until(Head),
-    /// Not at all.
+    /// No part of the session.
     Void,
 }
 
@@ -232,7 +235,7 @@ impl Epochs {
             .get(usize::try_from(number.checked_sub(1)?).ok()?)
     }
 
-    /// The id of the epoch with this number; the genesis is number 0.
+    /// Returns the id of the epoch with this number; the genesis has number 0.
     pub(crate) fn id_of(&self, number: u64, genesis: &Genesis) -> Option<EpochId> {
         match number {
             0 => Some(genesis.epoch()),
@@ -244,7 +247,7 @@ impl Epochs {
         self.last().map_or(genesis.epoch(), |epoch| epoch.id)
     }
 
-    /// The number of an epoch of this chain.
+    /// Returns the number of an epoch of this chain.
     pub(crate) fn number_of(&self, id: &EpochId, genesis: &Genesis) -> Option<u64> {
         match *id == genesis.epoch() {
             true => Some(0),
@@ -254,20 +257,20 @@ impl Epochs {
 
     pub(crate) fn writers<'a>(&'a self, genesis: &'a Genesis) -> &'a [Key] {
         self.last()
-            .map_or(&genesis.writers, |epoch| &epoch.says.writers)
+            .map_or(&genesis.writers, |epoch| &epoch.terms.writers)
     }
 
     pub(crate) fn readers<'a>(&'a self, genesis: &'a Genesis) -> &'a Readers {
         self.last()
-            .map_or(&genesis.readers, |epoch| &epoch.says.readers)
+            .map_or(&genesis.readers, |epoch| &epoch.terms.readers)
     }
 
-    /// The epoch at which the content began, if it began anew.
-    pub(crate) fn beginning(&self) -> Option<&Epoch> {
-        self.get(self.beginning?)
+    /// Returns the last epoch that compacted the document, if there is one.
+    pub(crate) fn compaction(&self) -> Option<&Epoch> {
+        self.get(self.compaction?)
     }
 
-    /// How far a session of `author` that began in `epoch` counts.
+    /// Returns the permitted part of a session of `author` that began in `epoch`.
     pub(crate) fn standing(
         &self,
         genesis: &Genesis,
@@ -279,8 +282,8 @@ impl Epochs {
             return Standing::Void;
         };
         if self
-            .beginning()
-            .is_some_and(|beginning| number < beginning.number)
+            .compaction()
+            .is_some_and(|compaction| number < compaction.number)
         {
             return Standing::Void;
         }
@@ -290,28 +293,29 @@ impl Epochs {
         let began = match number {
             0 => &genesis.writers,
             number => match self.get(number) {
-                Some(epoch) => &epoch.says.writers,
+                Some(epoch) => &epoch.terms.writers,
                 None => return Standing::Void,
             },
         };
         if began.binary_search(author).is_err() {
             return Standing::Void;
         }
-        // The first epoch after it that does not name the author says how far it counts.
+        // The first later epoch that does not list the author determines the permitted part.
         let revoked = self.chain[number as usize..]
             .iter()
-            .find(|later| later.says.writers.binary_search(author).is_err());
+            .find(|later| later.terms.writers.binary_search(author).is_err());
         match revoked {
             None => Standing::Open,
-            Some(epoch) => match epoch.says.heads.get(session) {
+            Some(epoch) => match epoch.terms.heads.get(session) {
                 Some(head) if head.count > 0 => Standing::Until(*head),
                 _ => Standing::Void,
             },
         }
     }
 
-    /// Whether `epoch` would be in force: it follows the chain, or takes the place of one of the same number with a greater hash. Two of one number exist only if
-    /// the owner's key has signed both (a restored backup, or a liar); all replicas then take the same.
+    /// Checks whether `epoch` would enter the chain: it follows the last epoch, or replaces one of the same number with
+    /// a greater hash. Two epochs have the same number only if the owner's key has signed both, because of a restored
+    /// backup or a dishonest owner. All replicas then choose the same one.
     pub(crate) fn would_take(&self, epoch: &Epoch, genesis: &Genesis) -> Result<(), Refusal> {
         if let Some(known) = self.get(epoch.number) {
             if known.id == epoch.id {
@@ -328,21 +332,22 @@ impl Epochs {
         }
     }
 
-    /// Puts an epoch that [`would_take`](Self::would_take) allows in its place; what followed there is dropped: how many.
+    /// Adds an epoch that [`would_take`](Self::would_take) allows. Drops the epochs from its number on, and returns how
+    /// many there were.
     pub(crate) fn take(&mut self, epoch: Epoch) -> usize {
-        let place = (epoch.number - 1) as usize;
-        let dropped = self.chain.split_off(place);
+        let position = (epoch.number - 1) as usize;
+        let dropped = self.chain.split_off(position);
         for epoch in &dropped {
             self.numbers.remove(&epoch.id);
         }
         self.numbers.insert(epoch.id, epoch.number);
-        let is_beginning = epoch.is_beginning();
+        let is_compaction = epoch.is_compaction();
         self.chain.push(epoch);
-        if is_beginning {
-            self.beginning = self.last().map(|epoch| epoch.number);
-        } else if dropped.iter().any(Epoch::is_beginning) {
-            let last = self.iter().rev().find(|epoch| epoch.is_beginning());
-            self.beginning = last.map(|epoch| epoch.number);
+        if is_compaction {
+            self.compaction = self.last().map(|epoch| epoch.number);
+        } else if dropped.iter().any(Epoch::is_compaction) {
+            let last = self.iter().rev().find(|epoch| epoch.is_compaction());
+            self.compaction = last.map(|epoch| epoch.number);
         }
         dropped.len()
     }

@@ -1,4 +1,4 @@
-//! How a document begins.
+//! The genesis of a document: the signed entry that fixes its id and owner.
 
 use bytes::Bytes;
 use prost::Message;
@@ -13,28 +13,28 @@ use crate::{
 const DOMAIN: &[u8] = b"weft document genesis v1\0";
 const NAME: &str = "weft document v1";
 
-/// Keys that a list of writers or readers holds at most.
+/// Most keys in a list of writers or readers.
 pub const MAX_KEYS: usize = 1024;
 
-/// Bytes of a document's label.
+/// Longest label of a document, in bytes.
 pub const MAX_LABEL: usize = 256;
 
-/// Who may write a document.
+/// The kind of a document, which decides who may write it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Its owner only.
+    /// Only the owner may write.
     SingleWriter,
-    /// Everybody on the owner's write list.
+    /// Every key on the owner's list of writers may write.
     MultiWriter,
 }
 
-/// Who may read a document, besides its owner and writers.
+/// The keys that may read a document, besides its owner and writers.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Readers {
-    /// Everybody in the network.
+    /// Every peer in the mesh.
     #[default]
     Everybody,
-    /// These.
+    /// The keys in this list.
     Named(Vec<Key>),
 }
 
@@ -67,13 +67,13 @@ pub(crate) fn to_wire(keys: &[Key]) -> Vec<Bytes> {
         .collect()
 }
 
-/// A list of keys that is sorted and has none twice.
+/// Reads a list of keys, which must be sorted and without duplicates.
 pub(crate) fn read_keys(keys: &[Bytes]) -> Result<Vec<Key>, Refusal> {
     if keys.len() > MAX_KEYS {
         return Err(Refusal::Malformed("a list of keys is too long"));
     }
     let keys: Option<Vec<Key>> = keys.iter().map(|key| Key::read(key)).collect();
-    let keys = keys.ok_or(Refusal::Malformed("a key has not 32 bytes"))?;
+    let keys = keys.ok_or(Refusal::Malformed("a key does not have 32 bytes"))?;
     if !keys.is_sorted_by(|a, b| a < b) {
         return Err(Refusal::Malformed("a list of keys is not sorted"));
     }
@@ -89,15 +89,15 @@ pub(crate) fn is_reader(owner: &Key, writers: &[Key], readers: &Readers, peer: &
     }
 }
 
-/// A list of keys as it goes on the wire: sorted, none twice, without the owner.
-pub(crate) fn tidy(mut keys: Vec<Key>, owner: &Key) -> Vec<Key> {
+/// Returns a list of keys in its wire form: sorted, without duplicates, and without the owner.
+pub(crate) fn normalized(mut keys: Vec<Key>, owner: &Key) -> Vec<Key> {
     keys.retain(|key| key != owner);
     keys.sort();
     keys.dedup();
     keys
 }
 
-/// A signed genesis that has been checked.
+/// A signed genesis that was checked.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Genesis {
     pub(crate) id: DocumentId,
@@ -109,7 +109,7 @@ pub(crate) struct Genesis {
     pub(crate) wire: wire::SignedGenesis,
 }
 
-/// What an owner signs; lists are tidy.
+/// Returns the bytes that an owner signs. The lists must be in their wire form.
 pub(crate) fn unsigned(
     owner: &Key,
     nonce: [u8; 16],
@@ -130,7 +130,8 @@ pub(crate) fn unsigned(
     .into()
 }
 
-/// What the document is called that begins so. Without the signature: so whoever knows how a document begins knows its id, also before its owner has made it.
+/// Returns the id of a document with this genesis. The id does not depend on the signature, so it can be computed from
+/// the genesis before the owner has created the document.
 pub(crate) fn id_of(unsigned: &[u8]) -> DocumentId {
     let mut hasher = blake3::Hasher::new_derive_key(NAME);
     hasher.update(unsigned);
@@ -140,8 +141,9 @@ pub(crate) fn id_of(unsigned: &[u8]) -> DocumentId {
 impl Genesis {
     pub(crate) fn sign(identity: &Identity, genesis: Bytes) -> Self {
         let signature = identity.sign(DOMAIN, &genesis).into();
-        Self::read(wire::SignedGenesis { genesis, signature })
-            .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
+        Self::read(wire::SignedGenesis { genesis, signature }).expect(
+            "what this crate signs is well-formed: its lists are normalized and limited before",
+        )
     }
 
     pub(crate) fn read(wire: wire::SignedGenesis) -> Result<Self, Refusal> {
@@ -161,7 +163,7 @@ impl Genesis {
     pub(crate) fn stored(wire: wire::SignedGenesis) -> Result<Self, Refusal> {
         let genesis = wire::Genesis::decode(wire.genesis.clone())
             .map_err(|_| Refusal::Malformed("the genesis cannot be decoded"))?;
-        // One meaning has one encoding, or a document would have several names.
+        // Each genesis must have one encoding; otherwise a document would have several ids.
         if genesis.encode_to_vec() != wire.genesis {
             return Err(Refusal::Malformed("the genesis is not encoded canonically"));
         }
@@ -174,7 +176,9 @@ impl Genesis {
         let writers = read_keys(&genesis.writers)?;
         let kind = match genesis.single_writer {
             true if !writers.is_empty() => {
-                return Err(Refusal::Malformed("a single-writer document names writers"));
+                return Err(Refusal::Malformed(
+                    "a single-writer document has a list of writers",
+                ));
             }
             true => Kind::SingleWriter,
             false => Kind::MultiWriter,
@@ -193,7 +197,7 @@ impl Genesis {
         })
     }
 
-    /// What stands for the epoch before the first.
+    /// Returns the id that stands for the epoch before the first.
     pub(crate) fn epoch(&self) -> EpochId {
         EpochId(self.id.0)
     }

@@ -1,8 +1,7 @@
-//! The log of a document as peers exchange it: its genesis, the chain of epochs, and signed envelopes, each with one
-//! Automerge change.
+//! The log of a document as peers exchange it: its genesis, the chain of epochs, and signed envelopes with one
+//! Automerge change each.
 //!
-//! Each file holds one format with its checks, and knows nothing of what is held here: no file of this folder looks at
-//! a document or at the disk.
+//! Each module defines one format with its checks, without any state: none of them reads a document or the disk.
 
 pub(crate) mod causal;
 pub(crate) mod chunk;

@@ -1,10 +1,10 @@
-//! A document as a file: the messages that would give all of it to a peer, each after its length in 8 bytes
-//! (big-endian).
+//! Exports a document to a file and imports it. The file consists of the messages that would send all of the document
+//! to a peer, each after its length in 8 bytes (big-endian).
 //!
-//! Envelopes are written in causal order. Files of versions before that hold them session by session; both are
-//! imported, in an order that is worked out from the changes themselves. Everything in a file is checked as if a peer
-//! had sent it. A file is the user's own: what it holds waits in memory for what it builds on, and is bounded by the
-//! file alone.
+//! Envelopes are written in causal order. Files of earlier versions have them session by session. Both kinds can be
+//! imported, because the order is computed from the changes themselves. All data in a file is checked as if a peer had
+//! sent it. A file belongs to the user, so its changes may wait in memory for their dependencies without any limit
+//! other than the size of the file.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -22,7 +22,7 @@ use crate::{
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
     imported::{Imported, Refused},
     log::{
-        causal::{CausalOrder, Place},
+        causal::{CausalOrder, Position},
         chunk,
         envelope::{Envelope, Header, Proof},
         epoch::Epoch,
@@ -35,22 +35,22 @@ use crate::{
 
 const EXPORT: &[u8] = b"weft document 1\n";
 
-/// Changes of a file are taken in batches of about this many bytes: each batch costs a copy of the document.
+/// Approximate bytes of the changes that an import processes at once. Each batch costs a copy of the document.
 const BATCH: usize = 4 << 20;
 
 fn not_a_document(why: &str) -> Error {
     Error::Import(why.to_owned())
 }
 
-/// Everything that a file holds, as far as it can be read.
+/// The readable contents of a file.
 #[derive(Debug, Default)]
 struct Content {
     document: Option<DocumentId>,
     genesis: Option<wire::SignedGenesis>,
     epochs: Vec<wire::SignedEpoch>,
-    /// Of the base of an epoch, changes from an index on.
+    /// Changes of the base of an epoch, from an index on.
     bases: BTreeMap<(Vec<u8>, u64), Vec<Bytes>>,
-    /// Of rows on disk: the base, whichever epoch it is of.
+    /// For rows on disk: the base, whichever epoch it belongs to.
     base: Option<Vec<Bytes>>,
     proofs: Vec<wire::Equivocation>,
     envelopes: Vec<wire::Envelope>,
@@ -61,9 +61,9 @@ impl Content {
     fn read(content: &[u8]) -> Result<Self, Error> {
         let mut rest = content
             .strip_prefix(EXPORT)
-            .ok_or_else(|| not_a_document("it does not begin as one"))?;
+            .ok_or_else(|| not_a_document("it does not begin like one"))?;
         let mut this = Self::default();
-        // Each part but the last says that more follows; in files of earlier versions none does.
+        // Each part but the last says that another follows; in files of earlier versions none does.
         let mut is_complete = rest.is_empty();
         while !rest.is_empty() {
             let part = rest.split_first_chunk().and_then(|(length, rest)| {
@@ -89,7 +89,7 @@ impl Content {
         Ok(this)
     }
 
-    /// Reads the rows of a document on disk, as far as they can be read.
+    /// Reads the rows of a document on disk, as far as they are readable.
     fn rows(store: &Store, id: &DocumentId) -> Result<Self, StoreError> {
         let mut this = Self {
             document: Some(*id),
@@ -107,7 +107,7 @@ impl Content {
             let envelope = wire::Envelope::decode(&row[..]).ok();
             this.envelopes.extend(envelope.filter(|_| is_intact));
         }
-        // A base belongs to the last epoch that is a beginning.
+        // A base belongs to the last epoch that is a compaction.
         let base: Vec<Bytes> = rows(key::base(id))?
             .into_iter()
             .map(|(_, row)| row.into())
@@ -118,22 +118,22 @@ impl Content {
 
     fn add(&mut self, give: wire::Give) -> Result<(), Error> {
         let id = DocumentId::read(&give.document)
-            .ok_or_else(|| not_a_document("a part of it has no document"))?;
+            .ok_or_else(|| not_a_document("a part of it names no document"))?;
         if *self.document.get_or_insert(id) != id {
             return Err(not_a_document("it has parts of several documents"));
         }
         self.genesis = self.genesis.take().or(give.genesis);
         self.epochs.extend(give.epochs);
         if !give.base_changes.is_empty() {
-            let place = (give.base.to_vec(), give.base_from);
-            self.bases.insert(place, give.base_changes);
+            let position = (give.base.to_vec(), give.base_from);
+            self.bases.insert(position, give.base_changes);
         }
         self.proofs.extend(give.proofs);
         self.envelopes.extend(give.envelopes);
         Ok(())
     }
 
-    /// The base of an epoch, as far as it is there without a gap.
+    /// Returns the base of an epoch up to the first gap.
     fn base(&self, epoch: &EpochId) -> Vec<Bytes> {
         if let Some(base) = &self.base {
             return base.clone();
@@ -151,17 +151,17 @@ impl Content {
     }
 }
 
-/// Why envelopes were not taken, by session, index and the chain after them.
+/// Reasons for which envelopes were refused, by session, index and the chain after them.
 type Refusals = HashMap<(SessionId, u64, Chain), Refusal>;
 
-/// The envelopes of a file, each once, by session and index.
+/// The envelopes of a file, without duplicates, by session and index.
 #[derive(Debug, Default)]
 struct Log {
     sessions: BTreeMap<SessionId, Vec<Envelope>>,
 }
 
 impl Log {
-    /// With the number of envelopes that cannot be read.
+    /// Decodes the envelopes. Also returns the number of those that cannot be decoded.
     fn read(envelopes: Vec<wire::Envelope>, document: &DocumentId) -> (Self, u64) {
         let mut this = Self::default();
         let mut damaged = 0;
@@ -187,36 +187,38 @@ impl Log {
         (this, damaged)
     }
 
-    fn at(&self, (session, place): &Place) -> Option<&Envelope> {
-        let place = usize::try_from(*place).ok()?;
-        self.sessions.get(session)?.get(place)
+    fn at(&self, (session, position): &Position) -> Option<&Envelope> {
+        let position = usize::try_from(*position).ok()?;
+        self.sessions.get(session)?.get(position)
     }
 
-    /// In causal order, by what the changes say that they build on.
-    fn causal(&self) -> Vec<Place> {
-        let mut places: HashMap<ChangeId, Place> = HashMap::new();
+    /// Returns the positions in causal order, by the dependencies that the changes declare.
+    fn causal(&self) -> Vec<Position> {
+        let mut positions: HashMap<ChangeId, Position> = HashMap::new();
         for (session, envelopes) in &self.sessions {
-            for (place, envelope) in envelopes.iter().enumerate() {
-                places.insert(envelope.header.change, (*session, place as u64));
+            for (position, envelope) in envelopes.iter().enumerate() {
+                positions.insert(envelope.header.change, (*session, position as u64));
             }
         }
         let ranges = self.sessions.iter();
         let ranges = ranges.map(|(session, envelopes)| (*session, 0..envelopes.len() as u64));
-        let dependencies = |session: &SessionId, place: u64| {
-            let envelope = self.at(&(*session, place));
+        let dependencies = |session: &SessionId, position: u64| {
+            let envelope = self.at(&(*session, position));
             let deps = envelope.map(|envelope| chunk::dependencies(&envelope.change));
             let deps = deps.unwrap_or_default().into_iter();
-            deps.filter_map(|dep| places.get(&dep).copied()).collect()
+            deps.filter_map(|dep| positions.get(&dep).copied())
+                .collect()
         };
         CausalOrder::new(ranges, dependencies).collect()
     }
 }
 
 impl Replica {
-    /// The document as a file's content, for [`import`](Self::import) elsewhere.
+    /// Returns the document as the content of a file, for [`import`](Self::import) on another node.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, [`Error::NotYet`] if it has not arrived, and
+    /// [`Error::Store`] if the disk fails.
     pub fn export(&mut self, id: DocumentId) -> Result<Vec<u8>, Error> {
         self.present(&id)?;
         let mut out = EXPORT.to_vec();
@@ -227,14 +229,14 @@ impl Replica {
         Ok(out)
     }
 
-    /// Takes what was exported: everything in it is checked as if a peer had sent it, and what is right counts,
-    /// whatever is wrong with the rest. The document is held from now on. At the end the file is compared with what
-    /// counts.
+    /// Imports an exported document, which this node holds from now on. All data in the file is checked as if a peer
+    /// had sent it. The valid part is kept, whatever is wrong with the rest. At the end, the file is compared with the
+    /// document to determine which changes are valid.
     ///
     /// # Errors
-    /// [`Error::Import`] if it is no exported document, [`Error::TooLarge`], [`Error::Store`]; then nothing of it was
-    /// taken. [`Error::ImportIncomplete`] if a part of it does not count and should; what counts is kept, and so is
-    /// everything that was here before.
+    /// Returns [`Error::Import`] if the content is not an exported document, [`Error::TooLarge`], [`Error::Store`];
+    /// then nothing was imported. [`Error::ImportIncomplete`] if a part of the file is not valid although it should be;
+    /// the valid part is kept, and so are all earlier changes of the document.
     pub fn import(&mut self, content: &[u8]) -> Result<Imported, Error> {
         let content = Content::read(content)?;
         let id = content
@@ -246,15 +248,15 @@ impl Replica {
         let is_held = self.held.contains_key(&id);
         let genesis = match content.genesis.clone().map(Genesis::read) {
             Some(Ok(genesis)) if genesis.id == id => Some(genesis),
-            Some(_) => return Err(not_a_document("its beginning is damaged")),
+            Some(_) => return Err(not_a_document("its genesis is damaged")),
             None => None,
         };
         if is_held {
-            // If it is damaged, what can be read of it counts first.
+            // If the document on disk is damaged, its readable part is restored first.
             self.hold(id)?;
         }
         if !self.has_genesis(&id) {
-            let genesis = genesis.ok_or_else(|| not_a_document("its beginning is missing"))?;
+            let genesis = genesis.ok_or_else(|| not_a_document("its genesis is missing"))?;
             self.hold(id)?;
             self.arrived(genesis)?;
         }
@@ -276,14 +278,14 @@ impl Replica {
         Err(Error::ImportIncomplete(Box::new(imported)))
     }
 
-    /// Makes a document anew from those of its rows that can be read, each of them checked as if a peer had sent it.
-    /// Peers that share it are told what is left, and asked for the rest.
+    /// Restores a damaged document from its readable rows, each checked as if a peer had sent it. Peers that hold the
+    /// document get a summary of the result, and are asked for the rest.
     pub(crate) fn salvage(&mut self, id: DocumentId) -> Result<(), StoreError> {
         let content = Content::rows(&self.store, &id)?;
         let genesis = self.held.get(&id).and_then(|held| held.genesis.as_ref());
         let genesis = genesis.and_then(|genesis| Genesis::read(genesis.wire.clone()).ok());
         let Some(genesis) = genesis else {
-            // Its beginning comes from a peer; the rows wait for it.
+            // The genesis has to come from a peer; the rows are kept until then.
             self.seek_again(id);
             return Ok(());
         };
@@ -299,8 +301,8 @@ impl Replica {
                 .filter_map(|(row, _)| SessionId::read(row.get(33..)?));
             document.adopt(store, own);
         }
-        tracing::warn!(document = %id, kept = %imported, "a damaged document was made anew from what can be read");
-        self.say_interest(&[id], &[]);
+        tracing::warn!(document = %id, kept = %imported, "restored a damaged document from its readable part");
+        self.announce_interest(&[id], &[]);
         Ok(())
     }
 
@@ -332,13 +334,13 @@ impl Replica {
         let proofs = self.import_proofs(id, &content, &mut imported)?;
         let order = log.causal();
         let mut refused = Refusals::new();
-        let mut places = order.iter().peekable();
-        while places.peek().is_some() {
+        let mut positions = order.iter().peekable();
+        while positions.peek().is_some() {
             let (mut batch, mut bytes) = (Vec::new(), 0);
             while bytes < BATCH
-                && let Some(place) = places.next()
+                && let Some(position) = positions.next()
             {
-                let Some(envelope) = log.at(place) else {
+                let Some(envelope) = log.at(position) else {
                     continue;
                 };
                 bytes += envelope.change.len();
@@ -364,7 +366,7 @@ impl Replica {
         self.compare_with_file(id, &file, &mut imported)?;
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
-            // Told as a whole, and not change by change.
+            // Send one summary instead of every change.
             if self.shares(&peer, &id) {
                 self.send_summary(peer, id, true)?;
             }
@@ -372,7 +374,7 @@ impl Replica {
         Ok(imported)
     }
 
-    /// As [`follow`](Self::follow), but peers hear of it when the file has been taken.
+    /// Acts like [`follow`](Self::follow), but peers learn of the changes only after the whole file.
     fn follow_quietly(&mut self, id: DocumentId, taken: Taken) -> Result<(), StoreError> {
         let quiet = Taken {
             quiet: true,
@@ -381,7 +383,7 @@ impl Replica {
         self.follow(id, quiet)
     }
 
-    /// Takes the owner's decisions; those that could be read.
+    /// Imports the owner's decisions. Returns those that could be read.
     fn import_epochs(
         &mut self,
         id: DocumentId,
@@ -412,19 +414,19 @@ impl Replica {
         if new.is_empty() {
             return Ok(epochs);
         }
-        let beginning = new.iter().rev().find(|epoch| epoch.is_beginning());
-        let base = beginning.map_or(Vec::new(), |epoch| content.base(&epoch.id));
+        let compaction = new.iter().rev().find(|epoch| epoch.is_compaction());
+        let base = compaction.map_or(Vec::new(), |epoch| content.base(&epoch.id));
         match document.take_epochs(store, new.clone(), &base) {
             Ok(taken) => {
-                // Any of these epochs that a peer was giving are here now.
+                // Any of these epochs that a peer was sending are present now.
                 self.arrivals.remove(&id);
                 self.epochs_taken(id, new, None, taken)?;
             }
             Err(TakeError::Refused(Refusal::Early)) => {
-                imported.fault("the beginning of the content is not whole")
+                imported.fault("the base of a compaction is incomplete")
             }
             Err(TakeError::Refused(refusal)) => {
-                imported.fault(format!("the beginning of the content: {refusal}"));
+                imported.fault(format!("the base of a compaction: {refusal}"));
             }
             Err(TakeError::Store(error)) => return Err(error),
         }
@@ -450,7 +452,7 @@ impl Replica {
         Ok(proofs)
     }
 
-    /// Finds out what of a file counts, and of the rest why not.
+    /// Determines which changes of a file are valid, and the reason for the others.
     fn compare_with_file(
         &mut self,
         id: DocumentId,
@@ -465,10 +467,10 @@ impl Replica {
     }
 }
 
-/// What was read of a file, and what became of its changes.
+/// The contents of a file, and the refusals of its changes.
 struct File<'a> {
     log: &'a Log,
-    order: &'a [Place],
+    order: &'a [Position],
     refused: &'a Refusals,
     epochs: &'a [Epoch],
     proofs: &'a [Proof],
@@ -477,17 +479,17 @@ struct File<'a> {
 fn compare_decisions(document: &Document, file: &File<'_>, imported: &mut Imported) {
     for epoch in file.epochs {
         let is_decided = document.epochs.get(epoch.number);
-        // If two have one number, all replicas take the same of them.
+        // Of two decisions with the same number, all replicas choose the same one.
         if is_decided.is_none() {
             imported.fault(format!(
-                "decision {} of the owner does not follow those that are here",
+                "decision {} of the owner does not follow the known ones",
                 epoch.number
             ));
         }
     }
     for proof in file.proofs {
         let known = document.proof(&proof.session());
-        if document.matters(proof) && known.is_none_or(|known| known.index() > proof.index()) {
+        if document.is_relevant(proof) && known.is_none_or(|known| known.index() > proof.index()) {
             imported.fault("there is no room for a proof of equivocation");
         }
     }
@@ -501,8 +503,8 @@ fn compare_changes(document: &Document, file: &File<'_>, imported: &mut Imported
         .chain([document.genesis.epoch()])
         .collect();
     let mut void: HashSet<ChangeId> = HashSet::new();
-    for place in file.order {
-        let Some(envelope) = file.log.at(place) else {
+    for position in file.order {
+        let Some(envelope) = file.log.at(position) else {
             continue;
         };
         let header = &envelope.header;
@@ -513,7 +515,7 @@ fn compare_changes(document: &Document, file: &File<'_>, imported: &mut Imported
         }
         let refusal = file.refused.get(&(header.session, header.index, chain));
         let knows = document.knows(&header.run.epoch);
-        // Nothing that damage says of author or session makes a change void.
+        // A change is void only if it is intact: its author and session may be damaged too.
         let is_intact = || {
             let hash = guard::hash_of(&envelope.change);
             hash == Some(header.change) && header.is_signed(&document.id())

@@ -1,4 +1,4 @@
-//! Documents that are to be made, and who may write and read them.
+//! Settings for new documents, and for the rights to write and read them.
 
 use bytes::Bytes;
 
@@ -8,28 +8,29 @@ use crate::{
     log::genesis::{self, Kind, MAX_LABEL, Readers},
 };
 
-/// A document that is to be made.
+/// Settings of a document to create.
 #[derive(Debug, Clone, Default)]
 pub struct NewDocument {
-    /// Only the owner may write, for good.
+    /// If true, only the owner can ever write.
     pub single_writer: bool,
-    /// Who else may write, at most 1,024.
+    /// Other keys that may write, at most 1,024.
     pub writers: Vec<Key>,
-    /// Who may read.
+    /// The keys that may read.
     pub readers: Readers,
-    /// What people call it, at most 256 bytes.
+    /// A label for users, at most 256 bytes.
     pub label: String,
-    /// Tells apart documents that begin alike. `None`: one that was never used, for a document of its own; with the
-    /// same one, and all else the same, it is the same document, and its id is known to others before it is made
-    /// ([`id_by`](Self::id_by)).
+    /// Distinguishes documents with equal settings. `None` chooses an unused nonce, and thus creates a new document.
+    /// The same nonce with the same settings always gives the same document, so others can compute its id before it is
+    /// created ([`id_by`](Self::id_by)).
     pub nonce: Option<[u8; 16]>,
 }
 
 impl NewDocument {
-    /// The id of the document that this owner makes of it; `None` without a nonce.
+    /// Returns the id of the document that this owner would create, or `None` without a nonce.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
+    /// Returns [`Error::TooLarge`] if a setting is over its limit, and [`Error::SingleWriter`] if a single-writer
+    /// document has other writers.
     pub fn id_by(&self, owner: &Key) -> Result<Option<DocumentId>, Error> {
         match self.nonce {
             Some(nonce) => Ok(Some(genesis::id_of(&self.begin(owner, nonce)?))),
@@ -37,16 +38,16 @@ impl NewDocument {
         }
     }
 
-    /// Its genesis, to be signed.
+    /// Returns the genesis to be signed.
     pub(super) fn begin(&self, owner: &Key, nonce: [u8; 16]) -> Result<Bytes, Error> {
         let kind = if self.single_writer {
             Kind::SingleWriter
         } else {
             Kind::MultiWriter
         };
-        let writers = genesis::tidy(self.writers.clone(), owner);
+        let writers = genesis::normalized(self.writers.clone(), owner);
         check_keys("the list of writers", writers.len())?;
-        let readers = tidy_readers(self.readers.clone(), owner)?;
+        let readers = normalized_readers(self.readers.clone(), owner)?;
         if self.label.len() > MAX_LABEL {
             return Err(Error::TooLarge {
                 what: "the label",
@@ -67,14 +68,14 @@ impl NewDocument {
     }
 }
 
-/// What changes in who may write and read a document.
+/// Changes of the rights to write and read a document.
 #[derive(Debug, Clone, Default)]
 pub struct Rights {
-    /// Who may write from now on.
+    /// Keys that may write from now on.
     pub add: Vec<Key>,
-    /// Who no longer may; what they have written so far stays.
+    /// Keys that may no longer write; their earlier changes stay.
     pub revoke: Vec<Key>,
-    /// Who may read from now on, if that changes.
+    /// Keys that may read from now on, if that changes.
     pub readers: Option<Readers>,
 }
 
@@ -90,11 +91,11 @@ pub(super) fn check_keys(what: &'static str, size: usize) -> Result<(), Error> {
     Ok(())
 }
 
-pub(super) fn tidy_readers(readers: Readers, owner: &Key) -> Result<Readers, Error> {
+pub(super) fn normalized_readers(readers: Readers, owner: &Key) -> Result<Readers, Error> {
     match readers {
         Readers::Everybody => Ok(Readers::Everybody),
         Readers::Named(keys) => {
-            let keys = genesis::tidy(keys, owner);
+            let keys = genesis::normalized(keys, owner);
             check_keys("the list of readers", keys.len())?;
             Ok(Readers::Named(keys))
         }

@@ -1,8 +1,8 @@
-//! The completeness of a document here, measured against the connected peers that hold it.
+//! The completeness of a document on this replica, compared with the connected peers that hold it.
 //!
-//! A replica cannot tell from its own data whether a document is whole: another replica may know more. While a caller
-//! waits for the answer, each connected peer that may read the document is asked for a summary of what it has, and the
-//! document here is compared with the answers.
+//! A replica cannot tell from its own data whether a document is complete, because another replica may have more. While
+//! a caller waits for the answer, each connected peer that may read the document is asked for a summary, and the local
+//! document is compared with the summaries.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -11,27 +11,28 @@ use crate::{
     id::{DocumentId, Key},
     replica::{
         Replica,
-        peer::{Comparison, Told},
+        peer::{Comparison, PeerSummary},
     },
     store::StoreError,
 };
 
-/// A holder that has not answered, or has what is not here while nothing is on its way, is asked again after this long.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Time after which a holder is asked again if it has not answered, or if it has data that this replica lacks and none
+/// is arriving.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
-/// Holders are asked what they have of a document for as long as this is held; [`Replica::compare`].
+/// A guard returned by [`Replica::compare`]. Holders of a document are asked for summaries until it is dropped.
 #[derive(Debug, Clone)]
 pub struct Comparing {
     _token: Arc<()>,
 }
 
-/// The completeness of a document here; returned by [`Replica::completeness`].
+/// The completeness of a document on this replica; returned by [`Replica::completeness`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Completeness {
     /// The document.
     pub document: DocumentId,
-    /// Changes here since the content began anew, and their bytes.
+    /// Changes on this replica since the last compaction.
     pub changes: u64,
     /// Bytes of these changes on disk.
     pub log_bytes: u64,
@@ -40,42 +41,42 @@ pub struct Completeness {
 }
 
 impl Completeness {
-    /// Returns true if everything that connected holders have is here. Without a connected holder, this cannot be told,
-    /// and the result is false.
+    /// Returns true if this replica has everything that connected holders have. Without a connected holder,
+    /// completeness is unknown and the result is false.
     pub fn is_whole(&self) -> bool {
         !self.holders.is_empty() && self.holders.iter().all(Holder::is_reached)
     }
 }
 
-/// A connected peer's share of a document, and the parts of it that are missing here.
+/// A connected peer's data of a document, and the part of it that this replica lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
     /// The peer.
     pub peer: Key,
-    /// True if the peer has sent a summary of what it has since the comparison began.
+    /// True if the peer has sent a summary since the comparison began.
     pub answered: bool,
-    /// Changes that it has.
+    /// Number of the peer's changes.
     pub changes: u64,
-    /// Changes of these that are not here.
+    /// Number of the peer's changes that this replica lacks.
     pub missing: u64,
-    /// Decisions of the owner, and proofs of equivocation, that it has and are not here.
+    /// Number of the peer's decisions of the owner and proofs of equivocation that this replica lacks.
     pub missing_decisions: u64,
 }
 
 impl Holder {
-    /// Returns true if everything that the peer has is here.
+    /// Returns true if this replica has everything that the peer has.
     pub fn is_reached(&self) -> bool {
         self.answered && self.missing == 0 && self.missing_decisions == 0
     }
 }
 
 impl Replica {
-    /// Asks all connected peers that may read a document, and those that connect later, what they have of it, for as
-    /// long as what this returns is held.
+    /// Asks all connected peers that may read a document for a summary, and also peers that connect later, until the
+    /// returned guard is dropped.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, and [`Error::Store`] if the disk fails.
     pub fn compare(&mut self, id: DocumentId) -> Result<Comparing, Error> {
         if !self.held.contains_key(&id) {
             return Err(Error::Unknown(id));
@@ -88,70 +89,70 @@ impl Replica {
             .unwrap_or_default();
         let comparison = Comparison {
             token: Arc::downgrade(&token),
-            told: BTreeMap::new(),
+            summaries: BTreeMap::new(),
             asked: BTreeMap::new(),
         };
         self.comparisons.insert(id, comparison);
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
-            self.ask_what(peer, id)?;
+            self.request_summary(peer, id)?;
         }
         Ok(Comparing { _token: token })
     }
 
-    /// Asks a peer that has just connected about documents that are being compared.
+    /// Asks a newly connected peer about the documents that are being compared.
     pub(super) fn compare_with(&mut self, peer: Key) -> Result<(), StoreError> {
         let is_used = |one: &Comparison| one.token.strong_count() > 0;
         self.comparisons.retain(|_, one| is_used(one));
         let ids: Vec<_> = self.comparisons.keys().copied().collect();
         for id in ids {
-            self.ask_what(peer, id)?;
+            self.request_summary(peer, id)?;
         }
         Ok(())
     }
 
-    fn ask_what(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+    fn request_summary(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
         let now = self.now;
         if self.held.get(&id).is_some_and(|held| held.may_read(&peer))
             && let Some(comparison) = self.comparisons.get_mut(&id)
         {
-            comparison.asked.insert(peer, now + AGAIN);
+            comparison.asked.insert(peer, now + ASK_AGAIN_AFTER);
             self.send_summary(peer, id, true)?;
         }
         Ok(())
     }
 
-    /// A peer has said what it has.
-    pub(super) fn heard(&mut self, peer: Key, id: &DocumentId, told: &Told) {
+    /// Stores the summary of a peer.
+    pub(super) fn summary_received(&mut self, peer: Key, id: &DocumentId, told: &PeerSummary) {
         if let Some(comparison) = self.comparisons.get_mut(id) {
             if comparison.token.strong_count() == 0 {
                 self.comparisons.remove(id);
             } else {
-                comparison.told.insert(peer, told.clone());
+                comparison.summaries.insert(peer, told.clone());
             }
         }
     }
 
-    /// A peer is gone.
-    pub(super) fn unheard(&mut self, peer: &Key) {
+    /// Forgets the summaries of a peer that has disconnected.
+    pub(super) fn forget_summaries(&mut self, peer: &Key) {
         for comparison in self.comparisons.values_mut() {
-            comparison.told.remove(peer);
+            comparison.summaries.remove(peer);
             comparison.asked.remove(peer);
         }
     }
 
-    /// Returns the completeness of a document, from what connected holders have said since [`compare`](Self::compare).
-    /// A holder that has more while nothing of it is on its way is asked again.
+    /// Returns the completeness of a document, from the summaries of connected holders since
+    /// [`compare`](Self::compare). A holder that has more is asked again if no data is arriving.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, and [`Error::Store`] if the disk fails.
     pub fn completeness(&mut self, id: DocumentId) -> Result<Completeness, Error> {
         if !self.held.contains_key(&id) {
             return Err(Error::Unknown(id));
         }
         let sharing: Vec<Key> = self.peers().filter(|peer| self.shares(peer, &id)).collect();
         let is_arriving = self.arrivals.contains_key(&id);
-        let told = self.comparisons.get(&id).map(|one| one.told.clone());
+        let told = self.comparisons.get(&id).map(|one| one.summaries.clone());
         let told = told.unwrap_or_default();
         let document = self.document(&id)?.map(|(document, _)| document);
         let (changes, log_bytes) = document.as_ref().map_or((0, 0), |document| document.log());
@@ -159,7 +160,7 @@ impl Replica {
         for peer in sharing {
             let told = told.get(&peer);
             if told.is_some_and(|told| !told.genesis) {
-                // Looks for it as well.
+                // The peer looks for the document as well.
                 continue;
             }
             let changes = told.map_or(0, |told| {
@@ -167,7 +168,7 @@ impl Replica {
                 counts.fold(0, u64::saturating_add)
             });
             let (missing, missing_decisions) = match (told, &document) {
-                (Some(told), Some(document)) => told.lacking(document),
+                (Some(told), Some(document)) => told.missing_from(document),
                 (Some(told), None) => (changes, told.epochs.saturating_add(1)),
                 (None, _) => (0, 0),
             };
@@ -185,7 +186,7 @@ impl Replica {
             let asked = self.comparisons.get(&id);
             let asked = asked.and_then(|one| one.asked.get(&holder.peer));
             if !on_its_way && asked.is_some_and(|until| *until <= now) {
-                self.ask_what(holder.peer, id)?;
+                self.request_summary(holder.peer, id)?;
             }
         }
         Ok(Completeness {

@@ -1,4 +1,4 @@
-//! What a replica has to say: messages for peers, and events for the application.
+//! Outputs of a replica: messages for peers, and events for the application.
 
 use bytes::Bytes;
 
@@ -7,70 +7,70 @@ use crate::{
     id::{DocumentId, Key, SessionId},
 };
 
-/// What a replica has to say.
+/// An output of a replica.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Output {
-    /// A message for a peer, as bytes for [`Replica::receive`](crate::Replica::receive) there.
+    /// A message for a peer; the peer passes it to [`Replica::receive`](crate::Replica::receive).
     Send {
-        /// To whom.
+        /// The receiver.
         peer: Key,
-        /// At most [`MAX_MESSAGE_BYTES`](crate::MAX_MESSAGE_BYTES).
+        /// The encoded message, at most [`MAX_MESSAGE_BYTES`](crate::MAX_MESSAGE_BYTES) long.
         message: Bytes,
     },
-    /// Something for the application.
+    /// An event for the application.
     Event(Event),
-    /// A peer sent what no honest peer would; it is to be left.
+    /// A peer has sent data that no honest peer would send. The application should disconnect the peer.
     Offence {
-        /// Which.
+        /// The peer.
         peer: Key,
-        /// What was wrong.
+        /// The reason.
         why: String,
     },
 }
 
-/// What happens to documents.
+/// An event that concerns a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// It has arrived, after it was opened before anybody had it.
+    /// The document has arrived from a peer after it was opened.
     Arrived(DocumentId),
-    /// Its content has changed.
+    /// The content has changed.
     Changed {
-        /// Which document.
+        /// The document.
         document: DocumentId,
-        /// Where; of lists the list, for its elements move. Only for documents that are watched; the whole document
-        /// after a rebuild.
+        /// Changed paths; of a list only the path of the list, because its elements move. Set only for watched
+        /// documents. After a rebuild, the path of the whole document.
         paths: Vec<Path>,
-        /// The change was made here.
+        /// True if this replica made the change.
         local: bool,
     },
-    /// The owner has decided anew who may write and read.
+    /// The owner has changed the rights to write and read.
     Rights(DocumentId),
-    /// The owner has begun the content anew, without its history.
+    /// The owner has compacted the document: the content begins anew without its history.
     Compacted(DocumentId),
-    /// An author has signed two different changes for one place. All replicas drop what that session wrote from there
+    /// An author has signed two different changes for one position. All replicas drop the session's changes from there
     /// on.
     Equivocated {
-        /// Which document.
+        /// The document.
         document: DocumentId,
-        /// Who.
+        /// The author.
         author: Key,
-        /// In which session.
+        /// The session.
         session: SessionId,
-        /// From which of its envelopes on.
+        /// The first index that is dropped.
         index: u64,
     },
-    /// Edits of this replica had lost what they built on, and were made again.
+    /// Edits of this replica had lost their dependencies and were made again.
     Carried {
-        /// Which document.
+        /// The document.
         document: DocumentId,
-        /// How many edits.
+        /// The number of edits.
         edits: usize,
     },
-    /// It takes no more: its owner is to compact it.
+    /// The document has no more room; its owner should compact it.
     Full(DocumentId),
-    /// It is held no longer.
+    /// The document is no longer held.
     Removed(DocumentId),
 }
 

@@ -1,4 +1,4 @@
-//! A document in the list of those that a node holds, in memory or not.
+//! A document in the list of those that a node holds, whether it is in memory or not.
 
 use std::time::Duration;
 
@@ -9,40 +9,40 @@ use crate::{
     document::Document,
     id::{Digest, DocumentId, Key, SessionId},
     log::{
-        epoch::{Epoch, Statement},
+        epoch::{Epoch, Terms},
         genesis::{self, Genesis, Readers},
     },
     store::{Store, StoreError, key},
 };
 
-/// Has no documents yet: nobody's digest.
+/// Placeholder for the digest of a document that has not arrived. No document has this digest.
 pub(super) const NOTHING: Digest = Digest([0; 32]);
 
-/// What is held of a document.
+/// A document that this node holds.
 #[derive(Debug)]
 pub(super) struct Held {
-    /// `None` until a peer has sent it.
+    /// The genesis; `None` until a peer has sent it.
     pub(super) genesis: Option<Genesis>,
     pub(super) digest: Digest,
-    /// The keys that may write the document and, in `readers`, those that may read it, by the last decision that is
-    /// known, in force here or not.
+    /// The keys that may write the document and, in `readers`, those that may read it, by the last known decision, even
+    /// if it is not in force yet.
     pub(super) writers: Vec<Key>,
     pub(super) readers: Readers,
     pub(super) is_decided: bool,
     pub(super) damage: Option<Damage>,
     pub(super) loaded: Option<Box<Document>>,
-    /// In which this replica writes, while the document is not in memory.
+    /// The session in which this replica writes, while the document is not in memory.
     pub(super) writing: Option<SessionId>,
-    /// Of what is in memory, when the document was last put on disk.
+    /// Memory estimate of the loaded document, at its last write to disk.
     pub(super) weight: usize,
     pub(super) used: u64,
 }
 
-/// Why a document cannot be used.
+/// The reason for which a document cannot be used.
 #[derive(Debug, Clone)]
 pub(super) struct Damage {
     pub(super) what: String,
-    /// When it is tried again; `None`: when it is opened again.
+    /// Time of the next attempt; `None` if the document has to be opened again.
     pub(super) until: Option<Duration>,
 }
 
@@ -66,7 +66,7 @@ impl Held {
         }
     }
 
-    /// Returns true if a peer may read the document, and the document can be read.
+    /// Returns true if a peer may read the document, and the document is not damaged.
     pub(super) fn may_read(&self, peer: &Key) -> bool {
         let owner = self.genesis.as_ref().map(|genesis| genesis.owner);
         self.damage.is_none()
@@ -82,19 +82,19 @@ impl Held {
             || matches!(&self.readers, Readers::Named(keys) if is_named(keys))
     }
 
-    /// Returns true if the document's owner has decided something since the document was made.
+    /// Returns true if the document's owner has made a decision since the document was created.
     pub(super) fn is_decided(&self) -> bool {
         self.is_decided
     }
 
-    pub(super) fn decided(&mut self, says: &Statement) {
+    pub(super) fn decided(&mut self, terms: &Terms) {
         self.is_decided = true;
-        self.writers.clone_from(&says.writers);
-        self.readers.clone_from(&says.readers);
+        self.writers.clone_from(&terms.writers);
+        self.readers.clone_from(&terms.readers);
     }
 }
 
-/// Reads what the list of documents says of one.
+/// Reads the entry of a document in the list of documents.
 pub(super) fn read_held(store: &Store, id: &DocumentId, row: &[u8]) -> Result<Held, StoreError> {
     let Some((digest, genesis)) = row.split_at_checked(32) else {
         return Ok(damaged_held(None, "its entry in the list of documents"));
@@ -106,16 +106,16 @@ pub(super) fn read_held(store: &Store, id: &DocumentId, row: &[u8]) -> Result<He
     let genesis = wire::SignedGenesis::decode(genesis).ok();
     let genesis = genesis.and_then(|genesis| Genesis::stored(genesis).ok());
     let Some(genesis) = genesis.filter(|genesis| genesis.id == *id) else {
-        return Ok(damaged_held(None, "its beginning"));
+        return Ok(damaged_held(None, "its genesis"));
     };
     let mut held = Held::new(Some(genesis.clone()), digest);
     let of_chain = store.last(&key::epochs(id))?.map(|(_, row)| row);
     let decided = store.get(&key::decided(id))?;
-    // The later one, if its base has not come yet, says who may read as well.
+    // A later decision whose base has not arrived determines the readers as well.
     for row in [of_chain, decided].into_iter().flatten() {
         let epoch = wire::SignedEpoch::decode(&row[..]).ok();
         match epoch.and_then(|epoch| Epoch::stored(epoch, &genesis).ok()) {
-            Some(epoch) => held.decided(&epoch.says),
+            Some(epoch) => held.decided(&epoch.terms),
             None => return Ok(damaged_held(Some(genesis), "a decision of its owner")),
         }
     }

@@ -1,4 +1,4 @@
-//! What is known of the documents that are held, without loading them.
+//! Information about the held documents, without loading them.
 
 use prost::Message;
 
@@ -11,63 +11,63 @@ use crate::{
     store::{StoreError, key},
 };
 
-/// What is known of a document.
+/// Information about a held document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DocumentInfo {
-    /// Its id.
+    /// The document's id.
     pub id: DocumentId,
-    /// The rest is known once it has arrived.
+    /// Details, known once the document has arrived.
     pub details: Option<DocumentDetails>,
-    /// The damage to the document on disk, if any. A damaged document is neither read, written nor given to peers until
+    /// The damage to the document on disk, if any. A damaged document is neither read, written nor sent to peers until
     /// it is opened again ([`Replica::hold`]).
     pub damage: Option<String>,
 }
 
-/// What is known of a document that is here.
+/// Details of a document that has arrived.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DocumentDetails {
-    /// Who decides who may write.
+    /// The owner, who decides who may write.
     pub owner: Key,
-    /// Whether only the owner writes.
+    /// The kind, which says whether only the owner may write.
     pub kind: Kind,
-    /// Who else may write.
+    /// Other keys that may write.
     pub writers: Vec<Key>,
-    /// Who may read.
+    /// The keys that may read.
     pub readers: Readers,
-    /// What people call it.
+    /// The label for users.
     pub label: String,
-    /// Decisions of the owner about the above, or new beginnings, since the document was made.
+    /// Number of decisions of the owner since the creation: changes of rights, and compactions.
     pub epochs: u64,
-    /// Equal on two replicas exactly if they hold the same.
+    /// Digest of the data, which is equal on two replicas exactly if their data is.
     pub digest: Digest,
-    /// Changes since it last began anew.
+    /// Number of changes since the last compaction.
     pub changes: u64,
-    /// Their bytes.
+    /// Size of these changes, in bytes.
     pub log_bytes: u64,
-    /// Changes that its content began anew with, if it did.
+    /// Number of changes in the base of the last compaction; 0 without one.
     pub base_changes: u64,
-    /// Sessions whose author has equivocated.
+    /// Number of sessions whose author has equivocated.
     pub equivocations: usize,
 }
 
 impl Replica {
-    /// The documents that are held. None of them is loaded for it, but those of a file that an earlier version has
-    /// written, once.
+    /// Returns information about all held documents. Loads none of them, except once those in a file of an earlier
+    /// version.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// Returns [`Error::Store`] if the disk fails.
     pub fn list(&mut self) -> Result<Vec<DocumentInfo>, Error> {
         self.recover()?;
         let ids: Vec<_> = self.held.keys().copied().collect();
         ids.into_iter().map(|id| self.info(id)).collect()
     }
 
-    /// What is known of a document.
+    /// Returns information about a document.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, and [`Error::Store`] if the disk fails.
     pub fn info(&mut self, id: DocumentId) -> Result<DocumentInfo, Error> {
         self.recover()?;
         let figures = match self.figures(&id) {
@@ -104,7 +104,8 @@ impl Replica {
         })
     }
 
-    /// The figures of a document: of its row if it is not in memory; `None` if it has not arrived or is damaged.
+    /// Returns the figures of a document, from its row if it is not in memory. Returns `None` if it has not arrived or
+    /// is damaged.
     pub(super) fn figures(&mut self, id: &DocumentId) -> Result<Option<Figures>, StoreError> {
         let Some(held) = self.held.get_mut(id) else {
             return Ok(None);
@@ -120,7 +121,7 @@ impl Replica {
                 return Ok(figures);
             }
         }
-        // Of a version that kept none.
+        // An earlier version stored no figures.
         let figures = self.document(id)?.map(|(document, _)| document.figures());
         if let Some(figures) = &figures {
             self.store.put(key::figures(id), figures.encode_to_vec());
@@ -128,30 +129,30 @@ impl Replica {
         Ok(figures)
     }
 
-    /// Documents that have arrived, with their owners and labels.
+    /// Returns the documents that have arrived, with their owners and labels.
     pub fn geneses(&self) -> impl Iterator<Item = (DocumentId, Key, &str)> {
         let held = self.held.values();
         held.filter_map(|held| held.genesis.as_ref())
             .map(|genesis| (genesis.id, genesis.owner, &genesis.label[..]))
     }
 
-    /// The documents that are held, arrived or not.
+    /// Returns the held documents, whether they have arrived or not.
     pub fn ids(&self) -> impl Iterator<Item = DocumentId> {
         self.held.keys().copied()
     }
 
-    /// Whose a document is, once it has arrived.
+    /// Returns the owner of a document, once it has arrived.
     pub fn owner(&self, id: &DocumentId) -> Option<Key> {
         Some(self.held.get(id)?.genesis.as_ref()?.owner)
     }
 
-    /// How many documents are held, and how many were not taken since the start because there were
+    /// Returns the number of held documents, and the number refused since the start because of
     /// [`MAX_DOCUMENTS`](crate::MAX_DOCUMENTS).
     pub fn count(&self) -> (usize, u64) {
         (self.held.len(), self.refused)
     }
 
-    /// Connected peers that are known to hold a document as well.
+    /// Returns the connected peers that are known to hold a document as well.
     pub fn sharing(&self, id: &DocumentId) -> Vec<Key> {
         let sharing = self.peers.iter().filter(|(_, peer)| peer.shares(id));
         sharing.map(|(key, _)| *key).collect()

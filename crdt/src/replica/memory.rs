@@ -1,4 +1,4 @@
-//! Documents in memory: loaded when they are used, and left to the disk when others need the room.
+//! Documents in memory: loaded on use, and unloaded when others need the room.
 
 use crate::{
     document::{Document, waiting::MAX_IN_ALL},
@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl Replica {
-    /// A document that is here, in memory; `None` if it is not held, has not arrived, or is damaged.
+    /// Returns a document, loading it if necessary. Returns `None` if it is not held, has not arrived, or is damaged.
     pub(crate) fn document(
         &mut self,
         id: &DocumentId,
@@ -37,7 +37,7 @@ impl Replica {
             let document = match load(&self.store, genesis, digest) {
                 Ok(document) => document,
                 Err(error) => {
-                    self.suspect(*id, &error);
+                    self.mark_unreadable(*id, &error);
                     return Err(error);
                 }
             };
@@ -84,15 +84,15 @@ impl Replica {
         })
     }
 
-    /// If the disk fails while it reads a document, that document is left alone for a while: otherwise each message of
-    /// a peer about it would make all documents be read anew.
-    pub(super) fn suspect(&mut self, id: DocumentId, error: &StoreError) {
+    /// Marks a document whose read failed, so that it is not read again for a while. Otherwise each message of a peer
+    /// about it would make all documents be read again.
+    pub(super) fn mark_unreadable(&mut self, id: DocumentId, error: &StoreError) {
         if !matches!(error, StoreError::Document { .. }) {
-            self.suspects.insert(id, error.to_string());
+            self.unreadable.insert(id, error.to_string());
         }
     }
 
-    /// Holds a document with this beginning and nothing else.
+    /// Holds a document with this genesis and nothing else.
     pub(super) fn keep(&mut self, genesis: Genesis) {
         let id = genesis.id;
         let document = Document::new(genesis.clone());
@@ -111,20 +111,20 @@ impl Replica {
     fn put_in_memory(&mut self, id: DocumentId, mut document: Document) {
         self.make_room(document.weight(), Some(id));
         if let Some(held) = self.held.get_mut(&id) {
-            document.go_on_writing(held.writing);
+            document.resume_session(held.writing);
             self.weight = self.weight - held.weight + document.weight();
             held.weight = document.weight();
             held.loaded = Some(Box::new(document));
         }
     }
 
-    /// Leaves documents that have not been used for longest to the disk, so that another of this weight has room; those
-    /// that are not on disk as they are in memory stay.
+    /// Unloads the least recently used documents until another of this weight has room. Documents with unwritten
+    /// changes stay.
     pub(super) fn make_room(&mut self, weight: usize, except: Option<DocumentId>) {
         if self.weight.saturating_add(weight) <= self.max_loaded {
             return;
         }
-        // So that it is not needed again for every document.
+        // Unload more than needed, so that the next document needs no unloading.
         let enough = (self.max_loaded / 4 * 3).saturating_sub(weight);
         let mut left = self.weight;
         let mut leave = Vec::new();
@@ -152,7 +152,7 @@ impl Replica {
         self.weight = left;
     }
 
-    /// Digests as they are now, also of what is not on disk yet.
+    /// Updates the digests of documents with unwritten changes.
     pub(super) fn refresh_digests(&mut self) {
         for id in &self.dirty {
             if let Some(held) = self.held.get_mut(id)
@@ -163,7 +163,7 @@ impl Replica {
         }
     }
 
-    /// Keeps what waits in all documents within [`MAX_IN_ALL`]: those that were not used for longest forget theirs.
+    /// Keeps the waiting changes of all documents within [`MAX_IN_ALL`]: the least recently used documents drop theirs.
     pub(super) fn bound_waiting(&mut self) {
         let waiting = |held: &Held| held.loaded.as_ref().map_or(0, |one| one.waiting_bytes());
         let held = self.recent.values().filter_map(|id| self.held.get(id));
@@ -200,11 +200,11 @@ impl Replica {
     }
 }
 
-/// Reads a document from disk. Its digest covers the chains of all sessions and decisions, so what was checked before
-/// it was put on disk need not be checked again, but for the signature of the beginning.
+/// Loads a document from disk. Its digest covers the chains of all sessions and decisions. Data that was checked before
+/// it was written thus needs no other check, except for the signature of the genesis.
 fn load(store: &Store, genesis: Genesis, digest: Digest) -> Result<Document, StoreError> {
     if Genesis::read(genesis.wire.clone()).is_err() {
-        return Err(store.damaged(genesis.id, "its beginning cannot be read"));
+        return Err(store.damaged(genesis.id, "its genesis cannot be read"));
     }
     let mut document = Document::load(store, genesis)?;
     match document.digest() == digest {

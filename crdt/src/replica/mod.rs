@@ -1,9 +1,9 @@
-//! All documents of a node, as a state machine: what peers send and what the application asks for goes in, messages and
+//! All documents of a node, as a state machine: messages of peers and requests of the application go in; messages and
 //! events come out.
 //!
-//! It does no I/O but on its store, has no clock and no thread: [`Replica::receive`] and the operations change what is
-//! in memory, [`Replica::finish_round`] puts it on disk, and only then [`Replica::poll`] gives out what follows from
-//! it. So nothing is told to anybody that a crash could take back.
+//! A replica does no I/O except on its store, and has no clock and no thread. [`Replica::receive`] and the operations
+//! change the state in memory. [`Replica::finish_round`] writes it to disk, and only then does [`Replica::poll`] return
+//! the outputs that follow from it. Nothing that a crash could undo is thus sent to a peer.
 
 mod archive;
 mod begin;
@@ -36,7 +36,7 @@ use crate::{
         signed::Identity,
     },
     replica::{
-        begin::{check_keys, tidy_readers},
+        begin::{check_keys, normalized_readers},
         held::{Held, NOTHING, read_held},
         peer::{Arrival, Comparison, News, PIECE, Peer},
     },
@@ -51,14 +51,14 @@ pub use self::{
     info::{DocumentDetails, DocumentInfo},
 };
 
-/// Documents that a node holds.
+/// Most documents that a node holds.
 pub const MAX_DOCUMENTS: usize = 65_536;
 
-/// Bytes of documents kept in memory, by `Document::weight`; the others are read when they are used. Enough for 5,000
-/// small documents, and no more than one document may have in its log: the one in use is in memory whatever it weighs.
+/// Most bytes of documents in memory, by `Document::weight`; others are loaded on use. Enough for 5,000 small
+/// documents, and no more than the log limit of one document: the document in use is in memory whatever its weight.
 const MAX_LOADED: usize = 128 << 20;
 
-/// Paths of changes are worked out for a document while this is held; [`Replica::watch`].
+/// A guard returned by [`Replica::watch`]. The paths of changes to a document are computed until it is dropped.
 #[derive(Debug, Clone)]
 pub struct Watching {
     _token: Arc<()>,
@@ -72,10 +72,10 @@ pub struct Replica {
     key: Key,
     held: BTreeMap<DocumentId, Held>,
     peers: BTreeMap<Key, Peer>,
-    /// What peers have told and is not looked at yet.
+    /// Data from peers that was not processed yet.
     inbox: BTreeMap<DocumentId, Vec<(Envelope, Source)>>,
     arrivals: BTreeMap<DocumentId, Arrival>,
-    /// What peers are to be told.
+    /// Data to announce to peers.
     news: BTreeMap<DocumentId, News>,
     /// Outputs that follow from changes that are not on disk yet, each with its document.
     queued: Vec<(Option<DocumentId>, Output)>,
@@ -83,41 +83,41 @@ pub struct Replica {
     dirty: BTreeSet<DocumentId>,
     /// Documents that were changed since [`take_concerns`](Self::take_concerns).
     concerns: BTreeSet<DocumentId>,
-    /// Documents of which the last round took back what had been done, and why.
+    /// Documents whose changes the last round rolled back, with the reason.
     undone: BTreeMap<DocumentId, StoreError>,
     /// Documents that were being read when the disk failed.
-    suspects: BTreeMap<DocumentId, String>,
-    /// Documents in memory by their last use, and what all of them weighed when they were last put on disk.
+    unreadable: BTreeMap<DocumentId, String>,
+    /// Documents in memory by their last use, and their total weight when they were last written to disk.
     recent: BTreeMap<u64, DocumentId>,
     weight: usize,
-    /// Bytes of documents kept in memory.
+    /// Most bytes of documents in memory.
     max_loaded: usize,
     watched: BTreeMap<DocumentId, Weak<()>>,
-    /// Documents that were not taken for there were too many.
+    /// Number of documents that were refused because there were too many.
     refused: u64,
     now: Duration,
-    /// Seconds since the Unix epoch.
+    /// Wall-clock time, in seconds since the Unix epoch.
     wall: i64,
     entropy: [u8; 32],
     drawn: u64,
     uses: u64,
-    /// After a fault of the disk: what is in memory is not to be relied on.
+    /// True after a disk fault: the state in memory cannot be relied on.
     stale: bool,
-    /// Bytes of a piece of what a peer wants.
+    /// Size of a piece that is sent to a peer, in bytes.
     piece: usize,
-    /// Gives and exports session by session, as versions before causal order do.
+    /// If true, sends and exports session by session, like versions before the causal order.
     #[cfg(test)]
     by_session: bool,
-    /// Documents of which somebody waits to hear how much of them is here.
+    /// Documents whose completeness a caller waits for.
     comparisons: BTreeMap<DocumentId, Comparison>,
 }
 
 impl Replica {
-    /// Reads what is on disk. `entropy` must never be the same twice: from it come the nonces that keep a restored
-    /// backup from continuing an old session.
+    /// Reads the documents on disk. `entropy` must never be the same twice: the nonces that prevent a restored backup
+    /// from continuing an old session derive from it.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`] if the documents cannot be opened or read.
     pub fn open(store: Store, identity: Identity, entropy: [u8; 32]) -> Result<Self, StoreError> {
         let mut this = Self {
             key: identity.key(),
@@ -133,7 +133,7 @@ impl Replica {
             dirty: BTreeSet::new(),
             concerns: BTreeSet::new(),
             undone: BTreeMap::new(),
-            suspects: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
             recent: BTreeMap::new(),
             weight: 0,
             max_loaded: MAX_LOADED,
@@ -154,7 +154,7 @@ impl Replica {
         Ok(this)
     }
 
-    /// Reads the list of documents. Signatures in it were checked before they were put on disk.
+    /// Reads the list of documents. Their signatures were checked before they were written.
     fn read_all(&mut self) -> Result<(), StoreError> {
         let mut all = BTreeMap::new();
         for (row, value) in self.store.scan(key::ALL_DOCUMENTS, &[], usize::MAX)? {
@@ -168,26 +168,26 @@ impl Replica {
         self.held = all;
         self.recent.clear();
         self.weight = 0;
-        // Damage that was found just now is a state of its document from here on.
+        // Damage found just now is part of the document's state from here on.
         self.store.take_damage();
         Ok(())
     }
 
-    /// This replica's public key.
+    /// Returns this replica's public key.
     pub fn key(&self) -> Key {
         self.key
     }
 
-    /// Mixes fresh randomness into what nonces come from. Two machines that go on from one image of a running one would
-    /// otherwise draw alike: they equivocate, each makes its lost edits again in a session with the same nonce as the
-    /// other's, and so without end.
+    /// Mixes fresh randomness into the source of nonces. Two machines that continue from one image of a running machine
+    /// would otherwise draw the same nonces. They would equivocate, each would make its lost edits again in a session
+    /// with the same nonce as the other's, and so on without end.
     pub fn stir(&mut self, entropy: [u8; 32]) {
         let mut hasher = blake3::Hasher::new_keyed(&self.entropy);
         hasher.update(&entropy);
         self.entropy = hasher.finalize().into();
     }
 
-    /// 32 bytes that were never drawn before.
+    /// Returns 32 bytes that were never drawn before.
     fn draw(&mut self) -> [u8; 32] {
         self.drawn += 1;
         let mut hasher = blake3::Hasher::new_keyed(&self.entropy);
@@ -203,11 +203,12 @@ impl Replica {
         self.wall = self.wall.max(wall);
     }
 
-    /// Makes a document; its owner is this replica. It is kept when [`finish_round`](Self::finish_round) has succeeded.
-    /// One with a nonce that is here already is left as it is.
+    /// Creates a document owned by this replica. It is stored once [`finish_round`](Self::finish_round) has succeeded.
+    /// If `new` has a nonce and the document already exists, it is left unchanged.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
+    /// Returns [`Error::TooLarge`] if a setting is over its limit, and [`Error::SingleWriter`] if a single-writer
+    /// document has other writers.
     pub fn create(&mut self, new: NewDocument) -> Result<DocumentId, Error> {
         let nonce = new.nonce.unwrap_or_else(|| self.nonce());
         let genesis = new.begin(&self.key, nonce)?;
@@ -219,7 +220,7 @@ impl Replica {
         }
         let genesis = Genesis::sign(&self.identity, genesis);
         self.begin(genesis)?;
-        self.say_interest(&[id], &[]);
+        self.announce_interest(&[id], &[]);
         Ok(id)
     }
 
@@ -238,12 +239,12 @@ impl Replica {
         Ok(())
     }
 
-    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Of one that is
-    /// held and damaged, what can be read is kept, and peers are asked for the rest. Returns true if it was held
-    /// before.
+    /// Holds a document from now on: requests it from all connected peers, and from every peer that connects later. If
+    /// the document is held but damaged, its readable part is kept and peers are asked for the rest. Returns true if it
+    /// was held before.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if too many are held, [`Error::Store`].
+    /// Returns [`Error::TooLarge`] if too many documents are held, and [`Error::Store`] if the disk fails.
     pub fn hold(&mut self, id: DocumentId) -> Result<bool, Error> {
         self.recover()?;
         if let Some(held) = self.held.get(&id) {
@@ -255,13 +256,13 @@ impl Replica {
         self.room()?;
         self.held.insert(id, Held::new(None, NOTHING));
         self.touched(id);
-        self.say_interest(&[id], &[]);
+        self.announce_interest(&[id], &[]);
         Ok(false)
     }
 
     fn begin(&mut self, genesis: Genesis) -> Result<(), StoreError> {
         let id = genesis.id;
-        // The beginning may have been damaged, and the rest still be here.
+        // The genesis may have been damaged, and the rest still be on disk.
         let is_left = !self.store.scan(&key::log(&id), &[], 0)?.is_empty();
         self.keep(genesis);
         match is_left {
@@ -270,23 +271,23 @@ impl Replica {
         }
     }
 
-    /// A genesis has come for a document that was sought.
+    /// Handles the genesis of a document that was opened and had not arrived.
     pub(crate) fn arrived(&mut self, genesis: Genesis) -> Result<(), StoreError> {
         self.event(Event::Arrived(genesis.id));
         self.begin(genesis)
     }
 
-    /// A document whose beginning is damaged is looked for as if it had never been here.
+    /// Requests a document whose genesis is damaged as if it had never been on this node.
     fn seek_again(&mut self, id: DocumentId) {
         self.held.insert(id, Held::new(None, NOTHING));
         self.touched(id);
-        self.say_interest(&[id], &[]);
+        self.announce_interest(&[id], &[]);
     }
 
-    /// Holds a document no longer; what is here of it is deleted. Returns true if it was held.
+    /// Stops holding a document, and deletes its data on this node. Returns true if it was held.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// Returns [`Error::Store`] if the disk fails.
     pub fn remove(&mut self, id: DocumentId) -> Result<bool, Error> {
         self.recover()?;
         let Some(held) = self.held.remove(&id) else {
@@ -303,25 +304,28 @@ impl Replica {
         self.inbox.remove(&id);
         self.arrivals.remove(&id);
         self.news.remove(&id);
-        self.say_interest(&[], &[id]);
+        self.announce_interest(&[], &[id]);
         self.event(Event::Removed(id));
         Ok(true)
     }
 
-    /// What is at a path; `None` if nothing is.
+    /// Returns the value at a path, or `None` if there is none.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, [`Error::NotYet`] if it has not arrived, and
+    /// [`Error::Store`] if the disk fails.
     pub fn get(&mut self, id: DocumentId, path: &Path) -> Result<Option<Value>, Error> {
         let (document, _) = self.present(&id)?;
         Ok(value::get(document.automerge(), path))
     }
 
     /// Makes edits as one commit: all of them or, after an error, none. `time` is in seconds since the Unix epoch.
-    /// `None` if they change nothing. The commit counts when [`finish_round`](Self::finish_round) has succeeded.
+    /// Returns `None` if the edits change nothing. The commit is durable once [`finish_round`](Self::finish_round) has
+    /// succeeded.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the operation is not allowed or does not fit, or if the disk fails; then nothing is
+    /// changed.
     pub fn commit(
         &mut self,
         id: DocumentId,
@@ -361,19 +365,21 @@ impl Replica {
         Ok(Some(change))
     }
 
-    /// Commits, the latest first, at most `limit`.
+    /// Returns at most `limit` commits, the latest first.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, [`Error::NotYet`] if it has not arrived, and
+    /// [`Error::Store`] if the disk fails.
     pub fn history(&mut self, id: DocumentId, limit: usize) -> Result<Vec<Commit>, Error> {
         let (document, _) = self.present(&id)?;
         Ok(document.history(limit))
     }
 
-    /// Changes who may write and read. Only the owner may.
+    /// Changes the rights to write and read. Only the owner may do this.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the operation is not allowed or does not fit, or if the disk fails; then nothing is
+    /// changed.
     pub fn decide(&mut self, id: DocumentId, rights: Rights) -> Result<(), Error> {
         let (document, _) = self.present(&id)?;
         let genesis = &document.genesis;
@@ -383,11 +389,11 @@ impl Replica {
         let mut writers = document.epochs.writers(genesis).to_vec();
         writers.retain(|key| !rights.revoke.contains(key));
         writers.extend(rights.add);
-        let writers = genesis::tidy(writers, &genesis.owner);
+        let writers = genesis::normalized(writers, &genesis.owner);
         check_keys("the list of writers", writers.len())?;
         let owner = genesis.owner;
         let readers = match rights.readers {
-            Some(readers) => tidy_readers(readers, &owner)?,
+            Some(readers) => normalized_readers(readers, &owner)?,
             None => document.epochs.readers(genesis).clone(),
         };
         if writers == document.epochs.writers(genesis)
@@ -399,15 +405,17 @@ impl Replica {
         let decision = Decision {
             writers,
             readers,
-            anew: None,
+            compact_at: None,
         };
         self.decide_as(id, decision)
     }
 
-    /// Begins the content anew as it is, without its history. Only the owner may.
+    /// Compacts a document: the content begins anew in its current state, without its history. Only the owner may do
+    /// this.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the operation is not allowed or does not fit, or if the disk fails; then nothing is
+    /// changed.
     pub fn compact(&mut self, id: DocumentId) -> Result<(), Error> {
         let wall = self.wall;
         let (document, _) = self.present(&id)?;
@@ -415,7 +423,7 @@ impl Replica {
         let decision = Decision {
             writers: document.epochs.writers(genesis).to_vec(),
             readers: document.epochs.readers(genesis).clone(),
-            anew: Some(wall),
+            compact_at: Some(wall),
         };
         self.decide_as(id, decision)
     }
@@ -428,10 +436,10 @@ impl Replica {
         Ok(())
     }
 
-    /// Events say which paths of the document change, for as long as what this returns is held.
+    /// Makes events report which paths of the document change, until the returned guard is dropped.
     ///
     /// # Errors
-    /// [`Error::Unknown`].
+    /// Returns [`Error::Unknown`] if the document is not held.
     pub fn watch(&mut self, id: DocumentId) -> Result<Watching, Error> {
         if !self.held.contains_key(&id) {
             return Err(Error::Unknown(id));
@@ -448,7 +456,7 @@ impl Replica {
         self.present(&id).unwrap().0.assert_loads();
     }
 
-    /// Gives pieces of about so many bytes.
+    /// Sets the approximate size of pieces, in bytes.
     #[cfg(test)]
     pub(crate) fn set_piece(&mut self, bytes: usize) {
         self.piece = bytes;

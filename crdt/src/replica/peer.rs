@@ -1,6 +1,6 @@
-//! What is known of each connected peer, and what is on its way from it and to it.
+//! The state of each connected peer, and of the transfers to and from it.
 //!
-//! State alone: the rules by which it changes are those of the exchange.
+//! This module holds only state; the rules by which it changes are in the exchange.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use weft_proto::wire;
 
 use crate::{
-    document::{Document, From},
+    document::{Document, Received},
     id::{DocumentId, EpochId, Key, SessionId},
     log::{
         envelope::Proof,
@@ -20,24 +20,25 @@ use crate::{
     },
 };
 
-/// A piece of what was wanted: about this many bytes, and one item more at most.
+/// Approximate size of a piece, in bytes; its last item may exceed it.
 pub(super) const PIECE: usize = 512 << 10;
 
-/// What is known of a connected peer.
+/// The state of a connected peer.
 #[derive(Debug, Default)]
 pub(super) struct Peer {
-    /// Documents that both hold.
+    /// Documents that both nodes hold.
     pub(super) shared: BTreeSet<DocumentId>,
     pub(super) exchanges: BTreeMap<DocumentId, Exchange>,
-    /// Documents that differ and are compared when others are done.
+    /// Documents that differ and are compared once others are done.
     pub(super) later: BTreeSet<DocumentId>,
     pub(super) check_at: Duration,
     pub(super) checks: u32,
-    /// When our digest of all documents was told last.
+    /// Time at which the digest of all documents was last sent to the peer.
     pub(super) told_at: Option<Duration>,
-    /// A summary was asked for not long ago.
+    /// Documents for which a summary was requested a short time ago, with the end of that time.
     pub(super) asked: BTreeMap<DocumentId, Duration>,
-    /// Documents that the peer may read no longer, whose decisions it may have: the last one it was told of, and when.
+    /// Documents that the peer may no longer read and whose decisions it may have: the last decision announced to it,
+    /// and the time.
     pub(super) shut_out: BTreeMap<DocumentId, (EpochId, Duration)>,
 }
 
@@ -59,9 +60,9 @@ impl Peer {
     }
 }
 
-/// A peer's summary of what it has of a document.
+/// A peer's summary of its data of a document.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Told {
+pub(super) struct PeerSummary {
     pub(super) genesis: bool,
     pub(super) epochs: u64,
     pub(super) epoch: Option<EpochId>,
@@ -69,9 +70,9 @@ pub(super) struct Told {
     pub(super) forks: Heads,
 }
 
-impl Told {
-    /// Changes that a document lacks of this, and decisions and proofs.
-    pub(super) fn lacking(&self, document: &Document) -> (u64, u64) {
+impl PeerSummary {
+    /// Returns the number of changes in this summary that a document lacks, and the number of decisions and proofs.
+    pub(super) fn missing_from(&self, document: &Document) -> (u64, u64) {
         let (mut changes, mut decisions): (u64, u64) = (0, 0);
         for (session, head) in &self.sessions {
             let void = document.proof(session).map_or(u64::MAX, Proof::index);
@@ -81,7 +82,7 @@ impl Told {
             } else if head.count <= void
                 && document.chain_at(session, head.count) != Some(head.chain)
             {
-                // Another branch; a proof is being looked for.
+                // The peer has another branch; a proof is being searched for.
                 decisions += 1;
             }
         }
@@ -101,31 +102,31 @@ impl Told {
     }
 }
 
-/// Getting what a peer has more of a document.
+/// The transfer of the data that a peer has and this node lacks, for one document.
 #[derive(Debug, Default)]
 pub(super) struct Exchange {
-    /// What the peer has.
-    pub(super) there: Told,
-    /// Of these another branch is known there: from which envelope on the two are compared next.
+    /// The peer's data.
+    pub(super) peer_summary: PeerSummary,
+    /// Sessions of which the peer has another branch, with the next envelope to compare.
     pub(super) seek: BTreeMap<SessionId, u64>,
-    /// All epochs are wanted, for those here belong to another chain.
+    /// True if all epochs are requested, because this node's belong to another chain.
     pub(super) all_epochs: bool,
-    /// What was wanted last, and until when it is waited for.
+    /// The last request, and the time until which its answer is awaited.
     pub(super) wanted: Option<wire::Want>,
     pub(super) until: Duration,
-    /// The last piece brought nothing, and gave nothing that was wanted.
+    /// True if the last piece brought nothing new and nothing that was requested.
     pub(super) idle: bool,
-    /// Sessions whose next envelopes are here and wait: not wanted before something has been applied.
+    /// Sessions whose next envelopes are waiting; not requested until a change has been applied.
     pub(super) blocked: BTreeSet<SessionId>,
-    /// Sessions that were blocked once: what waits of them is not wanted again.
+    /// Sessions that were blocked at some time; their waiting envelopes are not requested again.
     pub(super) kept: BTreeSet<SessionId>,
-    /// Sessions of which this peer has given what can never count.
+    /// Sessions of which the peer has sent envelopes that can never be valid.
     pub(super) void: BTreeSet<SessionId>,
-    /// Pieces in a row that brought nothing.
+    /// Consecutive pieces that brought nothing.
     pub(super) fruitless: u32,
 }
 
-/// Epochs that wait for the base of the last new beginning among them.
+/// Epochs that wait for the base of the last compaction among them.
 #[derive(Debug, Default)]
 pub(super) struct Arrival {
     pub(super) epochs: Vec<Epoch>,
@@ -134,24 +135,24 @@ pub(super) struct Arrival {
 }
 
 impl Arrival {
-    pub(super) fn beginning(&self) -> Option<&Epoch> {
-        self.epochs.iter().rev().find(|epoch| epoch.is_beginning())
+    pub(super) fn compaction(&self) -> Option<&Epoch> {
+        self.epochs.iter().rev().find(|epoch| epoch.is_compaction())
     }
 }
 
-/// Holders of one document are being asked. Bounded by the peers that are connected, each with a summary of at most
-/// 4,096 sessions.
+/// A comparison of one document with its holders. Limited by the number of connected peers, each with a summary of at
+/// most 4,096 sessions.
 #[derive(Debug)]
 pub(super) struct Comparison {
     pub(super) token: Weak<()>,
-    pub(super) told: BTreeMap<Key, Told>,
+    pub(super) summaries: BTreeMap<Key, PeerSummary>,
     pub(super) asked: BTreeMap<Key, Duration>,
 }
 
-/// What is new in a document.
+/// New data of a document, to be announced.
 #[derive(Debug, Default)]
 pub(super) struct News {
-    pub(super) envelopes: Vec<From>,
+    pub(super) envelopes: Vec<Received>,
     pub(super) proofs: Vec<Proof>,
     pub(super) epochs: Vec<(Epoch, Option<Key>)>,
 }

@@ -1,4 +1,5 @@
-//! A round of work: what was done since the last one goes to disk as a whole, and what follows from it comes out.
+//! A round of work: the changes since the last round are written to disk as a whole, and then their outputs are
+//! released.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,23 +19,25 @@ use crate::{
     store::{StoreError, key},
 };
 
-/// A document that could not be read for a fault of the disk is tried again after this long: a fault costs all
-/// documents a look at what is on disk.
+/// Time after which a document that could not be read because of a disk fault is tried again. A fault makes all
+/// documents be read from disk again.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 impl Replica {
-    /// Finishes a round of work: applies the envelopes that peers have sent, puts everything that was done since the
-    /// last round on disk in one transaction, tells peers what is new, and lets out what [`poll`](Self::poll) returns.
-    /// A fault of the disk that any operation met since the last round fails this one, also if that operation returned
-    /// no error. Damage of a document takes back what was done with that document alone: [`undone`](Self::undone).
+    /// Finishes a round of work. Applies the envelopes that peers have sent, writes all changes since the last round to
+    /// disk in one transaction, announces new data to peers, and releases the outputs that [`poll`](Self::poll)
+    /// returns.
+    ///
+    /// A disk fault in any operation since the last round fails this round, even if that operation returned no error.
+    /// Damage to a document rolls back only the changes to that document: see [`undone`](Self::undone).
     ///
     /// # Errors
-    /// [`StoreError`]; then nothing of what was done since the last round has happened.
+    /// Returns [`StoreError`]; then all changes since the last round are rolled back.
     pub fn finish_round(&mut self) -> Result<(), StoreError> {
         self.undone.clear();
         let finished = self.try_finish();
         if finished.is_err() {
-            self.go_back();
+            self.roll_back();
         }
         finished
     }
@@ -42,9 +45,9 @@ impl Replica {
     fn try_finish(&mut self) -> Result<(), StoreError> {
         self.recover()?;
         self.settle()?;
-        // Peers are told last, for nobody is told of a change that is taken back. The news is read from memory.
+        // Announce data last, so that no rolled-back change is announced. The announcements are built from memory.
         while self.put_rows()? {}
-        self.tell()?;
+        self.announce()?;
         while self.put_rows()? {}
         self.make_room(0, None);
         self.bound_waiting();
@@ -59,8 +62,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Writes the rows of documents that have changed, and takes back what was done with those that turned out to be
-    /// damaged. Returns true if there may be more to do.
+    /// Writes the rows of changed documents, and rolls back the changes to documents that turned out to be damaged.
+    /// Returns true if there may be more to do.
     fn put_rows(&mut self) -> Result<bool, StoreError> {
         for id in mem::take(&mut self.dirty) {
             match self.put_row(id) {
@@ -96,8 +99,8 @@ impl Replica {
         Ok(())
     }
 
-    /// A document is damaged on disk: what was done with it since the last round is taken back, and it is as it is on
-    /// disk, to be opened again. All else goes on.
+    /// Rolls back the changes to a damaged document since the last round. It returns to its state on disk and has to be
+    /// opened again. All other documents continue.
     fn undo(&mut self, id: DocumentId, what: String) -> Result<(), StoreError> {
         tracing::error!(document = %id, what, "a document is damaged on disk");
         self.store.forget(&id);
@@ -127,8 +130,8 @@ impl Replica {
         Ok(())
     }
 
-    /// After a fault of the disk: memory is as the disk is.
-    fn go_back(&mut self) {
+    /// Discards the state in memory after a disk fault, and returns to the state on disk.
+    fn roll_back(&mut self) {
         self.queued.clear();
         self.dirty.clear();
         self.inbox.clear();
@@ -139,20 +142,20 @@ impl Replica {
         }
         self.stale = true;
         if let Err(error) = self.recover() {
-            tracing::error!(%error, "documents cannot be read");
+            tracing::error!(%error, "cannot read documents after a disk fault");
         }
         let until = Some(self.now + TRY_AGAIN);
-        for (id, what) in mem::take(&mut self.suspects) {
+        for (id, what) in mem::take(&mut self.unreadable) {
             if let Some(held) = self.held.get_mut(&id)
                 && !self.stale
             {
-                tracing::error!(document = %id, what, "a document cannot be read from disk");
+                tracing::error!(document = %id, what, "cannot read a document from disk");
                 held.damage.get_or_insert(Damage { what, until });
             }
         }
     }
 
-    /// Reads again what is on disk, if that is to be done after a fault.
+    /// Reads the state on disk again, if a fault has made it necessary.
     pub(super) fn recover(&mut self) -> Result<(), StoreError> {
         if self.stale {
             self.store.reopen()?;
@@ -162,12 +165,13 @@ impl Replica {
         Ok(())
     }
 
-    /// Returns the next output, in order; only outputs that [`finish_round`](Self::finish_round) has let out.
+    /// Returns the next output, in order. Only outputs released by [`finish_round`](Self::finish_round) are returned.
     pub fn poll(&mut self) -> Option<Output> {
         self.outputs.pop_front()
     }
 
-    /// Lets something out at the end of the round; what is of a document, only if nothing of that was taken back.
+    /// Queues an output for the end of the round. An output of a document is dropped if the document's changes are
+    /// rolled back.
     pub(super) fn queue(&mut self, of: Option<DocumentId>, output: Output) {
         self.queued.push((of, output));
     }
@@ -177,20 +181,20 @@ impl Replica {
         self.queue(Some(of), Output::Event(event));
     }
 
-    /// The document is not as it is on disk.
+    /// Marks a document as changed since its last write to disk.
     pub(super) fn touched(&mut self, id: DocumentId) {
         self.dirty.insert(id);
         self.concerns.insert(id);
     }
 
-    /// Returns the documents that were changed since this was called last: what was done with them is taken back if
-    /// the end of the round finds them damaged ([`undone`](Self::undone)).
+    /// Returns the documents that were changed since the last call. Their changes are rolled back if the end of the
+    /// round finds the document damaged ([`undone`](Self::undone)).
     pub fn take_concerns(&mut self) -> BTreeSet<DocumentId> {
         mem::take(&mut self.concerns)
     }
 
-    /// Documents that the last [`finish_round`](Self::finish_round) found damaged: nothing of what was done with them
-    /// in that round has happened, while everything else is on disk.
+    /// Returns the documents that the last [`finish_round`](Self::finish_round) found damaged. Their changes in that
+    /// round were rolled back, while all others are on disk.
     pub fn undone(&self) -> &BTreeMap<DocumentId, StoreError> {
         &self.undone
     }

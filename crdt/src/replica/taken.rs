@@ -1,4 +1,5 @@
-//! What follows from what a document has taken: events, news, offences, and own edits that are made again.
+//! Handles the results of processing envelopes, epochs and proofs: events, announcements, offences, and own edits that
+//! are made again.
 
 use std::mem;
 
@@ -9,7 +10,7 @@ use crate::{
     id::{DocumentId, Key},
     log::{
         envelope::Envelope,
-        epoch::{Epoch, Statement},
+        epoch::{Epoch, Terms},
     },
     refusal::Refusal,
     replica::{
@@ -19,11 +20,11 @@ use crate::{
     store::{StoreError, key},
 };
 
-/// Carried edits that go into one commit.
-const CARRIED: usize = 1024;
+/// Most edits that are made again in one commit.
+const MAX_REAPPLIED: usize = 1024;
 
 impl Replica {
-    /// Tells of what has been taken into a document, and makes lost edits again.
+    /// Reports what a document has accepted, and makes lost edits again.
     pub(super) fn follow(&mut self, id: DocumentId, taken: Taken) -> Result<(), StoreError> {
         let Taken {
             new,
@@ -31,10 +32,10 @@ impl Replica {
             offences,
             early,
             paths,
-            carry,
+            reapply,
             rebuilt,
             full,
-            astray,
+            diverged,
             void,
             refused: _,
             quiet,
@@ -73,25 +74,25 @@ impl Replica {
             self.event(Event::Full(id));
         }
         for (peer, refusal) in offences {
-            self.offend(peer, &refusal);
+            self.report_offence(peer, &refusal);
         }
-        for (peer, session) in astray {
-            self.seek(peer, id, session);
+        for (peer, session) in diverged {
+            self.find_fork(peer, id, session);
         }
         for (peer, session) in void {
-            self.forgo(peer, id, session);
+            self.mark_void(peer, id, session);
         }
         for peer in early {
             self.ask_again(peer, id)?;
         }
-        self.carry(id, &carry)
+        self.reapply(id, &reapply)
     }
 
-    fn carry(&mut self, id: DocumentId, edits: &[Edit]) -> Result<(), StoreError> {
+    fn reapply(&mut self, id: DocumentId, edits: &[Edit]) -> Result<(), StoreError> {
         if edits.is_empty() {
             return Ok(());
         }
-        for some in edits.chunks(CARRIED) {
+        for some in edits.chunks(MAX_REAPPLIED) {
             let draft = Draft {
                 edits: some,
                 message: Some("made again"),
@@ -102,7 +103,9 @@ impl Replica {
             match self.commit_as(id, &draft) {
                 Ok(_) => {}
                 Err(Error::Store(error)) => return Err(error),
-                Err(error) => tracing::warn!(document = %id, %error, "edits cannot be made again"),
+                Err(error) => {
+                    tracing::warn!(document = %id, %error, "cannot make lost edits again")
+                }
             }
         }
         self.event(Event::Carried {
@@ -112,7 +115,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Epochs are in force now.
+    /// Handles epochs that have come into force.
     pub(super) fn epochs_taken(
         &mut self,
         id: DocumentId,
@@ -120,18 +123,18 @@ impl Replica {
         from: Option<Key>,
         taken: Taken,
     ) -> Result<(), StoreError> {
-        let beginning = epochs.iter().any(Epoch::is_beginning);
+        let compaction = epochs.iter().any(Epoch::is_compaction);
         self.reconsider(&id);
         let news = self.news.entry(id).or_default();
         news.epochs
             .extend(epochs.into_iter().map(|epoch| (epoch, from)));
         self.touched(id);
         if let Some((document, _)) = self.document(&id)? {
-            let last = document.epochs.last().map(|epoch| epoch.says.clone());
+            let last = document.epochs.last().map(|epoch| epoch.terms.clone());
             if let Some(held) = self.held.get_mut(&id)
-                && let Some(says) = last
+                && let Some(terms) = last
             {
-                held.decided(&says);
+                held.decided(&terms);
             }
         }
         self.store.delete(key::decided(&id));
@@ -144,44 +147,44 @@ impl Replica {
             .map(|(peer, _)| *peer)
             .collect();
         for peer in shut_out {
-            // It has a part, or has said so while it might read all of it.
+            // The peer has a part of the document, or said so while it could read all of it.
             self.shut_out(peer, id, true)?;
         }
-        self.event(if beginning {
+        self.event(if compaction {
             Event::Compacted(id)
         } else {
             Event::Rights(id)
         });
         self.follow(id, taken)?;
-        // What waited for the epoch.
+        // Process envelopes that waited for the epoch.
         self.inbox.entry(id).or_default();
         Ok(())
     }
 
-    /// A decision is known that cannot be taken before the content comes that it begins anew with.
-    pub(super) fn decided(&mut self, id: DocumentId, says: &Statement, row: Vec<u8>) {
+    /// Stores a decision that cannot be applied before the base of its compaction arrives.
+    pub(super) fn decided(&mut self, id: DocumentId, terms: &Terms, row: Vec<u8>) {
         if let Some(held) = self.held.get_mut(&id) {
-            held.decided(says);
+            held.decided(terms);
             self.store.put(key::decided(&id), row);
         }
     }
 
-    pub(super) fn offend(&mut self, peer: Key, refusal: &Refusal) {
-        tracing::warn!(%peer, %refusal, "a peer sent what no honest peer would");
+    pub(super) fn report_offence(&mut self, peer: Key, refusal: &Refusal) {
+        tracing::warn!(%peer, %refusal, "a peer sent data that no honest peer would send");
         let why = refusal.to_string();
         self.queue(None, Output::Offence { peer, why });
     }
 
-    /// Looks at what peers have told.
+    /// Processes the data that peers have sent.
     pub(crate) fn settle(&mut self) -> Result<(), StoreError> {
-        // Each round may bring what a round before waited for; the bound is against a mistake here.
+        // Each pass may bring data that an earlier one waited for. The limit guards against a bug in this loop.
         for _ in 0..16 {
             let inbox = mem::take(&mut self.inbox);
             if inbox.is_empty() {
                 break;
             }
             for (id, envelopes) in inbox {
-                // One that is damaged keeps no other from being worked on.
+                // A damaged document does not stop the others.
                 match self.take_inbox(id, envelopes) {
                     Ok(()) | Err(StoreError::Document { .. }) => {}
                     Err(error) => return Err(error),

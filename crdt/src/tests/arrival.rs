@@ -1,6 +1,5 @@
-//! Documents of many sessions arrive: from one peer, in a stated number of pieces, whatever the session ids, and
-//! whatever has happened to them. Each run follows from a seed; a failing one is printed, and `CASE=N cargo test -p
-//! weft-crdt arrival` plays it again.
+//! Documents of many sessions arrive from one peer in a limited number of pieces, for any session ids and any history.
+//! Each run follows from a seed. A failing case is printed, and `CASE=N cargo test -p weft-crdt arrival` repeats it.
 
 use std::{collections::BTreeSet, env, time::Duration};
 
@@ -14,24 +13,25 @@ use crate::{
     store::key::{self as row, envelope},
 };
 
-/// Bytes of a piece in these tests.
+/// Size of a piece in these tests, in bytes.
 const PIECE: usize = 2 << 10;
 
-/// Holds everything, and gives.
+/// The node that has everything and sends it.
 pub(super) const GIVER: usize = 0;
-/// Holds some prefix, and receives.
+/// The node that has a part and receives the rest.
 pub(super) const RECEIVER: usize = 1;
-/// The owner, and the first of those that write.
+/// The owner, and the number of writers; the owner is the first of them.
 const OWNER: usize = 2;
 const WRITERS: usize = 5;
 
-/// Pieces beyond the bytes that are missing, divided by the size of a piece.
+/// The allowed number of pieces beyond the missing bytes divided by the size of a piece.
 ///
-/// Every piece but the last of an exchange is full, and each begins with what can be applied: so without anything else
-/// this is 0. A cut loses one piece on its way (1). Where one of the two does not know the other's proofs and
-/// decisions, the first piece is wanted from counts that these then change (1), and one more is on its way before the
-/// giver knows the receiver's (1). Of sessions that have shrunk at the giver meanwhile the receiver asks for what is
-/// not there any more, and gets an empty piece (1); twice, if a round of comparing follows (1).
+/// Every piece but the last of an exchange is full, and each begins with a change that can be applied, so the basic
+/// value is 0. An interruption loses one piece in transit (1). If one node does not know the other's proofs and
+/// decisions, the first piece is requested from counts that these then change (1). Another piece is in transit before
+/// the giver knows the receiver's proofs and decisions (1). If sessions have shrunk at the giver meanwhile, the
+/// receiver requests envelopes that no longer exist, and gets an empty piece (1); twice, if another round of comparing
+/// follows (1).
 const fn beyond(decided: bool, cut: bool) -> usize {
     (if decided { 4 } else { 0 }) + (if cut { 1 } else { 0 })
 }
@@ -39,7 +39,7 @@ const fn beyond(decided: bool, cut: bool) -> usize {
 pub(super) struct Play {
     pub(super) world: World,
     pub(super) id: DocumentId,
-    /// Epochs, new beginnings and forks.
+    /// True if the history has epochs, compactions and forks.
     decided: bool,
     twins: Vec<usize>,
     revoked: bool,
@@ -72,7 +72,7 @@ impl Play {
         this
     }
 
-    /// Two meet until they have told each other everything.
+    /// Connects two nodes until they have exchanged everything.
     fn sync(&mut self, a: usize, b: usize) {
         if a == b {
             return;
@@ -98,7 +98,7 @@ impl Play {
         }
     }
 
-    /// A writer goes on as two, which sign different changes for one place.
+    /// Makes a writer continue on two machines, which sign different changes for one position.
     fn fork(&mut self) {
         let at = OWNER + 1 + self.world.random.usize(..WRITERS - 1);
         let (disk, starts) = (
@@ -154,7 +154,7 @@ impl Play {
         }
     }
 
-    /// The node, as it were if it knew another's proofs and decisions, but no more of its envelopes.
+    /// Returns a copy of a node that also knows another node's proofs and decisions, but none of its envelopes.
     fn informed(&mut self, at: usize, by: usize) -> Node {
         let disk = self.world.nodes[at].disk.copy();
         let mut node = Node::new(identity(at as u8), disk, 100);
@@ -181,7 +181,7 @@ impl Play {
         let known: Vec<_> = document.epochs.iter().map(|epoch| epoch.id).collect();
         let epochs = epochs.iter().filter(|epoch| !known.contains(&epoch.id));
         let epochs: Vec<_> = epochs.cloned().collect();
-        let base = match epochs.iter().any(|epoch| epoch.is_beginning()) {
+        let base = match epochs.iter().any(|epoch| epoch.is_compaction()) {
             true => base,
             false => Vec::new(),
         };
@@ -194,8 +194,8 @@ impl Play {
         node
     }
 
-    /// Bytes that the receiver lacks: of envelopes, decisions, base and proofs.
-    fn lacking(&mut self) -> usize {
+    /// Returns the bytes that the receiver lacks: envelopes, decisions, base and proofs.
+    fn missing_bytes(&mut self) -> usize {
         let mut receiver = self.informed(RECEIVER, GIVER);
         let mut giver = self.informed(GIVER, RECEIVER);
         let id = self.id;
@@ -214,14 +214,14 @@ impl Play {
         }
         let here = match self.world.node(RECEIVER).document(&id).unwrap() {
             Some((document, _)) => {
-                let beginning = document.epochs.beginning().map(|epoch| epoch.id);
-                (document.epochs.count(), beginning)
+                let compaction = document.epochs.compaction().map(|epoch| epoch.id);
+                (document.epochs.count(), compaction)
             }
             None => (0, None),
         };
         let new = theirs.epochs.iter().filter(|epoch| epoch.number > here.0);
         bytes += new.map(|epoch| epoch.wire.encoded_len()).sum::<usize>();
-        if theirs.epochs.beginning().map(|epoch| epoch.id) != here.1 {
+        if theirs.epochs.compaction().map(|epoch| epoch.id) != here.1 {
             let base = store.scan(&row::base(&id), &[], usize::MAX).unwrap();
             bytes += base.iter().map(|(_, change)| change.len()).sum::<usize>();
         }
@@ -242,7 +242,7 @@ impl Play {
         digests[0] == digests[1] && digests[0].is_some()
     }
 
-    /// The receiver meets the giver; the pieces that came, and whether it was cut after some of them.
+    /// Connects the receiver to the giver. Returns the number of pieces received, over all connections.
     fn receive(&mut self, cut_after: Option<usize>) -> usize {
         for at in [GIVER, RECEIVER] {
             self.world.node(at).set_piece(PIECE);
@@ -265,7 +265,7 @@ impl Play {
                 }
                 self.world.deliver();
                 flown += 1;
-                assert!(flown < 20_000, "messages fly without end");
+                assert!(flown < 20_000, "messages are exchanged without end");
             }
             if self.same() {
                 return pieces;
@@ -280,7 +280,7 @@ impl Play {
     }
 }
 
-/// A document with a random history, all of which the giver has; the receiver has some prefix of it.
+/// Creates a document with a random history. The giver has all of it, and the receiver has a prefix.
 pub(super) fn history(seed: u64, decided: bool) -> Play {
     let mut play = Play::new(seed, decided);
     let receives_until = play.world.random.usize(..300);
@@ -298,17 +298,17 @@ pub(super) fn history(seed: u64, decided: bool) -> Play {
         }
     }
     if decided && !knows_twins && play.world.random.bool() {
-        // The other branch, and what is built on it, is known to the receiver alone.
+        // Only the receiver knows the other branch and the changes that build on it.
         twins.iter().for_each(|twin| play.sync(*twin, RECEIVER));
     }
     play
 }
 
-/// The result of a run: bytes that were missing, sessions, and pieces.
+/// Runs a case. Returns the missing bytes, the sessions, and the pieces.
 fn play(case: u64) -> (usize, usize, usize) {
     let (decided, cut, by_session) = (case % 2 == 1, case / 2 % 2 == 1, case / 4 % 4 == 3);
     let mut play = history(case, decided);
-    let bytes = play.lacking();
+    let bytes = play.missing_bytes();
     let sessions = {
         let (document, _) = play.world.node(GIVER).document(&play.id).unwrap().unwrap();
         document.heads().len()
@@ -324,11 +324,16 @@ fn play(case: u64) -> (usize, usize, usize) {
     play.world.assert_no_offence();
     let (document, _) = play.world.node(RECEIVER).document(&id).unwrap().unwrap();
     if !decided {
-        assert_eq!(document.waiting().0, 0, "something waits for nothing");
+        assert_eq!(
+            document.waiting().0,
+            0,
+            "an envelope waits without a reason"
+        );
     }
     let full = bytes.div_ceil(PIECE);
     let bound = match by_session {
-        // A version before: each session may have to be tried, and what waits is bounded.
+        // With a giver of an earlier version, each session may have to be tried, and the number of waiting envelopes is
+        // limited.
         true => 2 * full + sessions,
         false => full + beyond(decided, cut),
     };
@@ -358,9 +363,9 @@ fn a_document_of_many_sessions_arrives_from_one_peer_in_a_bounded_number_of_piec
     }
 }
 
-/// Two write by turns; the giver is of a version that gives session by session.
+/// Two nodes write in turns. The giver acts like a version that sends session by session.
 #[test]
-fn what_was_asked_for_may_take_all_the_room_that_there_is_for_it() {
+fn requested_envelopes_may_use_all_of_their_room() {
     let mut world = World::new(4, 7);
     let id = world.shared_by(&[0, 1]);
     for number in 0..500 {
@@ -390,7 +395,7 @@ fn what_was_asked_for_may_take_all_the_room_that_there_is_for_it() {
 }
 
 #[test]
-fn a_document_is_whole_when_all_is_here_that_its_holders_have() {
+fn a_document_is_complete_once_it_has_everything_that_its_holders_have() {
     let mut world = World::new(4, 3);
     let id = world.shared_by(&[0, 1]);
     for number in 0..40 {
@@ -419,7 +424,7 @@ fn a_document_is_whole_when_all_is_here_that_its_holders_have() {
         }
     }
     assert!(seen.len() >= 4, "it came at once: {seen:?}");
-    // A second holder has more: it is not whole any more until that is here too.
+    // A second holder has more, so the document is incomplete until that has arrived too.
     world.edit(1, id, "/of another", 1);
     world.connect(1, 3);
     let mut was_missing = false;
@@ -431,7 +436,7 @@ fn a_document_is_whole_when_all_is_here_that_its_holders_have() {
     let whole = world.node(3).completeness(id).unwrap();
     assert!(whole.is_whole() && whole.holders.len() == 2, "{whole:?}");
     assert_eq!(whole.changes, 41);
-    // Changes that the owner does away with are not missing.
+    // Changes that a compaction removes are not missing.
     world.node(0).compact(id).unwrap();
     world.flush(0).unwrap();
     for _ in 0..3 {
@@ -443,7 +448,7 @@ fn a_document_is_whole_when_all_is_here_that_its_holders_have() {
     world.settle();
     let whole = world.node(3).completeness(id).unwrap();
     assert!(whole.is_whole(), "{whole:?}");
-    // Holders that are gone do not count.
+    // Holders that have disconnected do not count.
     world.disconnect(0, 3);
     world.disconnect(1, 3);
     assert!(!world.node(3).completeness(id).unwrap().is_whole());

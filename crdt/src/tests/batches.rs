@@ -1,5 +1,5 @@
-//! Changes that are applied together: what becomes of a set of envelopes depends on the set alone, and not on their
-//! order, on how they are split into messages, or on which changes share a batch.
+//! Changes that are applied together: the result of a set of envelopes depends only on the set, not on their order,
+//! their distribution over messages, or the batches they are in.
 
 use std::{collections::BTreeSet, time::Instant};
 
@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-/// The result of taking envelopes: the heads, the content, and which changes were an offence.
+/// The result of processing envelopes: the heads, the content, and the changes that were offences.
 #[derive(Debug, PartialEq)]
 struct Outcome {
     heads: Heads,
@@ -37,12 +37,12 @@ fn envelopes(world: &mut World, at: usize, id: DocumentId) -> Vec<Envelope> {
         (session, head)
     };
     let from: Heads = document.heads().into_iter().map(none).collect();
-    let places: Vec<_> = document.causal(&from).collect();
+    let positions: Vec<_> = document.causal(&from).collect();
     let read = |(session, index)| document.envelope(store, &session, index).unwrap();
-    places.into_iter().map(read).collect()
+    positions.into_iter().map(read).collect()
 }
 
-/// Has a new replica take envelopes in messages of such lengths.
+/// Makes a new replica process envelopes in messages of the given lengths.
 fn taken(
     empty: &Document,
     envelopes: &[Envelope],
@@ -57,7 +57,7 @@ fn taken(
     while !left.is_empty() {
         let (some, rest) = left.split_at(length().clamp(1, left.len()));
         left = rest;
-        // Each of another peer, so that it is known whose is an offence.
+        // Each envelope comes from another peer, so that offences can be attributed.
         let sent = some.iter().map(|one| {
             let mut key = Key(one.header.change.0);
             key.0[0] ^= 1;
@@ -92,10 +92,10 @@ fn edit(random: &mut fastrand::Rng, step: usize) -> Edit {
     }
 }
 
-/// Changes whose parts are right one by one, and lead to another place than their own.
+/// Creates changes whose parts are valid individually, but refer to other positions than their own.
 fn lies(world: &mut World, at_node: usize, id: DocumentId, nonce: u8) -> Vec<Envelope> {
     let mut all = Vec::new();
-    // It replaces a value under another key.
+    // The change replaces a value under another key.
     let mut one = Liar::knowing(world, at_node, id, nonce);
     all.push(
         one.bent(&[put("/a", json!(1)), put("/b", json!(2))], |change| {
@@ -106,12 +106,12 @@ fn lies(world: &mut World, at_node: usize, id: DocumentId, nonce: u8) -> Vec<Env
             change.operations[1].pred = vec![id].into();
         }),
     );
-    // A map is taken for a list.
+    // The change uses a map as a list.
     let mut two = Liar::knowing(world, at_node, id, nonce.wrapping_add(1));
     all.push(two.bent(&[Edit::Insert(at("/l/0"), json!(1))], |change| {
         change.operations[0].obj = automerge::legacy::ObjectId::Root;
     }));
-    // An element is of another list.
+    // The change uses an element of another list.
     let mut three = Liar::knowing(world, at_node, id, nonce.wrapping_add(2));
     let edits = [
         Edit::Insert(at("/l/0"), json!(1)),
@@ -126,7 +126,7 @@ fn lies(world: &mut World, at_node: usize, id: DocumentId, nonce: u8) -> Vec<Env
     all
 }
 
-/// A document that many have edited at once, and envelopes of liars who know it.
+/// Creates a document that many nodes have edited concurrently, and envelopes of liars who know it.
 fn story(seed: u64) -> (World, DocumentId, Vec<Envelope>, usize) {
     let mut world = World::new(4, seed);
     let writers = (0..4).map(key).chain([byzantine::liar()]).collect();
@@ -163,7 +163,7 @@ fn story(seed: u64) -> (World, DocumentId, Vec<Envelope>, usize) {
         for _ in 0..world.random.usize(1..4) {
             edits.push(edit(&mut world.random, step));
         }
-        // An element may be gone, by now.
+        // The element may no longer exist.
         let _ = world.commit(node, id, &edits);
         if world.random.u8(..3) == 0 {
             let other = world.random.usize(..4);
@@ -189,7 +189,8 @@ fn the_result_does_not_depend_on_the_order_of_changes_or_on_what_is_applied_toge
     for seed in 0..12 {
         let (mut world, id, mut all, bad) = story(seed);
         let mut random = fastrand::Rng::with_seed(seed);
-        // Automerge has failed on nothing that has passed the checks. Here it does, on some that others build on.
+        // Automerge has not failed on any change that passed the checks. Here it is made to fail on some changes that
+        // others build on.
         let fails = match seed % 2 {
             0 => BTreeSet::new(),
             _ => all
@@ -213,7 +214,7 @@ fn the_result_does_not_depend_on_the_order_of_changes_or_on_what_is_applied_toge
             let lengths = [1, 5, 40, usize::MAX][random.usize(..4)];
             let mut outcome = taken(&empty, &all, together, || random.usize(..lengths));
             if !fails.is_empty() {
-                // The author of a false envelope that does not count in the end may be blamed before that shows.
+                // The author of a forged envelope may be reported before the envelope turns out to be void.
                 outcome.offences.clone_from(&first.offences);
             }
             assert_eq!(outcome, first, "{seed}, {run}: {together} together");
@@ -222,9 +223,9 @@ fn the_result_does_not_depend_on_the_order_of_changes_or_on_what_is_applied_toge
     }
 }
 
-/// The ratio is printed; `cargo test -p weft-crdt many_changes -- --nocapture` shows it.
+/// Prints the ratio; `cargo test -p weft-crdt many_changes -- --nocapture` shows it.
 #[test]
-fn many_changes_at_once_cost_a_part_of_what_they_cost_one_by_one() {
+fn many_changes_at_once_cost_a_fraction_of_the_same_changes_one_by_one() {
     const CHANGES: usize = 2000;
     let mut world = World::new(1, 1);
     let id = world.create(0, NewDocument::default());
@@ -257,7 +258,7 @@ fn many_changes_at_once_cost_a_part_of_what_they_cost_one_by_one() {
 }
 
 #[test]
-fn a_change_that_refers_to_others_by_turns_has_each_decoded_once() {
+fn a_change_with_alternating_references_decodes_each_referenced_change_once() {
     const KEYS: usize = 900;
     let mut world = World::new(1, 1);
     let id = world.create(0, NewDocument::default());
@@ -278,6 +279,7 @@ fn a_change_that_refers_to_others_by_turns_has_each_decoded_once() {
     let empty = Document::new(document.genesis.clone());
     DECODED.set(0);
     let _ = taken(&empty, &all, 1, || 200);
-    // Of the last change: what made the map, and the two that it replaces; of those before it, what made the map.
+    // For the last change: the change that created the map, and the two that it replaces. For those before it: the
+    // change that created the map.
     assert!(DECODED.get() <= 8, "{} changes were decoded", DECODED.get());
 }

@@ -1,4 +1,4 @@
-//! A peer, and a writer, that does everything it should not.
+//! A hostile peer, who is also a writer.
 
 use std::iter;
 
@@ -23,21 +23,21 @@ use crate::{
     id::{Chain, EpochId, SessionId},
     log::{
         envelope::{Envelope, Header, Proof, Run},
-        epoch::{Epoch, Statement},
+        epoch::{Epoch, Terms},
         genesis::Readers,
     },
     refusal::Refusal,
 };
 
-/// The number of the liar's key. It is no node of the world.
+/// Number of the liar's key. It is not a node of the world.
 const LIAR: u8 = 50;
 
-/// The key of the liar, who is to be among the writers.
+/// Returns the key of the liar, who should be among the writers.
 pub(super) fn liar() -> Key {
     key(LIAR)
 }
 
-/// Somebody who may write, and signs what it likes.
+/// A writer that signs arbitrary data.
 pub(super) struct Liar {
     identity: Identity,
     document: DocumentId,
@@ -69,7 +69,7 @@ impl Liar {
         }
     }
 
-    /// Knows what a node knows.
+    /// Creates a liar that knows the document as a node has it.
     pub(super) fn knowing(world: &mut World, at: usize, document: DocumentId, nonce: u8) -> Self {
         let mut this = Self::new(document, nonce);
         let (known, _) = world.node(at).document(&document).unwrap().unwrap();
@@ -102,7 +102,7 @@ impl Liar {
         }
     }
 
-    /// Signs any bytes as the next change.
+    /// Signs arbitrary bytes as the next change.
     fn next(&mut self, change: &[u8], id: ChangeId) -> Envelope {
         let envelope = self.sign(self.index, self.chain, change, id);
         self.index += 1;
@@ -115,7 +115,7 @@ impl Liar {
         self.next(change.raw_bytes(), ChangeId(change.hash().0))
     }
 
-    /// A change whose operations are bent before it is encoded again.
+    /// Signs a change whose operations are modified before it is encoded again.
     pub(super) fn bent(&mut self, edits: &[Edit], bend: impl Fn(&mut ExpandedChange)) -> Envelope {
         let mut expanded = self.change(edits).decode();
         bend(&mut expanded);
@@ -133,7 +133,7 @@ fn news(document: DocumentId, envelopes: &[Envelope]) -> Kind {
 }
 
 impl World {
-    /// The liar sends a message to a node.
+    /// Sends a message of the liar to a node.
     fn lie(&mut self, to: usize, kind: Kind) {
         let message = wire::DocumentMessage { kind: Some(kind) }.encode_to_vec();
         self.lie_bytes(to, &message);
@@ -153,7 +153,7 @@ impl World {
             .collect()
     }
 
-    /// The node blames the liar for that, and shows what it has shown before.
+    /// Checks that the node reports the liar for the envelope, and that its content does not change.
     fn refuses(&mut self, to: usize, document: DocumentId, envelope: &Envelope, why: &str) {
         let before = self.get(to, document);
         self.lie(to, news(document, std::slice::from_ref(envelope)));
@@ -167,7 +167,7 @@ impl World {
     }
 }
 
-/// Some nodes, all connected, and a document that the first owns and the liar may write.
+/// Creates connected nodes, and a document that the first one owns and the liar may write.
 fn world(nodes: u8) -> (World, DocumentId) {
     let mut world = World::connected(nodes, 1);
     let writers = (1..nodes).map(key).chain([key(LIAR)]).collect();
@@ -197,7 +197,7 @@ fn a_forged_signature_is_an_offence() {
 }
 
 #[test]
-fn nobody_writes_as_another() {
+fn no_writer_can_write_as_another() {
     let (mut world, id) = world(2);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     liar.run.author = key(0);
@@ -206,7 +206,7 @@ fn nobody_writes_as_another() {
     liar.chain = liar.session.chain();
     let envelope = liar.commit(&[put("/a", json!(1))]);
     world.refuses(0, id, &envelope, "signature");
-    // Nor with another's actor.
+    // Nor with another session's actor.
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     liar.doc.set_actor(ActorId::from([9; 16]));
     let envelope = liar.commit(&[put("/a", json!(1))]);
@@ -214,7 +214,7 @@ fn nobody_writes_as_another() {
 }
 
 #[test]
-fn what_was_seen_before_changes_nothing() {
+fn a_repeated_envelope_changes_nothing() {
     let (mut world, id) = world(2);
     let envelope = Liar::knowing(&mut world, 0, id, 1).commit(&[Edit::Increment(at("/n"), 1)]);
     for _ in 0..3 {
@@ -226,7 +226,7 @@ fn what_was_seen_before_changes_nothing() {
 }
 
 #[test]
-fn an_envelope_counts_for_its_document_only() {
+fn an_envelope_is_valid_for_its_document_only() {
     let (mut world, id) = world(2);
     let other = world.create(
         0,
@@ -240,7 +240,7 @@ fn an_envelope_counts_for_its_document_only() {
 }
 
 #[test]
-fn who_may_not_write_is_ignored() {
+fn changes_of_a_key_without_write_access_are_ignored() {
     let (mut world, id) = world(2);
     let rights = Rights {
         revoke: vec![key(LIAR)],
@@ -252,7 +252,7 @@ fn who_may_not_write_is_ignored() {
     world.node(0).decide(id, rights).unwrap();
     world.flush(0).unwrap();
     world.settle();
-    // The same session goes on, and another pretends to have begun before.
+    // The same session continues, and another one claims to have begun before.
     let after = liar.commit(&[put("/after", json!(1))]);
     let backdated = Liar::knowing(&mut world, 0, id, 2).commit(&[put("/backdated", json!(1))]);
     for node in 0..2 {
@@ -268,7 +268,7 @@ fn who_may_not_write_is_ignored() {
 }
 
 #[test]
-fn equivocation_is_found_out_and_all_drop_the_same() {
+fn equivocation_is_detected_and_all_nodes_drop_the_same_changes() {
     let (mut world, id) = world(5);
     world
         .commit(0, id, &[Edit::Increment(at("/n"), 1)])
@@ -280,7 +280,7 @@ fn equivocation_is_found_out_and_all_drop_the_same() {
         world.lie(node, news(id, std::slice::from_ref(&first)));
     }
     world.settle();
-    // Two groups that do not hear of each other are told different things.
+    // Two groups without contact receive different changes.
     for one in [0, 1] {
         (2..5).for_each(|other| world.disconnect(one, other));
     }
@@ -299,7 +299,7 @@ fn equivocation_is_found_out_and_all_drop_the_same() {
     world.lie(0, news(id, &to_one));
     world.lie(2, news(id, &to_other));
     world.settle();
-    // Honest writers build on what they see.
+    // Honest writers build on the changes that they see.
     world
         .commit(
             1,
@@ -326,21 +326,23 @@ fn equivocation_is_found_out_and_all_drop_the_same() {
         world.settle();
     }
     let content = world.assert_same(&[0, 1, 2, 3, 4], id);
-    // What was said to all alike stays, what was built on lies is made again.
+    // Changes that all nodes received alike remain; changes that build on the liar's are made again.
     let expected = json!({"m": {"x": 1}, "l": "first", "honest one": 1, "honest other": 1, "n": 3});
     assert_eq!(content, expected);
     for node in 0..5 {
-        let told = world.saw(node, |event| matches!(event, Event::Equivocated { author, index: 1, .. } if *author == key(LIAR)));
-        assert!(told, "node {node} was not told");
+        let has_event = world.saw(node, |event| {
+            matches!(event, Event::Equivocated { author, index: 1, .. } if *author == key(LIAR))
+        });
+        assert!(has_event, "node {node} has no event");
         assert!(world.offences(node).is_empty());
     }
-    // It is known for good, and who comes later is told.
+    // The proof is permanent, and nodes that come later receive it.
     world.restart(4);
     world.settle();
     world.lie(4, news(id, &to_one));
     world.settle();
     assert_eq!(world.assert_same(&[0, 1, 2, 3, 4], id), expected);
-    // The honest go on, and so may the liar's key, in another session.
+    // Honest writers continue, and so may the liar's key, in another session.
     world.edit(1, id, "/more", 1);
     let mut again = Liar::knowing(&mut world, 0, id, 7);
     let envelope = again.commit(&[put("/again", json!(1))]);
@@ -384,7 +386,7 @@ fn only_the_owner_signs_epochs() {
     let (mut world, id) = world(2);
     let (document, _) = world.node(0).document(&id).unwrap().unwrap();
     let genesis = document.genesis.clone();
-    let says = Statement {
+    let terms = Terms {
         writers: vec![key(LIAR)],
         readers: Readers::Everybody,
         heads: Default::default(),
@@ -393,7 +395,7 @@ fn only_the_owner_signs_epochs() {
     let mut epoch = {
         let mut owned = genesis.clone();
         owned.owner = key(LIAR);
-        Epoch::sign(&identity(LIAR), &owned, 1, genesis.epoch(), &says).wire
+        Epoch::sign(&identity(LIAR), &owned, 1, genesis.epoch(), &terms).wire
     };
     let tell = |epoch: &wire::SignedEpoch| {
         Kind::News(wire::News {
@@ -410,20 +412,20 @@ fn only_the_owner_signs_epochs() {
 }
 
 #[test]
-fn poisoned_changes_are_refused_by_all_alike() {
+fn poisoned_changes_are_refused_by_all_replicas() {
     let (mut world, id) = world(3);
     let stranger = OpId(1_000, ActorId::from([3; 16]));
     type Bend = Box<dyn Fn(&mut ExpandedChange)>;
     let bends: Vec<(&str, Bend)> = vec![
         (
-            "replaces what it cannot know",
+            "replaces a value that is not among its ancestors",
             Box::new({
                 let stranger = stranger.clone();
                 move |change| change.operations[0].pred = vec![stranger.clone()].into()
             }),
         ),
         (
-            "an object that it cannot know",
+            "an object that is not among its ancestors",
             Box::new({
                 let stranger = stranger.clone();
                 move |change| change.operations[0].obj = ObjectId::Id(stranger.clone())
@@ -466,7 +468,7 @@ fn poisoned_changes_are_refused_by_all_alike() {
             world.refuses(node, id, &envelope, why);
         }
     }
-    // It goes on as if nothing had been.
+    // The replicas continue as before.
     world.edit(2, id, "/b", 1);
     world.settle();
     assert_eq!(
@@ -476,14 +478,14 @@ fn poisoned_changes_are_refused_by_all_alike() {
 }
 
 #[test]
-fn a_change_that_another_encoder_wrote_is_not_taken_and_is_no_fault_of_who_gives_it() {
+fn a_change_of_another_encoder_is_refused_and_the_sender_is_not_at_fault() {
     let (mut world, id) = world(2);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     let edits: Vec<_> = (0..20).map(|at| put(&format!("/{at}"), json!(1))).collect();
     let honest = liar.change(&edits);
     let (document, _) = world.node(0).document(&id).unwrap().unwrap();
     let doc = document.automerge().clone();
-    // Other bytes for the same operations.
+    // Different bytes for the same operations.
     let mut random = fastrand::Rng::with_seed(1);
     let is_foreign = |bytes: &[u8]| {
         let checked = guard::decode(bytes, liar.session.actor(), 1).ok()?;
@@ -513,9 +515,10 @@ fn a_change_that_another_encoder_wrote_is_not_taken_and_is_no_fault_of_who_gives
     world.assert_same(&[0, 1], id);
 }
 
-/// What is refused must not depend on what else is here: a reference to an operation that is here, but not among what the change builds on.
+/// A refusal must not depend on other data of the replica. The change refers to an operation that is present, but not
+/// among its ancestors.
 #[test]
-fn a_change_refers_only_to_what_it_builds_on() {
+fn a_change_may_refer_only_to_its_ancestors() {
     let (mut world, id) = world(2);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     world.edit(0, id, "/late", 1);
@@ -526,12 +529,12 @@ fn a_change_refers_only_to_what_it_builds_on() {
     let envelope = liar.bent(&[put("/late", json!(2))], |change| {
         change.operations[0].pred = vec![id_of_late.clone()].into();
     });
-    world.refuses(0, id, &envelope, "cannot know");
-    world.refuses(1, id, &envelope, "cannot know");
+    world.refuses(0, id, &envelope, "not among its ancestors");
+    world.refuses(1, id, &envelope, "not among its ancestors");
 }
 
 #[test]
-fn nesting_is_bounded_also_over_many_changes() {
+fn nesting_is_limited_across_many_changes() {
     let (mut world, id) = world(2);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     let mut parent = ROOT;
@@ -560,7 +563,7 @@ fn nesting_is_bounded_also_over_many_changes() {
 }
 
 #[test]
-fn bombs_are_refused_before_they_unfold() {
+fn decompression_bombs_are_refused_before_they_are_decoded() {
     let (mut world, id) = world(2);
     let mut document = Automerge::new();
     let mut tx = document.transaction();
@@ -572,8 +575,8 @@ fn bombs_are_refused_before_they_unfold() {
     let whole = document.save();
     let long = vec![0; 600_000];
     let chunks = [
-        (&compressed[..], "no plain change"),
-        (&whole, "no plain change"),
+        (&compressed[..], "not an uncompressed change"),
+        (&whole, "not an uncompressed change"),
         (&long, "longer"),
         (b"\x85oJ\x83", "ends early"),
     ];
@@ -585,7 +588,7 @@ fn bombs_are_refused_before_they_unfold() {
 }
 
 #[test]
-fn a_flood_of_orphans_is_bounded_and_others_are_served() {
+fn a_flood_of_changes_without_dependencies_is_limited_and_other_peers_are_served() {
     let (mut world, id) = world(2);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     let _never_sent = liar.commit(&[put("/0", json!(0))]);
@@ -604,14 +607,14 @@ fn a_flood_of_orphans_is_bounded_and_others_are_served() {
     world.edit(1, id, "/served", 1);
     world.settle();
     assert_eq!(world.get(0, id)["served"], 1);
-    // Nothing of it is on disk.
+    // None of the waiting changes is on disk.
     world.restart(0);
     let (document, _) = world.node(0).document(&id).unwrap().unwrap();
     assert_eq!(document.waiting(), (0, 0));
 }
 
 #[test]
-fn messages_of_any_bytes_do_no_harm() {
+fn arbitrary_messages_do_no_harm() {
     let (mut world, id) = world(2);
     let mut random = fastrand::Rng::with_seed(1);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
@@ -654,12 +657,12 @@ fn messages_of_any_bytes_do_no_harm() {
     for _ in 0..20_000 {
         let mut message = honest[random.usize(..honest.len())].clone();
         for _ in 0..random.usize(1..6) {
-            let place = random.usize(..message.len());
+            let position = random.usize(..message.len());
             match random.u8(..4) {
-                0 => message[place] = random.u8(..),
-                1 => message[place] ^= 1 << random.u8(..8),
-                2 => message.truncate(place.max(1)),
-                _ => message.insert(place, random.u8(..)),
+                0 => message[position] = random.u8(..),
+                1 => message[position] ^= 1 << random.u8(..8),
+                2 => message.truncate(position.max(1)),
+                _ => message.insert(position, random.u8(..)),
             }
         }
         world.lie_bytes(0, &message);
@@ -672,7 +675,7 @@ fn messages_of_any_bytes_do_no_harm() {
 }
 
 #[test]
-fn who_asks_gets_one_piece_for_each_message() {
+fn each_request_is_answered_with_one_piece() {
     let (mut world, id) = world(2);
     for number in 0..40 {
         world.edit(0, id, &format!("/{number}"), "x".repeat(50_000));
@@ -705,13 +708,13 @@ fn who_asks_gets_one_piece_for_each_message() {
             answers.push(message.len());
         }
     }
-    // One says which documents there are, and one is the piece.
+    // The answers are a list of the shared documents, and a piece.
     assert_eq!(answers.len(), 2, "{answers:?}");
     assert!(answers.iter().sum::<usize>() < 1 << 20, "{answers:?}");
 }
 
 #[test]
-fn an_index_without_end_does_no_harm() {
+fn a_huge_index_does_no_harm() {
     let (mut world, id) = world(2);
     let liar = Liar::knowing(&mut world, 0, id, 1);
     for index in [u64::MAX, u64::MAX - 1, 1 << 63] {
@@ -735,7 +738,7 @@ fn an_index_without_end_does_no_harm() {
 }
 
 #[test]
-fn a_stranger_who_is_not_connected_is_not_heard() {
+fn messages_of_a_peer_that_is_not_connected_are_ignored() {
     let (mut world, id) = world(1);
     let envelope = Liar::knowing(&mut world, 0, id, 1).commit(&[put("/a", json!(1))]);
     let message = wire::DocumentMessage {
@@ -751,7 +754,7 @@ fn a_stranger_who_is_not_connected_is_not_heard() {
 }
 
 #[test]
-fn scalars_that_json_has_not_are_read_as_something() {
+fn scalars_that_json_lacks_are_still_readable() {
     let (mut world, id) = world(1);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     let odd = [

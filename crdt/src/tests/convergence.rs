@@ -1,5 +1,6 @@
-//! Convergence as a property: a few replicas, any edits of any of them, links that drop, repeat and reorder; then all know and show the same, and what each has
-//! saved loads. `CASES` says how many are tried; a failing one is printed, and `CASE=N` plays it again.
+//! Convergence as a property: a few replicas with random edits, over links that drop, repeat and reorder messages. At
+//! the end, all have the same data and content, and each one's save loads. `CASES` sets the number of cases; a failing
+//! one is printed, and `CASE=N` repeats it.
 
 use std::env;
 
@@ -8,8 +9,8 @@ use serde_json::{Value, json};
 use super::{Faults, World, at, put};
 use crate::{DocumentId, Edit, Error};
 
-/// A place that is there in this content, or next to what is.
-fn place(world: &mut World, content: &Value) -> String {
+/// Returns a path that exists in this content, or is next to one that does.
+fn position(world: &mut World, content: &Value) -> String {
     let mut path = String::new();
     let mut here = content;
     loop {
@@ -19,7 +20,7 @@ fn place(world: &mut World, content: &Value) -> String {
                 let (key, value) = map
                     .iter()
                     .nth(random.usize(..map.len()))
-                    .expect("it has so many");
+                    .expect("the index is below the length");
                 (key.clone(), Some(value))
             }
             Value::Array(list) if !list.is_empty() && random.u8(..4) > 0 => {
@@ -41,7 +42,7 @@ fn edit(world: &mut World, node: usize, id: DocumentId) {
     let content = world.get(node, id);
     let mut edits = Vec::new();
     for _ in 0..world.random.usize(1..4) {
-        let path = place(world, &content);
+        let path = position(world, &content);
         let number = world.random.u8(..);
         edits.push(match world.random.u8(..10) {
             0 | 1 => Edit::Delete(at(&path)),
@@ -54,7 +55,7 @@ fn edit(world: &mut World, node: usize, id: DocumentId) {
         });
     }
     match world.commit(node, id, &edits) {
-        // Edits of one commit may take each other's place away.
+        // Edits of one commit may remove each other's position.
         Ok(()) | Err(Error::Edit(_)) => {}
         Err(error) => panic!("{error}"),
     }
@@ -85,7 +86,7 @@ fn play(case: u64) {
     }
     world.assert_same(&all, id);
     let commits = world.node(0).history(id, usize::MAX).unwrap().len();
-    assert!(commits > 20, "only {commits} of 80 edits fitted");
+    assert!(commits > 20, "only {commits} of 80 commits fitted");
     for node in all {
         world.node(node).assert_loads(id);
     }
@@ -93,7 +94,7 @@ fn play(case: u64) {
 }
 
 #[test]
-fn replicas_that_know_the_same_show_the_same() {
+fn replicas_with_the_same_data_show_the_same_content() {
     if let Ok(case) = env::var("CASE") {
         return play(case.parse().expect("CASE is a number"));
     }

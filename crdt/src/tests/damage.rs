@@ -1,4 +1,4 @@
-//! Data on disk that is damaged or cannot be read, and its effect on everything else.
+//! Damaged or unreadable data on disk, and its effect on other documents.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use weft_proto::wire::{self, document_message::Kind};
 use super::{Disk, World, at, identity, key as key_of, put};
 use crate::{DocumentId, Documents, Error, NewDocument, Path, Replica, StoreError, store::key};
 
-/// Overwrites rows on disk, from the first that `bends` on.
+/// Damages the rows on disk whose number `bends` selects.
 fn bend(replica: &mut Replica, prefix: &[u8], bends: impl Fn(usize) -> bool) {
     let rows = replica.store().scan(prefix, &[], usize::MAX).unwrap();
     assert!(!rows.is_empty());
@@ -28,7 +28,7 @@ fn open(disk: &Disk, entropy: u8) -> Replica {
     Replica::open(disk.open().unwrap(), identity(0), [entropy; 32]).unwrap()
 }
 
-/// A replica with two documents of some changes each.
+/// Creates a replica with two documents of some changes each.
 fn two_documents(disk: &Disk) -> (Replica, [DocumentId; 2]) {
     let mut replica = open(disk, 1);
     let ids = [0; 2].map(|_| replica.create(NewDocument::default()).unwrap());
@@ -43,7 +43,7 @@ fn two_documents(disk: &Disk) -> (Replica, [DocumentId; 2]) {
     (replica, ids)
 }
 
-/// Returns the message of a peer that wants all of a document.
+/// Returns the message of a peer that requests all of a document.
 fn want(replica: &mut Replica, id: DocumentId) -> Vec<u8> {
     let (document, _) = replica.present(&id).unwrap();
     let sessions = document.heads().into_keys();
@@ -77,7 +77,7 @@ async fn a_commit_that_was_acknowledged_is_kept_when_another_document_turns_out_
     let (documents, _out) = Documents::start(open(&disk, 2)).unwrap();
     let peer = key_of(7);
     documents.connected(peer).await;
-    // All of this is waiting when the replica looks again, and so is one batch.
+    // All of these are pending when the replica continues, so they are one batch.
     let (go, wait) = std::sync::mpsc::channel::<()>();
     let (blocked, commit, received, also) = tokio::join!(
         documents.with(move |_| Ok(wait.recv())),
@@ -91,7 +91,7 @@ async fn a_commit_that_was_acknowledged_is_kept_when_another_document_turns_out_
         }
     );
     blocked.unwrap().unwrap();
-    // The peer hears nothing, and the one whose work concerns the damaged document hears why.
+    // The peer gets no answer, and the caller that changed the damaged document gets the error.
     received.unwrap();
     assert!(is_damaged(&also.unwrap_err(), x));
     commit.unwrap();
@@ -103,7 +103,7 @@ async fn a_commit_that_was_acknowledged_is_kept_when_another_document_turns_out_
 }
 
 #[test]
-fn a_fault_of_the_disk_is_told_to_everybody_whose_work_it_took_back() {
+fn a_disk_fault_is_reported_to_every_caller_whose_work_it_rolled_back() {
     let disk = Disk::default();
     let (mut replica, [x, y]) = two_documents(&disk);
     let want = want(&mut replica, x);
@@ -118,11 +118,11 @@ fn a_fault_of_the_disk_is_told_to_everybody_whose_work_it_took_back() {
     disk.fail_reads(true);
     assert!(replica.receive(key_of(7), &want).is_err());
     disk.fail_reads(false);
-    // The operation that met it may drop the error; the flush does not.
+    // The operation that met the fault may drop the error; the flush does not.
     assert!(replica.finish_round().is_err());
     assert!(replica.poll().is_none());
     assert_eq!(replica.get(y, &at("/new")).unwrap(), None);
-    // One document that cannot be read is left alone for a while, and costs the others nothing.
+    // An unreadable document is left alone for a while, and does not affect the others.
     assert!(replica.info(x).unwrap().damage.is_some());
     disk.fail_reads(true);
     replica.receive(key_of(7), &want).unwrap();
@@ -153,7 +153,7 @@ fn an_operation_that_a_fault_interrupts_leaves_nothing_half_done() {
     assert!(replica.get(x, &at("/8")).unwrap().is_some());
 }
 
-/// A world of three nodes that share two documents, the first of which is damaged at node 1 as `bend` says.
+/// Creates three nodes that share two documents, and lets `bends` damage the first one at node 1.
 fn damaged(bends: impl Fn(&mut Replica, DocumentId)) -> (World, DocumentId, DocumentId) {
     let mut world = World::connected(3, 5);
     let (x, y) = (world.shared(&[0, 1, 2]), world.shared(&[0, 1, 2]));
@@ -177,7 +177,7 @@ fn damaged(bends: impl Fn(&mut Replica, DocumentId)) -> (World, DocumentId, Docu
     bends(world.node(1), x);
     world.restart(1);
     world.settle();
-    // Nothing is read of it, and nothing said; the others are as they were.
+    // The document is neither read nor sent; the others are unaffected.
     let failed = world.node(1).get(x, &Path::default());
     if let Err(error) = failed {
         assert!(is_damaged(&error, x), "{error}");
@@ -195,7 +195,7 @@ fn damaged(bends: impl Fn(&mut Replica, DocumentId)) -> (World, DocumentId, Docu
     world.settle();
     assert_eq!(world.assert_same(&[0, 1, 2], y), json!({"y": 1}));
     world.assert_no_offence();
-    // Opened again, it is what the others have.
+    // After it is opened again, it has the same content as on the other nodes.
     world.node(1).hold(x).unwrap();
     world.flush(1).unwrap();
     world.settle();
@@ -203,8 +203,8 @@ fn damaged(bends: impl Fn(&mut Replica, DocumentId)) -> (World, DocumentId, Docu
     world.settle();
     let again = world.assert_same(&[0, 1, 2], x);
     assert_eq!(again["later"], json!(1));
-    for (place, value) in whole.as_object().unwrap() {
-        assert_eq!(&again[place], value);
+    for (position, value) in whole.as_object().unwrap() {
+        assert_eq!(&again[position], value);
     }
     world.edit(1, x, "/written", 1);
     world.settle();
@@ -214,18 +214,18 @@ fn damaged(bends: impl Fn(&mut Replica, DocumentId)) -> (World, DocumentId, Docu
 }
 
 #[test]
-fn a_damaged_document_is_opened_again_and_gets_from_peers_what_is_lost() {
+fn a_damaged_document_is_opened_again_and_gets_lost_data_from_peers() {
     damaged(|replica, x| bend(replica, &key::log(&x), |number| number % 7 == 3));
 }
 
 #[test]
-fn damage_to_a_decision_or_to_the_beginning_of_a_document_is_damage_of_that_document() {
+fn damage_to_a_decision_or_the_genesis_affects_only_that_document() {
     damaged(|replica, x| bend(replica, &key::epochs(&x), |_| true));
     damaged(|replica, x| bend(replica, &key::document(&x), |_| true));
 }
 
 #[test]
-fn what_is_left_of_a_damaged_document_is_kept_without_any_peer() {
+fn the_readable_part_of_a_damaged_document_is_kept_without_any_peer() {
     let disk = Disk::default();
     let (mut replica, [x, _]) = two_documents(&disk);
     bend(&mut replica, &key::log(&x), |number| number == 3);
@@ -247,7 +247,7 @@ fn what_is_left_of_a_damaged_document_is_kept_without_any_peer() {
 }
 
 #[test]
-fn a_listing_loads_nothing_and_a_file_of_an_earlier_version_is_listed_as_well() {
+fn a_listing_loads_no_document_and_files_of_earlier_versions_are_listed() {
     let disk = Disk::default();
     let (mut replica, ids) = two_documents(&disk);
     replica.compact(ids[1]).unwrap();
@@ -258,7 +258,7 @@ fn a_listing_loads_nothing_and_a_file_of_an_earlier_version_is_listed_as_well() 
     let mut replica = open(&disk, 2);
     assert_eq!(replica.list().unwrap(), known);
     assert_eq!(replica.loaded(), 0);
-    // Earlier versions kept no figures, and a save without what it is of.
+    // Earlier versions stored no figures, and saves without their sessions.
     for id in ids {
         let doc = replica.present(&id).unwrap().0.automerge().save();
         replica.store().put(key::save(&id), doc);
@@ -271,11 +271,11 @@ fn a_listing_loads_nothing_and_a_file_of_an_earlier_version_is_listed_as_well() 
     replica.finish_round().unwrap();
     ids.iter().for_each(|id| replica.assert_loads(*id));
     drop(replica);
-    // Once they have been made, they are there.
+    // Once created, the figures are on disk.
     let mut replica = open(&disk, 4);
     assert_eq!(replica.list().unwrap(), known);
     assert_eq!(replica.loaded(), 0);
-    // And they are of the document as it is now.
+    // They match the document's current state.
     replica
         .commit(ids[0], &[put("/new", json!(1))], None, 0)
         .unwrap();
@@ -290,7 +290,7 @@ fn a_listing_loads_nothing_and_a_file_of_an_earlier_version_is_listed_as_well() 
 }
 
 #[test]
-fn a_load_reads_of_the_log_only_what_came_after_the_last_save() {
+fn loading_reads_only_the_log_after_the_last_save() {
     let mut world = World::connected(2, 1);
     let id = world.shared(&[0, 1]);
     for step in 0..700 {
@@ -305,7 +305,7 @@ fn a_load_reads_of_the_log_only_what_came_after_the_last_save() {
         world.assert_same(&[0, 1], id),
         world.node(0).info(id).unwrap(),
     );
-    // Log rows that the save covers are not read: damage to them is not noticed before a peer wants them.
+    // Log rows that the save covers are not read, so damage to them is noticed only when a peer requests them.
     bend(world.node(0), &key::log(&id), |number| number == 1);
     world.restart(0);
     assert_eq!(world.get(0, id), whole);
@@ -313,7 +313,7 @@ fn a_load_reads_of_the_log_only_what_came_after_the_last_save() {
     world.edit(0, id, "/again", 1);
     world.settle();
     world.assert_same(&[0, 1], id);
-    // Without the save all of it is read.
+    // Without the save, all of the log is read.
     let save = key::save(&id);
     world.node(0).store().delete(save);
     world.node(0).store().flush().unwrap();
@@ -323,7 +323,7 @@ fn a_load_reads_of_the_log_only_what_came_after_the_last_save() {
 }
 
 #[test]
-fn a_save_that_is_not_of_the_log_is_not_believed() {
+fn a_save_that_does_not_match_the_log_is_ignored() {
     let disk = Disk::default();
     let (mut replica, [x, y]) = two_documents(&disk);
     for id in [x, y] {
@@ -336,7 +336,7 @@ fn a_save_that_is_not_of_the_log_is_not_believed() {
     }
     replica.finish_round().unwrap();
     let whole = replica.get(x, &Path::default()).unwrap();
-    // The save of another document, which is right by itself.
+    // The save of another document, which is valid on its own.
     let other = replica.store().get(&key::save(&y)).unwrap().unwrap();
     replica.store().put(key::save(&x), other);
     replica.store().flush().unwrap();
@@ -347,7 +347,7 @@ fn a_save_that_is_not_of_the_log_is_not_believed() {
 }
 
 #[test]
-fn documents_in_memory_are_bounded_by_bytes_and_go_on_in_their_session() {
+fn documents_in_memory_are_limited_by_bytes_and_continue_their_session() {
     let mut world = World::connected(2, 1);
     world.node(0).keep_loaded(1 << 20);
     let ids: Vec<_> = (0..12).map(|_| world.shared(&[0, 1])).collect();
@@ -363,6 +363,6 @@ fn documents_in_memory_are_bounded_by_bytes_and_go_on_in_their_session() {
     for id in ids {
         world.assert_same(&[0, 1], id);
         let sessions = world.node(0).present(&id).unwrap().0.heads().len();
-        assert_eq!(sessions, 1, "leaving memory begins no session");
+        assert_eq!(sessions, 1, "unloading begins no session");
     }
 }

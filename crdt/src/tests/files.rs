@@ -1,4 +1,5 @@
-//! The promises of a document's file: all of it is imported, in any order, and what is not imported is reported.
+//! The guarantees of exported files: they are imported completely, in any order, and changes that are not imported are
+//! reported.
 
 use bytes::Bytes;
 use prost::Message;
@@ -12,10 +13,10 @@ use super::{
 };
 use crate::{DocumentId, Error, Imported, Rights};
 
-const BEGINNING: &[u8] = b"weft document 1\n";
+const MAGIC: &[u8] = b"weft document 1\n";
 
 fn parts(file: &[u8]) -> Vec<wire::Give> {
-    let mut rest = file.strip_prefix(BEGINNING).unwrap();
+    let mut rest = file.strip_prefix(MAGIC).unwrap();
     let mut parts = Vec::new();
     while let Some((length, after)) = rest.split_first_chunk() {
         let (part, after) = after.split_at(u64::from_be_bytes(*length) as usize);
@@ -26,7 +27,7 @@ fn parts(file: &[u8]) -> Vec<wire::Give> {
 }
 
 fn file(parts: &[wire::Give]) -> Vec<u8> {
-    let mut file = BEGINNING.to_vec();
+    let mut file = MAGIC.to_vec();
     for part in parts {
         file.extend((part.encoded_len() as u64).to_be_bytes());
         file.extend(part.encode_to_vec());
@@ -34,7 +35,7 @@ fn file(parts: &[wire::Give]) -> Vec<u8> {
     file
 }
 
-/// A file with one of its envelopes changed.
+/// Returns a file with one of its envelopes changed.
 fn bent(content: &[u8], number: usize, bend: impl Fn(&mut Vec<wire::Envelope>, usize)) -> Vec<u8> {
     let mut parts = parts(content);
     let mut left = number;
@@ -48,7 +49,7 @@ fn bent(content: &[u8], number: usize, bend: impl Fn(&mut Vec<wire::Envelope>, u
     panic!("the file has fewer than {number} envelopes");
 }
 
-/// A node that holds nothing.
+/// Adds a node that holds no documents.
 fn stranger(world: &mut World) -> usize {
     world
         .nodes
@@ -67,7 +68,7 @@ fn changes(world: &mut World, at: usize, id: DocumentId) -> u64 {
     world.node(at).info(id).unwrap().details.unwrap().changes
 }
 
-/// Two write by turns, each in several sessions.
+/// Creates a document that two nodes write in turns, each in several sessions.
 fn turns(world: &mut World, changes: usize) -> DocumentId {
     let id = world.shared_by(&[0, 1]);
     for number in 0..changes {
@@ -84,7 +85,7 @@ fn turns(world: &mut World, changes: usize) -> DocumentId {
 }
 
 #[test]
-fn a_file_is_imported_whole_in_whatever_order_it_was_written() {
+fn a_file_is_imported_completely_in_any_order_of_its_envelopes() {
     for case in 0..6 {
         let mut play = history(case, case % 2 == 1);
         let id = play.id;
@@ -107,7 +108,7 @@ fn a_file_is_imported_whole_in_whatever_order_it_was_written() {
     }
 }
 
-/// More than may wait of what peers send.
+/// The file has more changes than may wait if peers send them.
 #[test]
 fn an_old_file_of_many_changes_is_imported_at_once() {
     let mut world = World::new(3, 1);
@@ -132,7 +133,7 @@ fn an_export_is_in_causal_order() {
         for dep in crate::log::chunk::dependencies(&envelope.change) {
             assert!(
                 known.contains(&dep),
-                "a change comes before what it builds on"
+                "a change comes before one of its dependencies"
             );
         }
         known.insert(crate::ChangeId::read(&envelope.header.unwrap().change).unwrap());
@@ -141,7 +142,7 @@ fn an_export_is_in_causal_order() {
 }
 
 #[test]
-fn an_import_that_is_not_whole_fails_and_says_what_does_not_count_and_why() {
+fn an_incomplete_import_fails_and_reports_the_refused_changes_and_the_reasons() {
     let mut world = World::new(2, 1);
     let id = turns(&mut world, 60);
     let good = world.node(0).export(id).unwrap();
@@ -166,7 +167,11 @@ fn an_import_that_is_not_whole_fails_and_says_what_does_not_count_and_why() {
         (&flip as Bend<'_>, damaged, "1 is damaged"),
         (&forge, damaged, "a signature is wrong"),
         (&spoil, damaged, "19 build on changes that are damaged"),
-        (&drop, (59, 40, 0, 19), "neither in the file nor here"),
+        (
+            &drop,
+            (59, 40, 0, 19),
+            "neither in the file nor on this node",
+        ),
     ] {
         let to = stranger(&mut world);
         let bad = bent(&good, 40, bend);
@@ -190,14 +195,14 @@ fn an_import_that_is_not_whole_fails_and_says_what_does_not_count_and_why() {
         assert!(world.node(to).import(&good).unwrap().is_whole());
         world.flush(to).unwrap();
         world.assert_same(&[0, to], id);
-        // A document that was here before stays as it is.
+        // A document that was held before stays unchanged.
         let before = world.get(0, id);
         let _ = world.node(0).import(&bad);
         world.flush(0).unwrap();
         assert_eq!(world.get(0, id), before);
         world.node(0).assert_loads(id);
     }
-    // Nor does it lose what the file does not know.
+    // Nor does it lose changes that the file lacks.
     world.edit(0, id, "/mine", 1);
     let bad = bent(&good, 40, flip);
     let _ = world.node(0).import(&bad);
@@ -208,7 +213,7 @@ fn an_import_that_is_not_whole_fails_and_says_what_does_not_count_and_why() {
 }
 
 #[test]
-fn a_file_that_ends_early_gives_what_it_has() {
+fn a_truncated_file_yields_its_readable_part() {
     let mut world = World::new(3, 1);
     let id = turns(&mut world, 60);
     world.node(0).set_piece(2 << 10);
@@ -217,14 +222,14 @@ fn a_file_that_ends_early_gives_what_it_has() {
     assert_eq!(imported.faults, ["the file ends early"]);
     assert!(imported.counted > 40, "{imported}");
     assert_eq!(imported.counted, imported.changes);
-    // Cut between two parts, where each part is sound.
+    // Cut between two parts, each of which is sound.
     let to = stranger(&mut world);
     let mut some = parts(&file);
     some.pop().unwrap();
     let imported = incomplete(world.node(to).import(&super::files::file(&some)));
     assert_eq!(imported.faults, ["the file ends early"]);
     assert_eq!(imported.counted, imported.changes);
-    // Nothing of it: then it is not held.
+    // If no change is valid, the document is not held.
     let to = stranger(&mut world);
     let mut parts = parts(&file);
     parts.truncate(1);
@@ -235,7 +240,7 @@ fn a_file_that_ends_early_gives_what_it_has() {
 }
 
 #[test]
-fn damage_to_an_author_or_to_a_change_is_not_taken_for_a_void_change() {
+fn damage_to_an_author_or_to_a_change_does_not_make_the_change_void() {
     let mut world = World::new(3, 1);
     let id = turns(&mut world, 12);
     let file = world.node(0).export(id).unwrap();
@@ -259,7 +264,7 @@ fn damage_to_an_author_or_to_a_change_is_not_taken_for_a_void_change() {
 }
 
 #[test]
-fn what_is_void_everywhere_is_told_and_no_error() {
+fn void_changes_are_reported_and_are_no_error() {
     let mut world = World::new(3, 1);
     let id = world.shared_by(&[0, 1]);
     world.edit(1, id, "/known", 1);
@@ -285,7 +290,7 @@ fn what_is_void_everywhere_is_told_and_no_error() {
         "{imported}"
     );
     assert_eq!(world.get(0, id), json!({"known": 1}));
-    // The content begins anew: what was before is contained in it, or void.
+    // After a compaction, earlier changes are contained in the base, or void.
     world.node(0).compact(id).unwrap();
     world.flush(0).unwrap();
     let imported = world.node(0).import(&file).unwrap();
@@ -295,7 +300,7 @@ fn what_is_void_everywhere_is_told_and_no_error() {
         "{imported}"
     );
     assert_eq!(world.get(0, id), json!({"known": 1}));
-    // And the other way: the file knows what the one who imports it does not.
+    // The reverse: the file has data that the importing node lacks.
     let file = world.node(0).export(id).unwrap();
     world.node(1).import(&file).unwrap();
     world.flush(1).unwrap();

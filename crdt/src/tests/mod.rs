@@ -1,4 +1,5 @@
-//! Replicas in a world of their own: links that drop, repeat and reorder, disks that can be copied and put back, crashes. Every run follows from a seed.
+//! Simulated replicas: links that drop, repeat and reorder messages, disks that can be copied and restored, and
+//! crashes. Every run follows from a seed.
 
 mod arrival;
 mod batches;
@@ -22,7 +23,7 @@ use crate::{
     StoreError,
 };
 
-/// A disk in memory, that outlives the replicas on it.
+/// A disk in memory that outlives the replicas on it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Disk(testing::Disk);
 
@@ -107,7 +108,7 @@ impl Node {
     }
 }
 
-/// What links do to messages, of 256.
+/// Probabilities of link faults, in 256ths.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Faults {
     drop: u8,
@@ -139,7 +140,7 @@ impl World {
         }
     }
 
-    /// All with all.
+    /// Creates nodes that are all connected to each other.
     pub(crate) fn connected(nodes: u8, seed: u64) -> Self {
         let mut this = Self::new(nodes, seed);
         for a in 0..this.nodes.len() {
@@ -153,7 +154,8 @@ impl World {
     }
 
     pub(crate) fn connect(&mut self, a: usize, b: usize) {
-        // A peer is known by its key: two with one key cannot be connected to each other, nor to the same third.
+        // A key identifies a peer, so two nodes with one key can be connected neither to each other nor to the same
+        // third node.
         let keys = (self.nodes[a].identity.key(), self.nodes[b].identity.key());
         let has = |of: usize, key: Key| {
             self.linked(of)
@@ -195,7 +197,7 @@ impl World {
         self.links.iter().filter_map(other).collect()
     }
 
-    /// Kills a node, and starts it again; what it had not flushed is gone, and so is what was flying.
+    /// Kills a node and starts it again. Unflushed changes and messages in transit are lost.
     pub(crate) fn restart(&mut self, at: usize) {
         let peers = self.linked(at);
         for peer in &peers {
@@ -209,17 +211,17 @@ impl World {
         peers.into_iter().for_each(|peer| self.connect(at, peer));
     }
 
-    /// The node goes on from a disk that was copied before.
+    /// Continues a node from a disk that was copied before.
     pub(crate) fn restore(&mut self, at: usize, disk: Disk) {
         self.nodes[at].disk = disk;
         self.restart(at);
     }
 
-    /// Puts a node's work on disk, and its messages on the links.
+    /// Writes a node's changes to disk, and puts its messages on the links.
     pub(crate) fn flush(&mut self, at: usize) -> Result<(), StoreError> {
         let has_forked = |event: &Event| matches!(event, Event::Equivocated { .. });
         if self.nodes[at].events.iter().any(has_forked) {
-            // Machines that were one have randomness of their own from here on.
+            // Machines that were copies of each other use their own randomness from here on.
             let mut entropy = [0; 32];
             self.random.fill(&mut entropy);
             self.node(at).stir(entropy);
@@ -248,19 +250,19 @@ impl World {
         flushed
     }
 
-    /// Delivers one message; whether there was one.
+    /// Delivers one message. Returns false if there was none.
     pub(crate) fn deliver(&mut self) -> bool {
         if self.flying.is_empty() {
             return false;
         }
         let chance = |random: &mut fastrand::Rng, of: u8| random.u8(..) < of;
-        let place = match chance(&mut self.random, self.faults.reorder) {
+        let position = match chance(&mut self.random, self.faults.reorder) {
             true => self.random.usize(..self.flying.len()),
             false => 0,
         };
         let (from, to, message) = match chance(&mut self.random, self.faults.repeat) {
-            true => self.flying[place].clone(),
-            false => self.flying.remove(place),
+            true => self.flying[position].clone(),
+            false => self.flying.remove(position),
         };
         if chance(&mut self.random, self.faults.drop) {
             return true;
@@ -271,7 +273,7 @@ impl World {
         true
     }
 
-    /// Delivers until nothing flies.
+    /// Delivers messages until none is in transit.
     pub(crate) fn settle(&mut self) {
         let bound = 100_000;
         for _ in 0..bound {
@@ -286,7 +288,7 @@ impl World {
             text.truncate(300);
             eprintln!("{from} to {to}: {text}");
         }
-        panic!("messages fly without end");
+        panic!("messages are exchanged without end");
     }
 
     pub(crate) fn pass(&mut self, time: Duration) {
@@ -304,7 +306,7 @@ impl World {
         id
     }
 
-    /// A document that the given nodes write, made by the first and held by all.
+    /// Creates a document at the first of these nodes, which all write it. All nodes hold it.
     pub(crate) fn shared(&mut self, writers: &[usize]) -> DocumentId {
         let keys = writers
             .iter()
@@ -325,7 +327,7 @@ impl World {
         id
     }
 
-    /// A document that the given nodes write and hold, made by the first, and known to the others.
+    /// Creates a document at the first of these nodes, which all write and hold it. Other nodes may read it.
     pub(crate) fn shared_by(&mut self, writers: &[usize]) -> DocumentId {
         let keys = writers
             .iter()
@@ -369,7 +371,7 @@ impl World {
         }
     }
 
-    /// Everybody in `nodes` holds the same, and it loads.
+    /// Checks that all `nodes` have the same data, and that it loads.
     pub(crate) fn assert_same(&mut self, nodes: &[usize], id: DocumentId) -> Value {
         let content = self.get(nodes[0], id);
         let digest =
@@ -395,13 +397,13 @@ impl World {
             assert_eq!(
                 digest(self, *at),
                 first,
-                "node {at} knows something else than node {}",
+                "node {at} has other data than node {}",
                 nodes[0]
             );
             assert_eq!(
                 self.get(*at, id),
                 content,
-                "node {at} shows something else than node {}",
+                "node {at} shows other content than node {}",
                 nodes[0]
             );
             self.node(*at).assert_loads(id);
@@ -413,7 +415,7 @@ impl World {
         for (at, node) in self.nodes.iter().enumerate() {
             assert!(
                 node.offences.is_empty(),
-                "node {at} blames {:?}",
+                "node {at} reports {:?}",
                 node.offences
             );
         }

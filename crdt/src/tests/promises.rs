@@ -1,4 +1,4 @@
-//! What documents promise while nobody lies.
+//! The guarantees of documents among honest peers.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::{
 };
 
 #[test]
-fn what_one_writes_the_others_read() {
+fn changes_of_one_node_are_read_by_the_others() {
     let mut world = World::connected(3, 1);
     let id = world.shared(&[0, 1]);
     world.edit(0, id, "/a", 1);
@@ -32,7 +32,7 @@ fn a_change_takes_one_message_to_each_peer() {
     assert_eq!(world.flying.len(), 1);
     assert!(world.deliver());
     assert_eq!(world.get(1, id), json!({"a": 1}));
-    // And nothing comes back.
+    // There is no answer.
     assert_eq!(world.flying.len(), 0);
 }
 
@@ -65,7 +65,7 @@ fn counters_add_up_and_lists_keep_all() {
 }
 
 #[test]
-fn a_document_that_is_opened_first_arrives_when_somebody_has_it() {
+fn a_document_that_is_opened_first_arrives_once_a_peer_has_it() {
     let mut world = World::new(2, 1);
     let id = world.create(0, NewDocument::default());
     world.edit(0, id, "/a", 1);
@@ -102,7 +102,7 @@ fn documents_that_a_node_does_not_hold_cost_it_nothing() {
     let id = world.create(0, NewDocument::default());
     world.edit(0, id, "/n", 1);
     world.settle();
-    // Only that it is there.
+    // The peer learns only that the document exists.
     assert!(world.sent.1 - bytes < 100, "{} bytes", world.sent.1 - bytes);
 }
 
@@ -124,7 +124,7 @@ fn a_thousand_unchanged_documents_cost_little_on_reconnect() {
     world.connect(0, 1);
     world.settle();
     assert!(world.sent.1 < 1024, "{} bytes", world.sent.1);
-    // One that only one of them has more, and one that has changed.
+    // One document that only one node has, and one that has changed.
     world.disconnect(0, 1);
     world.create(0, NewDocument::default());
     world.edit(0, ids[7], "/x", 1);
@@ -205,7 +205,7 @@ fn a_single_writer_document_has_one_writer_for_good() {
 }
 
 #[test]
-fn what_a_revoked_writer_had_written_stays_and_no_more_comes() {
+fn changes_of_a_revoked_writer_remain_and_no_new_ones_come() {
     let mut world = World::connected(3, 1);
     let id = world.shared(&[0, 1]);
     world.edit(1, id, "/before", 1);
@@ -233,7 +233,7 @@ fn what_a_revoked_writer_had_written_stays_and_no_more_comes() {
         world.commit(1, id, &[put("/x", json!(1))]),
         Err(Error::NotWriter { .. })
     ));
-    // Who is let in again writes again.
+    // A writer who is added again can write again.
     world
         .node(0)
         .decide(
@@ -256,7 +256,7 @@ fn what_a_revoked_writer_had_written_stays_and_no_more_comes() {
 }
 
 #[test]
-fn a_private_document_goes_only_to_those_named() {
+fn a_private_document_is_sent_only_to_its_named_readers() {
     let mut world = World::connected(4, 1);
     let readers = Readers::Named(vec![key(2)]);
     let id = world.create(
@@ -302,7 +302,7 @@ fn a_private_document_goes_only_to_those_named() {
 }
 
 #[test]
-fn what_was_flushed_survives_and_the_rest_was_never_told() {
+fn flushed_changes_survive_and_unflushed_ones_were_never_sent() {
     let mut world = World::connected(2, 1);
     let id = world.shared(&[0, 1]);
     world.edit(0, id, "/kept", 1);
@@ -418,7 +418,7 @@ fn compaction_drops_the_history_and_keeps_the_content() {
     assert!(world.node(1).history(id, 1000).unwrap().len() < 5);
     assert_eq!(world.node(1).info(id).unwrap().details.unwrap().changes, 0);
     assert!(world.saw(2, |event| *event == Event::Compacted(id)));
-    // Life goes on, also in a counter, and for who comes later.
+    // Edits continue, counters included, also for a node that connects later.
     world
         .commit(1, id, &[Edit::Increment(at("/c"), 1)])
         .unwrap();
@@ -465,7 +465,7 @@ fn edits_that_a_compaction_missed_are_made_again() {
     world
         .commit(1, id, &[Edit::Increment(at("/c"), 10)])
         .unwrap();
-    // It need not be the same run of the program.
+    // The edits may come from several sessions.
     world.restart(1);
     world
         .commit(
@@ -510,12 +510,12 @@ fn a_transaction_commits_whole_or_not_at_all() {
         json!({"a": 1, "x": {"y": 1}})
     );
     assert_eq!(world.node(1).history(id, 10).unwrap().len(), 1);
-    // Nothing is nothing.
+    // An empty commit is no commit.
     assert_eq!(world.node(0).commit(id, &[], None, 0).unwrap(), None);
 }
 
 #[test]
-fn a_watch_tells_which_paths_change() {
+fn a_watch_reports_the_changed_paths() {
     let mut world = World::connected(2, 1);
     let id = world.shared(&[0, 1]);
     world.edit(0, id, "/m", json!({"l": [1, 2], "x": 1}));
@@ -539,7 +539,7 @@ fn a_watch_tells_which_paths_change() {
     };
     assert_eq!(world.nodes[0].events.last(), Some(&changed(&paths, true)));
     assert_eq!(world.nodes[1].events.last(), Some(&changed(&paths, false)));
-    // One of two watches at the first, and the second's only one.
+    // Drop one of two watches at the first node, and the only one at the second.
     watches.drain(..2);
     world.edit(0, id, "/n", 1);
     world.settle();
@@ -553,7 +553,7 @@ fn a_watch_tells_which_paths_change() {
 }
 
 #[test]
-fn a_document_with_a_nonce_has_an_id_that_others_know_before_it_is_made() {
+fn a_document_with_a_nonce_has_an_id_that_others_can_compute_before_it_is_created() {
     let mut world = World::connected(2, 1);
     let new = NewDocument {
         single_writer: true,
@@ -568,7 +568,8 @@ fn a_document_with_a_nonce_has_an_id_that_others_know_before_it_is_made() {
     world.edit(0, id, "/a", 1);
     world.settle();
     assert_eq!(world.assert_same(&[0, 1], id), json!({"a": 1}));
-    // Made once more it is as it was; and whoever holds it without having it, and is its owner, need not wait for others.
+    // Creating it again leaves it unchanged. An owner who holds a document that has not arrived can create it without
+    // waiting for peers.
     assert_eq!(world.create(0, new.clone()), id);
     assert_eq!(world.assert_same(&[0, 1], id), json!({"a": 1}));
     let of_other = new.id_by(&key(1)).unwrap().unwrap();
@@ -580,7 +581,7 @@ fn a_document_with_a_nonce_has_an_id_that_others_know_before_it_is_made() {
 }
 
 #[test]
-fn history_says_who_wrote_what_when() {
+fn the_history_lists_authors_times_and_messages() {
     let mut world = World::connected(2, 1);
     let id = world.shared(&[0, 1]);
     world
@@ -612,7 +613,7 @@ fn history_says_who_wrote_what_when() {
 }
 
 #[test]
-fn a_removed_document_is_gone_and_can_come_again() {
+fn a_removed_document_is_gone_and_can_be_opened_again() {
     let mut world = World::connected(2, 1);
     let id = world.shared(&[0, 1]);
     world.edit(0, id, "/a", 1);
@@ -624,7 +625,10 @@ fn a_removed_document_is_gone_and_can_come_again() {
     world.sent = (0, 0);
     world.edit(0, id, "/b", 2);
     world.settle();
-    assert_eq!(world.sent.0, 0, "who holds it no longer is told nothing");
+    assert_eq!(
+        world.sent.0, 0,
+        "a peer that no longer holds it is sent nothing"
+    );
     world.restart(1);
     world.settle();
     assert!(world.node(1).list().unwrap().is_empty());
@@ -649,7 +653,7 @@ fn long_changes_and_long_logs_arrive() {
     world.connect(0, 1);
     world.settle();
     world.assert_same(&[0, 1], id);
-    // A long change while connected is told of, and fetched.
+    // A long change is announced to a connected peer, which fetches it.
     world.edit(0, id, "/long", "y".repeat(200_000));
     world.settle();
     world.assert_same(&[0, 1], id);
@@ -660,7 +664,7 @@ fn long_changes_and_long_logs_arrive() {
 }
 
 #[test]
-fn an_exported_document_is_imported_whole() {
+fn an_exported_document_is_imported_completely() {
     let mut world = World::new(2, 1);
     let id = world.create(
         0,
@@ -679,7 +683,7 @@ fn an_exported_document_is_imported_whole() {
     world.flush(1).unwrap();
     world.assert_same(&[0, 1], id);
     world.edit(1, id, "/mine", 1);
-    // Again, and what is no document, and half of one.
+    // Import it again, then content that is not a document, then half of a file.
     assert_eq!(world.node(1).import(&file).unwrap().document, id);
     assert_eq!(world.get(1, id)["mine"], 1);
     let mut other = World::new(1, 2);
@@ -689,7 +693,7 @@ fn an_exported_document_is_imported_whole() {
     let mut bent = file.clone();
     *bent.last_mut().unwrap() ^= 1;
     let Err(Error::ImportIncomplete(found)) = other.node(0).import(&bent) else {
-        panic!("what is damaged is taken");
+        panic!("damaged content is accepted");
     };
     assert_eq!((found.counted, found.refused.damaged), (0, 1));
     assert!(other.node(0).list().unwrap().is_empty());
@@ -712,7 +716,7 @@ fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
     assert_eq!(world.assert_same(&[0, 1], id), json!({"a": 1, "c": 1}));
 }
 
-/// What a replica does with a disk, for it to be interrupted anywhere: commits, and says which were acknowledged.
+/// Makes commits on a disk that may fail at any write, and records the acknowledged ones.
 fn work(
     disk: &Disk,
     owner: u8,
@@ -758,13 +762,13 @@ fn a_crash_at_any_write_loses_nothing_that_was_acknowledged() {
         let disk = Disk::default();
         disk.fail_in(Some(fails_in));
         let (mut acknowledged, mut id) = (Vec::new(), None);
-        // The last ones are those of closing, which nothing waits for.
+        // The last operations are those of closing, which no caller waits for.
         let failed = work(&disk, 0, &mut acknowledged, &mut id).is_err();
         assert!(
             failed || fails_in + 16 > operations,
             "it was not interrupted at {fails_in} of {operations}"
         );
-        // Once as if the program had been killed, and thrice as if power had been lost.
+        // Once as if the program had been killed, and three times as if power had been lost.
         for attempt in 0..4 {
             let left = match attempt {
                 0 => disk.copy(),
@@ -796,17 +800,18 @@ fn a_crash_at_any_write_loses_nothing_that_was_acknowledged() {
 }
 
 #[test]
-fn a_document_of_many_sessions_is_built_anew_in_one_pass() {
+fn a_document_of_many_sessions_is_rebuilt_in_one_pass() {
     let mut world = World::connected(3, 1);
     let id = world.shared(&[0, 1]);
-    // Each start of a program begins a session, and each builds on the one before: by their ids they are in no order.
+    // Each start of a program begins a session, and each session builds on the one before. Their ids are in random
+    // order.
     for start in 0..60 {
         world.restart(0);
         world.settle();
         world.edit(0, id, &format!("/{start}"), start);
         world.settle();
     }
-    // Changes that a third node has and the owner, who revokes their author, has not.
+    // Changes that a third node has, and that the owner lacks when it revokes their author.
     world.disconnect(0, 1);
     world.disconnect(0, 2);
     for number in 0..5 {
@@ -824,15 +829,15 @@ fn a_document_of_many_sessions_is_built_anew_in_one_pass() {
     let content = world.assert_same(&[0, 2], id);
     assert_eq!(content.as_object().unwrap().len(), 60);
     let (document, _) = world.node(2).present(&id).unwrap();
-    let (looked_at, changes) = (document.looked_at, document.log().0 as usize);
+    let (examined, changes) = (document.examined, document.log().0 as usize);
     assert!(
-        (changes..=changes + 5).contains(&looked_at),
-        "{looked_at} looks at {changes} changes"
+        (changes..=changes + 5).contains(&examined),
+        "{examined} changes were examined for {changes} changes"
     );
 }
 
 #[test]
-fn the_whole_document_is_replaced_by_a_put_and_what_others_add_meanwhile_stays() {
+fn putting_the_whole_document_replaces_it_and_keeps_concurrent_additions() {
     let mut world = World::connected(2, 1);
     let id = world.shared(&[0, 1]);
     world.edit(0, id, "", json!({"a": 1, "b": 2}));
@@ -850,7 +855,7 @@ fn the_whole_document_is_replaced_by_a_put_and_what_others_add_meanwhile_stays()
 }
 
 #[test]
-fn content_that_began_anew_says_when_and_of_how_many_changes() {
+fn compacted_content_reports_its_time_and_number_of_changes() {
     let mut world = World::connected(1, 1);
     let id = world.create(0, NewDocument::default());
     world.pass(Duration::from_secs(1_000_000));
@@ -866,10 +871,10 @@ fn content_that_began_anew_says_when_and_of_how_many_changes() {
 }
 
 #[test]
-fn what_waits_is_forgotten_when_a_decision_makes_it_void() {
+fn waiting_changes_are_dropped_when_a_decision_makes_them_void() {
     let mut world = World::connected(3, 1);
     let id = world.shared(&[0, 1]);
-    // Node 2 hears of the second change and not of the first.
+    // Node 2 receives the second change and not the first.
     world.edit(1, id, "/first", 1);
     world.flying.clear();
     world.edit(1, id, "/second", 1);

@@ -1,4 +1,4 @@
-//! The readers of a document, and what peers learn that may no longer read it.
+//! The readers of a document, and the information for peers that may no longer read it.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use weft_proto::wire::{self, document_message::Kind};
 use super::{World, key};
 use crate::{DocumentId, NewDocument, Output, Readers, Rights};
 
-/// Owner, a node that is shut out, a node that may read from then on, and a stranger; as nodes of a world, in every
-/// order of their keys.
+/// Nodes of a world in every order of their keys: the owner, a node that is shut out, a node that may read from then
+/// on, and a stranger.
 const CASTS: [[usize; 4]; 4] = [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]];
 
 fn only(world: &mut World, owner: usize, id: DocumentId, readers: &[usize]) {
@@ -35,7 +35,7 @@ fn hold(world: &mut World, at: usize, id: DocumentId) {
     world.settle();
 }
 
-/// Nothing of the document is at the stranger, whoever it is connected to.
+/// Checks that the stranger has nothing of the document, whichever nodes it is connected to.
 fn assert_gets_nothing(world: &mut World, stranger: usize, id: DocumentId) {
     hold(world, stranger, id);
     for _ in 0..3 {
@@ -47,7 +47,7 @@ fn assert_gets_nothing(world: &mut World, stranger: usize, id: DocumentId) {
 }
 
 #[test]
-fn a_node_that_is_shut_out_learns_it_and_gives_what_it_has_to_nobody_else() {
+fn a_node_that_is_shut_out_learns_of_it_and_sends_its_data_to_no_other_node() {
     for [owner, old, new, stranger] in CASTS {
         let mut world = World::connected(4, 1);
         let id = world.create(owner, NewDocument::default());
@@ -72,12 +72,12 @@ fn a_node_that_is_shut_out_learns_it_and_gives_what_it_has_to_nobody_else() {
 }
 
 #[test]
-fn a_node_that_was_away_when_it_was_shut_out_learns_it_when_it_meets_the_owner() {
+fn a_node_that_was_away_when_it_was_shut_out_learns_of_it_from_the_owner() {
     for [owner, old, new, stranger] in CASTS {
         for others in [0, 20] {
             let mut world = World::connected(4, 1);
             for _ in 0..others {
-                // Other documents that the two share change nothing.
+                // Other documents that the two share have no influence.
                 let other = world.create(owner, NewDocument::default());
                 hold(&mut world, old, other);
             }
@@ -103,7 +103,7 @@ fn a_node_that_was_away_when_it_was_shut_out_learns_it_when_it_meets_the_owner()
 }
 
 #[test]
-fn a_node_that_is_shut_out_learns_it_also_if_the_content_has_begun_anew() {
+fn a_node_that_is_shut_out_learns_of_it_also_after_a_compaction() {
     for [owner, old, new, stranger] in CASTS {
         let mut world = World::connected(4, 1);
         let id = world.create(owner, NewDocument::default());
@@ -125,7 +125,7 @@ fn a_node_that_is_shut_out_learns_it_also_if_the_content_has_begun_anew() {
         assert_eq!(readers(&mut world, old, id), named);
         world.connect(old, stranger);
         assert_gets_nothing(&mut world, stranger, id);
-        // Let in again, it has all of it.
+        // Once it may read again, it gets all of the document.
         world.connect(old, owner);
         world.settle();
         only(&mut world, owner, id, &[old]);
@@ -137,7 +137,7 @@ fn a_node_that_is_shut_out_learns_it_also_if_the_content_has_begun_anew() {
 }
 
 #[test]
-fn a_writer_that_is_revoked_and_shut_out_learns_it() {
+fn a_writer_that_is_revoked_and_shut_out_learns_of_it() {
     for [owner, old, new, _] in CASTS {
         let mut world = World::connected(4, 1);
         let new_document = NewDocument {
@@ -166,7 +166,7 @@ fn a_writer_that_is_revoked_and_shut_out_learns_it() {
 }
 
 #[test]
-fn who_never_had_a_part_of_a_document_is_not_told_who_may_read_it() {
+fn a_peer_that_never_had_a_part_of_a_document_does_not_learn_its_readers() {
     let mut world = World::connected(3, 1);
     let id = world.create(0, NewDocument::default());
     world.edit(0, id, "/secret", 1);
@@ -214,7 +214,7 @@ fn who_never_had_a_part_of_a_document_is_not_told_who_may_read_it() {
             };
             assert_eq!(peer, stranger);
             match wire::DocumentMessage::decode(message).unwrap().kind {
-                // Asked what it has, and told nothing.
+                // The stranger is asked for its summary, and gets no information.
                 Some(Kind::Summary(summary)) => {
                     assert!(!summary.genesis && summary.sessions.is_empty());
                     assert_eq!((summary.epochs, summary.epoch.len()), (0, 0));

@@ -1,5 +1,6 @@
-//! Twenty replicas under everything that can go wrong without a liar, and one thing that looks like one: two machines that run from one copied disk with one
-//! source of randomness. Each run follows from its seed; a failing one is printed, and `SEED=N cargo test simulation` plays it again.
+//! Twenty replicas under all faults except a liar, and one fault that looks like a liar: two machines that run from one
+//! copied disk with one source of randomness. Each run follows from its seed. A failing one is printed, and `SEED=N
+//! cargo test simulation` repeats it.
 
 use std::{
     collections::BTreeMap,
@@ -15,17 +16,18 @@ use crate::{DocumentId, Edit, Error, Event, NewDocument, Readers, Rights};
 
 const NODES: u8 = 20;
 
-/// From here on nodes are put back to copies of their disk: what they had acknowledged may be gone.
+/// First of the nodes whose disks are restored from copies, so that acknowledged changes may be lost.
 const STEADY: usize = 14;
 
-/// These two are one.
+/// The node that has the same key as the last one.
 const TWIN: usize = 18;
 
 struct Simulation {
     world: World,
     documents: Vec<DocumentId>,
     copies: BTreeMap<usize, Disk>,
-    /// What was acknowledged, by document and key: of nodes whose disk is never put back, and who may write for good.
+    /// Acknowledged changes, by document and key: those of nodes whose disk is never restored and who are never
+    /// revoked.
     acknowledged: Vec<(DocumentId, String)>,
     revoked: Vec<usize>,
 }
@@ -33,7 +35,7 @@ struct Simulation {
 impl Simulation {
     fn new(seed: u64) -> Self {
         let mut world = World::new(NODES - 1, seed);
-        // The twin: the same key, and the same randomness at its first start.
+        // The twin has the same key, and the same randomness at its first start.
         world
             .nodes
             .push(Node::new(identity(TWIN as u8), Disk::default(), 0));
@@ -91,7 +93,7 @@ impl Simulation {
         self.world.random.usize(..usize::from(NODES))
     }
 
-    /// About four links for each node, in one piece.
+    /// Creates about four links for each node, which connect all nodes.
     fn mesh(&mut self) {
         for at in 1..usize::from(NODES) {
             let other = self.world.random.usize(..at);
@@ -163,7 +165,7 @@ impl Simulation {
                 }
             }
             420..=424 => {
-                // Everybody on one side of a number loses those on the other.
+                // All nodes on one side of a number lose those on the other side.
                 let cut = self.any();
                 for a in 0..cut {
                     (cut..usize::from(NODES)).for_each(|b| self.world.disconnect(a, b));
@@ -174,7 +176,7 @@ impl Simulation {
                 self.world.restart(node);
             }
             440..=449 => {
-                // Killed before what it did was on disk.
+                // Killed before its commit was on disk.
                 let node = self.any();
                 let id = self.documents[0];
                 let _ = self
@@ -198,8 +200,8 @@ impl Simulation {
             464..=466 => {
                 let node = 10 + self.world.random.usize(..4);
                 let rights = match self.revoked.iter().position(|one| *one == node) {
-                    Some(place) => {
-                        self.revoked.remove(place);
+                    Some(position) => {
+                        self.revoked.remove(position);
                         Rights {
                             add: vec![key(node as u8)],
                             ..Rights::default()
@@ -231,11 +233,11 @@ impl Simulation {
         }
     }
 
-    /// All is well again: everybody finds everybody, and nothing is lost on the way.
+    /// Ends all faults: all nodes find each other, and no message is lost.
     fn heal(&mut self) {
         self.world.faults = Faults::default();
         self.mesh();
-        // Nobody is linked to both twins, so each needs somebody of its own.
+        // No node is linked to both twins, so each of them needs a node of its own.
         for at in 0..usize::from(NODES) {
             for other in 0..usize::from(NODES) {
                 if self.world.linked(at).len() < 2 && at != other {
@@ -243,7 +245,7 @@ impl Simulation {
                 }
             }
         }
-        // What not everybody may read is passed on only by those who may.
+        // A document with restricted readers is passed on only by its readers.
         for pair in [2, 3, 4, 5, 6, 15].windows(2) {
             self.world.connect(pair[0], pair[1]);
         }
@@ -267,10 +269,14 @@ impl Simulation {
                 "node {at} may not read it"
             );
         }
-        // Who wrote after an equivocator may lose what it had not seen was void; it is made again.
+        // A writer whose changes build on an equivocator's may lose those that it did not know to be void; they are
+        // made again.
         for (id, name) in &self.acknowledged {
-            let place = self.documents.iter().position(|other| other == id).unwrap();
-            assert!(!contents[place][name].is_null(), "{name} was acknowledged");
+            let position = self.documents.iter().position(|other| other == id).unwrap();
+            assert!(
+                !contents[position][name].is_null(),
+                "{name} was acknowledged"
+            );
         }
         self.world.assert_no_offence();
     }
@@ -301,7 +307,7 @@ fn twenty_replicas_converge_whatever_happens() {
     let seeds: u64 =
         env::var("SEEDS").map_or(20, |seeds| seeds.parse().expect("SEEDS is a number"));
     let (next, forked) = (AtomicU64::new(0), AtomicU64::new(0));
-    // On all cores: a seed is a world of its own.
+    // On all cores, because the seeds are independent.
     let play = || {
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
@@ -325,12 +331,12 @@ fn twenty_replicas_converge_whatever_happens() {
     let forked = forked.into_inner();
     assert!(
         forked > 0 || seeds < 20,
-        "the twins were found out in none of {seeds} runs"
+        "the twins were detected in none of {seeds} runs"
     );
 }
 
 #[test]
-fn a_seed_plays_the_same_again() {
+fn a_seed_repeats_the_same_run() {
     let play = || {
         let mut simulation = Simulation::new(3);
         for step in 0..150 {

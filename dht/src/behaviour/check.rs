@@ -1,4 +1,4 @@
-//! Checks of others' statements, between the swarm's task and the one that checks signatures; see [`crate::intake`].
+//! Moves records between the swarm's task and the task that checks their signatures; see [`crate::intake`].
 
 use std::{
     future::Future,
@@ -29,15 +29,15 @@ use crate::{
     store::{Origin, Refusal},
 };
 
-/// Statements given to the task that checks them at once: some two milliseconds, so that a short queue of one peer does
-/// not wait behind a long one of another.
+/// Records given to the checking task at once: some two milliseconds of work, so that one peer's short queue does not
+/// wait behind the long one of another.
 const BATCH: usize = 32;
 
-/// At least this long between two looks at whose turn it is: strangers by the hundred who are over their budgets cost
-/// no more than some percent of the swarm's task.
-const LOOK: Duration = Duration::from_millis(2);
+/// Shortest time between two searches for records to check. Hundreds of peers over their budgets thus cost no more than
+/// a few percent of the swarm's task.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Somebody's request to store something, as Kademlia's handler tells of it.
+/// A peer's request to store records, as Kademlia's handler reports it.
 #[derive(Debug)]
 struct Put {
     connection: ConnectionId,
@@ -45,11 +45,11 @@ struct Put {
     refuse: Request,
 }
 
-/// An answer to a query of ours.
+/// An answer to a query of this node.
 #[derive(Debug)]
 struct Answer {
     query: QueryId,
-    /// It is counted as an answer already, for what was known.
+    /// True if the answer was already counted, because of records that were known.
     counted: bool,
 }
 
@@ -60,18 +60,18 @@ struct Batch {
     answers: Vec<Checked<Answer>>,
 }
 
-/// Statements whose signatures are to be checked, and those that are being checked.
+/// Records that wait for a signature check, and those being checked.
 #[derive(Debug)]
 pub(super) struct Checks {
     puts: Intake<Put>,
     answers: Intake<Answer>,
-    /// One at a time; dropping it ends it.
+    /// The batch being checked; one at a time. Dropping it cancels the check.
     running: JoinSet<Batch>,
-    /// When it was last seen whose turn it is.
-    looked: Instant,
-    /// There is no budget before then for anything that waits.
+    /// Time of the last search for records to check.
+    last_search: Instant,
+    /// Before this time, no waiting record has budget.
     idle_until: Option<Instant>,
-    /// Until the next look.
+    /// Timer for the next search.
     pause: Option<Pin<Box<Sleep>>>,
 }
 
@@ -81,7 +81,7 @@ impl Checks {
             puts: Intake::new(PUTS, now),
             answers: Intake::new(ANSWERS, now),
             running: JoinSet::new(),
-            looked: now,
+            last_search: now,
             idle_until: None,
             pause: None,
         }
@@ -92,18 +92,20 @@ impl Checks {
         !self.running.is_empty()
     }
 
-    /// Starts the next batch; if nothing may be checked yet, returns when that is so.
+    /// Starts the next batch. If no record may be checked yet, returns the time at which to try again.
     fn start(&mut self, now: Instant) -> Option<Instant> {
         if self.puts.is_empty() && self.answers.is_empty() {
             return None;
         }
         let not_before = self
             .idle_until
-            .map_or(self.looked + LOOK, |idle| idle.max(self.looked + LOOK));
+            .map_or(self.last_search + SEARCH_INTERVAL, |idle| {
+                idle.max(self.last_search + SEARCH_INTERVAL)
+            });
         if now < not_before {
             return Some(not_before);
         }
-        self.looked = now;
+        self.last_search = now;
         let (answers, answers_at) = self.answers.take(BATCH, now);
         let (puts, puts_at) = self.puts.take(BATCH, now);
         let at = answers_at.into_iter().chain(puts_at).min();
@@ -128,10 +130,11 @@ impl Checks {
 impl Behaviour {
     fn origin(&self, peer: PeerId) -> Origin {
         let peer = self.peers.get(&peer);
-        peer.map_or(Origin::NEAR, |peer| Origin::of(&peer.seen_at))
+        peer.map_or(Origin::LOCAL, |peer| Origin::of(&peer.seen_at))
     }
 
-    /// Takes requests to store something; gives back all else. Nothing is done here that costs more than reading it.
+    /// Handles requests to store records, and returns any other event. Does nothing that costs more than reading the
+    /// request.
     pub(super) fn on_put(
         &mut self,
         peer: PeerId,
@@ -151,14 +154,14 @@ impl Behaviour {
         };
         let put = Put {
             connection,
-            // Kademlia's protocol has the value sent back.
+            // Kademlia's protocol returns the value in an accepting answer.
             accept: Request::PutRecordRes {
                 key: record.key,
                 value: record.value,
                 request_id,
             },
-            // An answer of another kind refuses: a stream that is reset says nothing, because Kademlia's handler does
-            // not tell of one that ends without an answer, and an answer of this kind accepts.
+            // An answer of another kind means refusal. A stream reset would not do: Kademlia's handler does not report
+            // a stream that ends without an answer. An answer of this kind means acceptance.
             refuse: Request::FindNodeRes {
                 closer_peers: Vec::new(),
                 request_id,
@@ -166,11 +169,11 @@ impl Behaviour {
         };
         match considered {
             Ok(known) if known.is_empty() => self.reply(peer, put, true),
-            Ok(statements) => {
+            Ok(records) => {
                 let job = Job {
                     peer,
                     network,
-                    statements,
+                    records,
                     context: put,
                 };
                 self.checks.idle_until = None;
@@ -196,10 +199,10 @@ impl Behaviour {
         });
     }
 
-    /// A peer has sent what no node sends that follows the protocol.
+    /// Notes that a peer has sent data that no node following the protocol sends.
     fn offended(&mut self, peer: PeerId, now: Instant) {
         if self.offenders.add(peer, now) {
-            tracing::debug!(%peer, "the peer sends forged or malformed statements: it is disconnected and not listened to");
+            tracing::debug!(%peer, "disconnecting and ignoring a peer that sends forged or malformed records");
             self.actions.push_back(ToSwarm::CloseConnection {
                 peer_id: peer,
                 connection: CloseConnection::All,
@@ -207,31 +210,35 @@ impl Behaviour {
         }
     }
 
-    /// Has the statements of an answer checked. `counted`: the answer counts already. Otherwise the query waits for no
-    /// more answers than before, and the error is the number of its statements that are not checked.
+    /// Queues the records of an answer for a signature check. `counted` says that the answer was already counted.
+    ///
+    /// # Errors
+    /// Returns the number of records that are not checked if the answer was not queued. The query then waits for no
+    /// additional check.
     pub(super) fn check_answer(
         &mut self,
         peer: PeerId,
         query: QueryId,
-        statements: Vec<wire::SignedRecord>,
+        records: Vec<wire::SignedRecord>,
         counted: bool,
     ) -> Result<(), usize> {
         let now = Instant::now();
-        if statements.is_empty() || self.offenders.contains(&peer, now) {
-            return Err(statements.len());
+        if records.is_empty() || self.offenders.contains(&peer, now) {
+            return Err(records.len());
         }
         let job = Job {
             peer,
             network: self.origin(peer),
-            statements,
+            records,
             context: Answer { query, counted },
         };
         self.checks.idle_until = None;
         let Some(refused) = self.checks.answers.push(job) else {
             return Ok(());
         };
-        let unchecked = refused.statements.len();
-        // This one, or another of the same query in its place: it waits for as many as before.
+        let unchecked = refused.records.len();
+        // The refused job, this one or an earlier one, belongs to this query, so the query waits for as many checks as
+        // before.
         if refused.context.query == query {
             return Err(unchecked);
         }
@@ -240,24 +247,24 @@ impl Behaviour {
     }
 
     fn answer_checked(&mut self, answer: Answer, records: Vec<Record>, unchecked: usize) {
-        // It may have ended.
+        // The query may have ended.
         let Some(mut query) = self.queries.remove(&answer.query) else {
             return;
         };
         query.checked(records, answer.counted, unchecked);
-        self.drive(answer.query, query);
+        self.advance(answer.query, query);
     }
 
-    /// Takes in what was checked, and has more checked. Returns true if something was taken in.
+    /// Processes checked records and starts the next check. Returns true if there was progress.
     pub(super) fn poll_checks(&mut self, cx: &mut Context<'_>) -> bool {
         match self.checks.running.poll_join_next(cx) {
             Poll::Ready(Some(Ok(batch))) => {
                 self.on_checked(batch);
                 return true;
             }
-            // A caller that waits for the answer gives up after its own timeout.
+            // The caller that waits for this answer gives up after its own timeout.
             Poll::Ready(Some(Err(error))) => {
-                tracing::error!(%error, "the check of statements has failed");
+                tracing::error!(%error, "signature check of DHT records failed");
                 return true;
             }
             Poll::Pending => return false,
@@ -265,7 +272,7 @@ impl Behaviour {
         }
         let Some(at) = self.checks.start(Instant::now()) else {
             self.checks.pause = None;
-            // So that the task that has just been started wakes this one.
+            // Poll again, so that the task just started wakes this one.
             return !self.checks.running.is_empty();
         };
         let pause = self
@@ -290,7 +297,7 @@ impl Behaviour {
             self.judge(&checked, now, true);
             let store = self.kad.store_mut();
             let taken = checked.records.into_iter();
-            // Each of them is tried.
+            // Try every record, without stopping at the first refusal.
             let taken = taken.map(|record| store.take(record, checked.network).is_ok());
             let any = taken.fold(false, |any, taken| any | taken);
             self.reply(checked.peer, checked.context, any);
@@ -307,7 +314,7 @@ impl Behaviour {
             .iter()
             .filter(|r| r.publisher() == self.local);
         if let Some(number) = own.map(Record::sequence).max() {
-            // From before the store was lost, or another machine with our key.
+            // The record dates from before this node's store was lost, or from another machine with the same key.
             self.sequence.fetch_max(number, Ordering::AcqRel);
         }
         if checked.forged {

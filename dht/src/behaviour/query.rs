@@ -1,6 +1,8 @@
-//! Look-ups and what is stored by them: a [`Lookup`] says whom to ask, Kademlia's handlers ask.
+//! Runs lookups, and stores records at the nodes that they find. A [`Lookup`] chooses the nodes to ask; Kademlia's
+//! connection handlers send the requests.
 //!
-//! libp2p-kad's own queries end with whoever is nearest to a key, however many of them are in one place, and give up on what does not answer after ten seconds.
+//! libp2p-kad's own queries are not used: they end with the nodes nearest to a key even if all are in one network
+//! group, and they wait ten seconds for a node that does not answer.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -26,51 +28,51 @@ use crate::{
     store::{Found, Origin, Refusal},
 };
 
-/// Longest time of a look-up, whatever its nodes do: each failure costs a second at most, and these are many.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest duration of a lookup. A node that fails costs a second at most, but there can be many such nodes.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Longest time that a node may take to store something, its dial included.
-const STORING: Duration = liveness::LONGEST;
+/// Longest time to wait for a node to store a record, including the dial.
+const STORE_TIMEOUT: Duration = liveness::LONGEST;
 
 /// Unanswered requests to one peer that are remembered, to measure how long the answers take.
 const MAX_ASKED: usize = 32;
 
-/// Nodes that have refused a statement, and are asked whether they have a newer one.
+/// Most nodes that refused a record and are then asked for a newer one.
 const MAX_REFUSED: usize = 2;
 
-/// Queries at a time.
+/// Most queries at a time.
 pub(super) const MAX_QUERIES: usize = 256;
 
 type Handler = <Behaviour as NetworkBehaviour>::ConnectionHandler;
 pub(super) type Request = <Handler as ConnectionHandler>::FromBehaviour;
 pub(super) type Event = THandlerOutEvent<Behaviour>;
 
-/// A dial under way.
+/// A dial in progress.
 #[derive(Debug)]
-pub(super) struct Dialling {
-    /// Queries that wait for it.
+pub(super) struct Dialing {
+    /// Queries that wait for the connection.
     pub(super) queries: Vec<QueryId>,
     pub(super) since: Instant,
-    /// Addresses that are dialled beside those of the routing table.
+    /// Addresses that are dialed in addition to those of the routing table.
     pub(super) addresses: Vec<Multiaddr>,
-    /// It is to find out whether the node lives.
+    /// True if the dial is a liveness check.
     pub(super) checks: bool,
-    /// When it was counted as a failure, if it was.
+    /// Time at which the dial was counted as a failure, if it was.
     pub(super) counted: Option<Instant>,
 }
 
-/// What a query does, and whom its result goes to.
+/// The kind of a query, and the receiver of its result.
 #[derive(Debug)]
 pub(super) enum Purpose {
     Put {
         record: KadRecord,
-        /// Comes when it is on our own disk.
+        /// Completes once the record is on this node's disk.
         written: Option<oneshot::Receiver<Result<(), DiskError>>>,
         reply: oneshot::Sender<Result<Stored, DhtError>>,
     },
     Get {
         enough: Enough,
-        /// Nodes that have answered with something.
+        /// Nodes that have answered with a record.
         answers: usize,
         found: Found,
         reply: oneshot::Sender<Vec<Record>>,
@@ -80,7 +82,7 @@ pub(super) enum Purpose {
 impl Purpose {
     fn is_over(&self) -> bool {
         match self {
-            // What has been said is said, whoever waits for it.
+            // A record is published even if the caller no longer waits.
             Self::Put { .. } => false,
             Self::Get { reply, .. } => reply.is_closed(),
         }
@@ -112,8 +114,8 @@ impl Purpose {
 
 #[derive(Debug)]
 enum Stage {
-    LookUp(Box<Lookup>),
-    /// One node is asked, until then.
+    Lookup(Box<Lookup>),
+    /// Asks one node, until the given time.
     Ask {
         peer: PeerId,
         until: Instant,
@@ -125,15 +127,15 @@ enum Stage {
     },
 }
 
-/// A query under way.
+/// A query in progress.
 #[derive(Debug)]
 pub(super) struct Query {
     key: Vec<u8>,
     purpose: Purpose,
     stage: Stage,
-    /// When its stage has begun.
+    /// Time at which the current stage began.
     began: Instant,
-    /// Answers of which signatures are being checked.
+    /// Answers whose signatures are being checked.
     checking: usize,
 }
 
@@ -168,7 +170,8 @@ impl Query {
         }
     }
 
-    /// Statements of an answer were checked, but for so many; `counted`: the answer counts already.
+    /// Adds the checked records of an answer. `unchecked` is the number of its records that were not checked; `counted`
+    /// says that the answer was already counted.
     pub(super) fn checked(&mut self, records: Vec<Record>, counted: bool, unchecked: usize) {
         self.checking = self.checking.saturating_sub(1);
         if let Purpose::Get { found, answers, .. } = &mut self.purpose {
@@ -180,7 +183,7 @@ impl Query {
 
     fn failed(&mut self, peer: PeerId) {
         match &mut self.stage {
-            Stage::LookUp(lookup) => lookup.failed(peer),
+            Stage::Lookup(lookup) => lookup.failed(peer),
             Stage::Ask { answered, .. } => *answered = true,
             Stage::Store { waiting, .. } => drop(waiting.remove(&peer)),
         }
@@ -191,13 +194,13 @@ impl Behaviour {
     pub(super) fn put(
         &mut self,
         record: &Record,
-        again: bool,
+        reuse_lookup: bool,
         reply: oneshot::Sender<Result<Stored, DhtError>>,
     ) {
-        if let Err(refusal) = self.kad.store_mut().take(record.clone(), Origin::NEAR) {
+        if let Err(refusal) = self.kad.store_mut().take(record.clone(), Origin::LOCAL) {
             let number = match refusal {
                 Refusal::Superseded(number) => number,
-                // Our own are over no quota.
+                // This node's own records are subject to no quota.
                 _ => record.sequence(),
             };
             // The caller may have dropped the receiver, here and below.
@@ -210,7 +213,7 @@ impl Behaviour {
             publisher: None,
             expires: Some(Instant::now() + record.remaining()),
         };
-        // Whoever is told that it is stated can rely on it.
+        // The caller may rely on a published record, so it must be on disk first.
         let written = self.kad.store_mut().disk().map(crate::Disk::flush);
         let key = record.key.to_vec();
         let purpose = Purpose::Put {
@@ -218,15 +221,15 @@ impl Behaviour {
             written,
             reply,
         };
-        let near = again
+        let near = reuse_lookup
             .then(|| self.regions.near(&key, Instant::now()))
             .flatten();
         match near {
             Some(nodes) => {
-                let id = self.number(&key);
+                let id = self.new_query_id(&key);
                 let mut query = Query::new(key, purpose);
                 self.store_at(id, &mut query, nodes);
-                self.drive(id, query);
+                self.advance(id, query);
             }
             None => self.begin(key, purpose),
         }
@@ -255,7 +258,7 @@ impl Behaviour {
         kept.into_iter().cloned().collect()
     }
 
-    /// Asks one connected peer.
+    /// Asks one connected peer for the records under `key`.
     pub(super) fn ask_one(
         &mut self,
         key: Vec<u8>,
@@ -265,11 +268,11 @@ impl Behaviour {
         let mut found = Found::default();
         if peer == self.local {
             found.add(self.kept_under(&key));
-            // The caller may be gone.
+            // The caller may have dropped the receiver.
             let _ = reply.send(found.into_records());
             return;
         }
-        let id = self.number(&key);
+        let id = self.new_query_id(&key);
         let purpose = Purpose::Get {
             enough: Enough::All,
             answers: 0,
@@ -287,17 +290,18 @@ impl Behaviour {
             let candidate = self.candidate(peer, Vec::new());
             self.ask(id, candidate, query.request(id));
         }
-        self.drive(id, query);
+        self.advance(id, query);
     }
 
     fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
-        let id = self.number(&key);
+        let id = self.new_query_id(&key);
         let target = kad::KBucketKey::new(key.clone());
         let in_table = self.kad.get_closest_local_peers(&target);
         let in_table = in_table.map(kad::KBucketKey::into_preimage);
         let mut nearest: Vec<_> = in_table.take(3 * WIDTH).collect();
         let distance = |peer: PeerId| target.distance(&kad::KBucketKey::from(peer));
-        // Who is connected costs no dial, also where the routing table has no room for it. Anybody connects to us under many names: so many of a network.
+        // A connected peer costs no dial, even if the routing table has no room for it. One host can connect under many
+        // identities, so the peers of one network group are limited.
         let connected = self.peers.iter().filter(|(_, peer)| peer.serves);
         let mut connected: Vec<_> = connected
             .map(|(peer, known)| (*peer, Origin::of(&known.seen_at)))
@@ -321,19 +325,19 @@ impl Behaviour {
         let now = Instant::now();
         seeds.retain(|seed| !self.is_gone(seed, now));
         let mut query = Query::new(key, purpose);
-        query.stage = Stage::LookUp(Box::new(Lookup::new(&query.key, self.local, seeds)));
-        self.drive(id, query);
+        query.stage = Stage::Lookup(Box::new(Lookup::new(&query.key, self.local, seeds)));
+        self.advance(id, query);
     }
 
-    /// A number that none of Kademlia's own queries has: handlers say it with each answer.
-    fn number(&mut self, key: &[u8]) -> QueryId {
-        // The query that it is of ends at once.
+    /// Returns a query id that none of Kademlia's own queries has. Handlers return the id with each answer.
+    fn new_query_id(&mut self, key: &[u8]) -> QueryId {
+        // Kademlia's query with this id ends at once.
         let none = KadRecord::new(RecordKey::new(&key), Vec::new());
         let nobody = std::iter::empty();
         self.kad.put_record_to(none, nobody, Quorum::One)
     }
 
-    /// A node of the routing table, or one that was named and is connected.
+    /// Returns a candidate for a peer of the routing table or a connected peer.
     fn known(&mut self, peer: PeerId) -> Candidate {
         let mut addresses = self.routes_of(peer);
         addresses.truncate(MAX_ADDRESSES);
@@ -350,7 +354,7 @@ impl Behaviour {
             peer,
             addresses,
             networks,
-            again: false,
+            redial: false,
             suspect: standing != Standing::Good,
         }
     }
@@ -361,7 +365,7 @@ impl Behaviour {
         candidate.suspect && self.liveness.standing(peer, addresses, now) == Standing::Gone
     }
 
-    /// What a stranger says of others. It must not have us dial our neighbours.
+    /// Converts a node that another peer has named. Peers must not make this node dial its private networks.
     fn named(&self, peer: KadPeer) -> Candidate {
         let addresses = peer.multiaddrs.into_iter();
         let addresses = addresses
@@ -371,8 +375,8 @@ impl Behaviour {
         self.candidate(peer.node_id, addresses.collect())
     }
 
-    /// Asks whom it is to ask next, and ends it where it has ended.
-    pub(super) fn drive(&mut self, id: QueryId, mut query: Query) {
+    /// Advances a query: sends its next requests, and completes it if it has ended.
+    pub(super) fn advance(&mut self, id: QueryId, mut query: Query) {
         let now = Instant::now();
         if query.purpose.is_over() {
             return;
@@ -388,18 +392,19 @@ impl Behaviour {
                 return;
             }
             if !answered {
-                self.has_failed(peer, query.began, &[]);
+                self.on_failed(peer, query.began, &[]);
             }
             if let Purpose::Get { found, reply, .. } = query.purpose {
                 let _ = reply.send(found.into_records());
             }
             return;
         }
-        if let Stage::LookUp(lookup) = &mut query.stage {
-            let mut is_done = now >= query.began + PATIENCE;
+        if let Stage::Lookup(lookup) = &mut query.stage {
+            let mut is_done = now >= query.began + LOOKUP_TIMEOUT;
             let is_checked = query.checking == 0;
             if !is_done && is_checked && lookup.is_done(now) {
-                // Better late than wrong: a suspect may be slow, and the only one that knows.
+                // Without any result, ask suspects as well: a suspect may only be slow, and the only node with the
+                // record.
                 is_done = !(query.purpose.has_nothing() && lookup.ask_suspects());
             }
             let mut next = Vec::new();
@@ -413,7 +418,7 @@ impl Behaviour {
                 };
                 next.extend(std::iter::from_fn(|| lookup.next(now, wait)));
             }
-            // Nodes that have just been found, and are not asked yet, are asked first.
+            // Nodes just found are asked before the caller is told that the lookup is settled.
             if !is_done
                 && query
                     .purpose
@@ -425,9 +430,9 @@ impl Behaviour {
             let nearest = is_done.then(|| lookup.nearest_answered());
             let overdue = lookup.take_overdue();
             for (peer, asked) in overdue {
-                let dialling = self.dialling.get(&peer);
-                let addresses = dialling.map(|dialling| dialling.addresses.clone());
-                self.has_failed(peer, asked, &addresses.unwrap_or_default());
+                let dialing = self.dialing.get(&peer);
+                let addresses = dialing.map(|dialing| dialing.addresses.clone());
+                self.on_failed(peer, asked, &addresses.unwrap_or_default());
             }
             for candidate in next {
                 self.ask(id, candidate, query.request(id));
@@ -442,10 +447,10 @@ impl Behaviour {
             }
         }
         if let Stage::Store { waiting, .. } = &mut query.stage
-            && now >= query.began + STORING
+            && now >= query.began + STORE_TIMEOUT
         {
             for peer in std::mem::take(waiting) {
-                self.has_failed(peer, query.began, &[]);
+                self.on_failed(peer, query.began, &[]);
             }
         }
         match (query.stage, query.purpose) {
@@ -467,7 +472,7 @@ impl Behaviour {
             stored: Stored::default(),
         };
         query.began = Instant::now();
-        // A connected suspect is told as well, and not waited for: it may only be slow.
+        // Connected suspects receive the record as well, but are not waited for: they may only be slow.
         let target = kad::KBucketKey::new(query.key.clone());
         let distance = |peer: PeerId| target.distance(&kad::KBucketKey::from(peer));
         let farthest = nodes.iter().map(|node| distance(node.peer)).max();
@@ -487,8 +492,8 @@ impl Behaviour {
         if self.peers.contains_key(&peer) {
             return self.request(id, peer, request);
         }
-        let dialling = self.dial(peer, candidate.addresses, candidate.again);
-        dialling.queries.push(id);
+        let dialing = self.dial(peer, candidate.addresses, candidate.redial);
+        dialing.queries.push(id);
     }
 
     fn request(&mut self, id: QueryId, peer: PeerId, request: Request) {
@@ -504,23 +509,23 @@ impl Behaviour {
         });
     }
 
-    /// Asks a connected peer for anything, only to see whether it answers.
-    pub(super) fn poke(&mut self, peer: PeerId) {
+    /// Sends a connected peer an arbitrary request, to see whether it answers.
+    pub(super) fn probe(&mut self, peer: PeerId) {
         let key = peer.to_bytes();
-        let id = self.number(&key);
+        let id = self.new_query_id(&key);
         let request = Request::FindNodeReq { key, query_id: id };
         self.request(id, peer, request);
     }
 
-    /// Dials a peer at these addresses and at those of the routing table; `again`: although a dial to other addresses
-    /// may be under way.
+    /// Dials a peer at `addresses` and at those of the routing table. If `redial` is set, dials even if a dial to other
+    /// addresses may be in progress.
     pub(super) fn dial(
         &mut self,
         peer: PeerId,
         addresses: Vec<Multiaddr>,
-        again: bool,
-    ) -> &mut Dialling {
-        let condition = match again {
+        redial: bool,
+    ) -> &mut Dialing {
+        let condition = match redial {
             true => PeerCondition::Disconnected,
             false => PeerCondition::DisconnectedAndNotDialing,
         };
@@ -529,7 +534,7 @@ impl Behaviour {
             .addresses(addresses.clone())
             .extend_addresses_through_behaviour();
         self.actions.push_back(ToSwarm::Dial { opts: opts.build() });
-        let dialling = self.dialling.entry(peer).or_insert_with(|| Dialling {
+        let dialing = self.dialing.entry(peer).or_insert_with(|| Dialing {
             queries: Vec::new(),
             since: Instant::now(),
             addresses: Vec::new(),
@@ -537,17 +542,17 @@ impl Behaviour {
             counted: None,
         });
         for address in addresses {
-            if dialling.addresses.len() < MAX_ADDRESSES && !dialling.addresses.contains(&address) {
-                dialling.addresses.push(address);
+            if dialing.addresses.len() < MAX_ADDRESSES && !dialing.addresses.contains(&address) {
+                dialing.addresses.push(address);
             }
         }
-        dialling
+        dialing
     }
 
-    /// A peer is connected now: what waits for it is asked.
+    /// Sends the waiting requests to a peer that has just connected.
     pub(super) fn ask_connected(&mut self, peer: PeerId) {
-        let dialling = self.dialling.remove(&peer);
-        for id in dialling.map(|d| d.queries).unwrap_or_default() {
+        let dialing = self.dialing.remove(&peer);
+        for id in dialing.map(|d| d.queries).unwrap_or_default() {
             if let Some(query) = self.queries.get(&id) {
                 let request = query.request(id);
                 self.request(id, peer, request);
@@ -556,13 +561,13 @@ impl Behaviour {
     }
 
     pub(super) fn dial_failed(&mut self, peer: PeerId, error: &DialError) {
-        // Another dial is under way, or there is a connection.
+        // Another dial is in progress, or the peer is connected.
         if matches!(error, DialError::DialPeerConditionFalse(_)) {
             return;
         }
         self.regions.forget(peer);
-        // Somebody else's dial, to addresses that say nothing of the node, may have been the one that failed.
-        let Some(dialling) = self.dialling.remove(&peer) else {
+        // The failed dial may belong to another component and to addresses that prove nothing about the node.
+        let Some(dialing) = self.dialing.remove(&peer) else {
             return;
         };
         let was_refused_here = matches!(
@@ -570,20 +575,21 @@ impl Behaviour {
             DialError::NoAddresses | DialError::Denied { .. } | DialError::Aborted
         );
         if was_refused_here {
-            // Nothing was sent, because this node has reached a limit, say. That says nothing of the other node.
+            // Nothing was sent, for example because this node has reached a limit. This proves nothing about the other
+            // node.
             self.liveness.postpone(peer, Instant::now());
         } else if !self.peers.contains_key(&peer) {
-            self.has_failed(peer, dialling.since, &dialling.addresses);
+            self.on_failed(peer, dialing.since, &dialing.addresses);
         }
-        for id in dialling.queries {
+        for id in dialing.queries {
             self.query_failed(id, peer);
         }
     }
 
-    /// No connection to it is left.
+    /// Fails the requests to a peer whose last connection has closed.
     pub(super) fn disconnected(&mut self, peer: PeerId) {
         let waiting = self.queries.iter().filter(|(_, query)| match &query.stage {
-            Stage::LookUp(lookup) => lookup.is_waiting_for(peer),
+            Stage::Lookup(lookup) => lookup.is_waiting_for(peer),
             Stage::Ask { peer: asked, .. } => *asked == peer,
             Stage::Store { waiting, .. } => waiting.contains(&peer),
         });
@@ -596,25 +602,25 @@ impl Behaviour {
     fn query_failed(&mut self, id: QueryId, peer: PeerId) {
         if let Some(mut query) = self.queries.remove(&id) {
             query.failed(peer);
-            self.drive(id, query);
+            self.advance(id, query);
         }
     }
 
-    /// Time has passed.
-    pub(super) fn drive_all(&mut self) {
+    /// Advances all queries; called by the timer.
+    pub(super) fn advance_all(&mut self) {
         let ids: Vec<_> = self.queries.keys().copied().collect();
         for id in ids {
             if let Some(query) = self.queries.remove(&id) {
-                self.drive(id, query);
+                self.advance(id, query);
             }
         }
         let queries = &self.queries;
-        for dialling in self.dialling.values_mut() {
-            dialling.queries.retain(|id| queries.contains_key(id));
+        for dialing in self.dialing.values_mut() {
+            dialing.queries.retain(|id| queries.contains_key(id));
         }
     }
 
-    /// Takes answers to queries of ours; gives back what is Kademlia's own.
+    /// Handles answers to this behaviour's queries, and returns events of Kademlia's own queries.
     pub(super) fn on_answer(&mut self, peer: PeerId, event: Event) -> Option<Event> {
         let (Event::FindNodeRes { query_id, .. }
         | Event::GetRecordRes { query_id, .. }
@@ -629,16 +635,16 @@ impl Behaviour {
             Some(asked.remove(at)?.1)
         });
         match (&event, asked_at) {
-            (Event::QueryError { .. }, Some(asked)) => self.has_failed(peer, asked, &[]),
+            (Event::QueryError { .. }, Some(asked)) => self.on_failed(peer, asked, &[]),
             (Event::QueryError { .. }, None) => {}
-            // Also of one that was not waited for any more: so it is known to be slow, and not dead.
-            _ => self.is_alive(peer, asked_at.map(|asked| asked.elapsed())),
+            // An answer that comes too late also counts: the node is slow, not dead.
+            _ => self.on_alive(peer, asked_at.map(|asked| asked.elapsed())),
         }
         let Some(mut query) = self.queries.remove(&id) else {
             return Some(event);
         };
         let (record, closer) = match event {
-            // An answer of another kind refuses to store.
+            // An answer of another kind means that the node refuses to store the record.
             Event::FindNodeRes { .. } if matches!(query.stage, Stage::Store { .. }) => {
                 if let Stage::Store { waiting, stored } = &mut query.stage
                     && waiting.remove(&peer)
@@ -646,7 +652,7 @@ impl Behaviour {
                 {
                     stored.refused.push(peer);
                 }
-                self.drive(id, query);
+                self.advance(id, query);
                 return None;
             }
             Event::FindNodeRes { closer_peers, .. } => (None, closer_peers),
@@ -659,21 +665,22 @@ impl Behaviour {
                 if let Stage::Store { waiting, stored } = &mut query.stage {
                     stored.took += usize::from(waiting.remove(&peer));
                 }
-                self.drive(id, query);
+                self.advance(id, query);
                 return None;
             }
             _ => {
                 query.failed(peer);
-                self.drive(id, query);
+                self.advance(id, query);
                 return None;
             }
         };
         if let Stage::Ask { answered, .. } = &mut query.stage {
             *answered = true;
         }
-        // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
+        // Check the record against the requested key, not the key in the answer. With the latter, the peer could
+        // substitute any record that is valid under another key.
         if let (Purpose::Get { found, answers, .. }, Some(record)) = (&mut query.purpose, record)
-            && let Some((any_known, unknown)) = found.sort_out(&query.key, &record.value)
+            && let Some((any_known, unknown)) = found.decode_answer(&query.key, &record.value)
         {
             *answers += usize::from(any_known);
             match self.check_answer(peer, id, unknown, any_known) {
@@ -681,7 +688,7 @@ impl Behaviour {
                 Err(unchecked) => found.unchecked(unchecked),
             }
         }
-        if let Stage::LookUp(lookup) = &mut query.stage {
+        if let Stage::Lookup(lookup) = &mut query.stage {
             let network = self.peers.get(&peer).map(|peer| Origin::of(&peer.seen_at));
             let closer = closer.into_iter().take(WIDTH);
             let closer = closer.map(|peer| self.named(peer));
@@ -689,7 +696,7 @@ impl Behaviour {
             let closer: Vec<_> = closer.filter(|named| !self.is_gone(named, now)).collect();
             lookup.answered(peer, network, closer);
         }
-        self.drive(id, query);
+        self.advance(id, query);
         None
     }
 }
@@ -703,7 +710,7 @@ fn answer_put(
         let _ = reply.send(Ok(stored));
         return;
     };
-    // Beside: the disk may take its time.
+    // In a task of its own, because the disk may be slow.
     tokio::spawn(async move {
         let written = match written.await {
             Ok(written) => written.map_err(DhtError::Disk),
@@ -731,7 +738,7 @@ mod tests {
     use super::*;
     use crate::Dht;
 
-    /// Statements of an answer: as many as 64 KiB hold.
+    /// Records in an answer: as many as fit into 64 KiB.
     const MANY: u16 = 300;
 
     const TTL: Duration = Duration::from_secs(3600);
@@ -751,9 +758,9 @@ mod tests {
         wire::RecordSet { records }.encode_to_vec()
     }
 
-    /// Begins a query that ends with no answer, so that what it has gathered can be looked at.
+    /// Begins a query that ends with no answer, so that a test can inspect its results.
     fn endless(behaviour: &mut Behaviour) -> (QueryId, oneshot::Receiver<Vec<Record>>) {
-        let id = behaviour.number(b"k");
+        let id = behaviour.new_query_id(b"k");
         let (reply, result) = oneshot::channel();
         let purpose = Purpose::Get {
             enough: Enough::All,
@@ -768,7 +775,7 @@ mod tests {
 
     fn gathered(behaviour: &Behaviour, id: QueryId) -> Vec<&Record> {
         let Purpose::Get { found, .. } = &behaviour.queries[&id].purpose else {
-            unreachable!("it was made so");
+            unreachable!("the test began a lookup");
         };
         found.records().collect()
     }
@@ -786,7 +793,7 @@ mod tests {
         assert!(behaviour.on_answer(peer, event).is_none());
     }
 
-    /// Has the behaviour check what waits, until nothing waits.
+    /// Polls the behaviour until no check is waiting.
     async fn check_all(behaviour: &mut Behaviour, id: QueryId) {
         poll_fn(|cx| {
             while behaviour.poll_checks(cx) {}
@@ -799,16 +806,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answers_of_liars_do_not_use_up_the_checks_of_a_look_up() {
+    async fn answers_of_liars_do_not_use_up_the_checks_of_a_lookup() {
         let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
         let (id, _result) = endless(&mut behaviour);
-        // The first statement of each answer is forged, and nobody looks at those after it.
+        // The first record of each answer is forged, so the records after it are not checked.
         let bad = forged();
         for _ in 0..20 {
             answer(&mut behaviour, id, bad.clone());
             check_all(&mut behaviour, id).await;
         }
-        // Nor at those of a peer that is not listened to any more.
+        // Answers of an ignored peer are not checked either.
         let offender = PeerId::random();
         let now = Instant::now();
         while !behaviour.offenders.contains(&offender, now) {
@@ -824,9 +831,9 @@ mod tests {
         assert_eq!(gathered(&behaviour, id), [&good]);
     }
 
-    /// On one thread, so that it is known who has a turn before whom.
+    /// On one thread, so that the order of turns is known.
     #[tokio::test]
-    async fn others_have_their_turns_while_a_long_answer_is_checked() {
+    async fn other_tasks_run_while_a_long_answer_is_checked() {
         let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
         let (id, _result) = endless(&mut behaviour);
         let turns = Arc::new(AtomicUsize::new(0));
@@ -840,10 +847,10 @@ mod tests {
         let records = many();
         let value = wire::RecordSet { records }.encode_to_vec();
         answer(&mut behaviour, id, value);
-        // Nothing is checked by whoever reads the answer.
+        // The task that reads the answer checks nothing.
         assert_eq!(behaviour.queries[&id].checking, 1);
         assert_eq!(gathered(&behaviour, id).len(), 0);
-        // Until its check has begun, there is time for any number of turns.
+        // Any number of turns may pass before the check begins.
         poll_fn(|cx| {
             while behaviour.poll_checks(cx) {}
             match behaviour.checks.is_running() {

@@ -1,10 +1,10 @@
-//! What a store takes, refuses, forgets and answers.
+//! Tests of the store: acceptance, refusal, expiry and answers.
 
 use libp2p::identity::Keypair;
 
 use super::*;
 
-/// Bytes in a signature.
+/// Size of a signature, in bytes.
 const SIGNATURE: usize = 64;
 
 const HOUR: Duration = Duration::from_secs(2 * 3600);
@@ -17,7 +17,7 @@ fn record(keys: &Keypair, subkey: &[u8], value: &[u8], sequence: u64) -> Record 
     Record::sign(keys, b"k", subkey, Some(value), sequence, HOUR).unwrap()
 }
 
-/// Stores as a stranger does, from a network.
+/// Stores records as a peer from the network group `from` does.
 fn put_from(store: &mut Store, key: &[u8], value: &[u8], from: Origin) -> Result<(), Refusal> {
     let worth = store.consider(&RecordKey::new(&key), value, from)?;
     let mut taken = Ok(());
@@ -30,10 +30,10 @@ fn put_from(store: &mut Store, key: &[u8], value: &[u8], from: Origin) -> Result
 
 fn put(store: &mut Store, records: &[Record]) -> Result<(), Refusal> {
     let value = encode(records.iter());
-    put_from(store, records[0].key(), &value, Origin::NEAR)
+    put_from(store, records[0].key(), &value, Origin::LOCAL)
 }
 
-/// Returns the records of the store's answer, each of them checked.
+/// Returns the records of the store's answer, all verified.
 fn read(store: &Store) -> Vec<Record> {
     let key = RecordKey::new(b"k");
     let mut found = Found::default();
@@ -42,7 +42,7 @@ fn read(store: &Store) -> Vec<Record> {
 }
 
 fn gather(found: &mut Found, key: &[u8], value: &[u8]) -> bool {
-    let Some((known, unknown)) = found.sort_out(key, value) else {
+    let Some((known, unknown)) = found.decode_answer(key, value) else {
         return false;
     };
     let records = unknown.into_iter();
@@ -56,7 +56,7 @@ fn network(n: u8) -> Origin {
     Origin::of(&format!("/ip4/8.8.{n}.1/tcp/1").parse().unwrap())
 }
 
-/// What is counted is what is there.
+/// Checks that the sums match the stored records.
 fn check(store: &Store) {
     let all = || store.sets.values().flat_map(|set| &set.kept);
     let sum = |of: &dyn Fn(&&Kept) -> bool| {
@@ -72,7 +72,8 @@ fn check(store: &Store) {
         assert_eq!(set.bytes, set.kept.iter().map(|kept| kept.size).sum());
         assert!(set.kept.iter().all(|kept| kept.size == kept.record.size()));
         assert!(
-            set.kept.iter().all(|kept| kept.until >= set.look) || set.look <= Instant::now() + LOOK
+            set.kept.iter().all(|kept| kept.until >= set.next_check)
+                || set.next_check <= Instant::now() + CHECK_INTERVAL
         );
     }
     for (publisher, bytes) in &store.by_publisher {
@@ -119,13 +120,13 @@ fn publishers_share_a_key_and_none_replaces_another() {
 }
 
 #[test]
-fn an_older_statement_never_replaces_a_newer_one() {
+fn an_older_record_never_replaces_a_newer_one() {
     let keys = Keypair::generate_ed25519();
     let (old, new) = (record(&keys, b"", b"old", 1), record(&keys, b"", b"new", 2));
     let mut store = store();
     put(&mut store, std::slice::from_ref(&old)).unwrap();
     put(&mut store, std::slice::from_ref(&new)).unwrap();
-    // And whoever comes with it is not told that it is kept.
+    // The sender of an old record is told that it is not stored.
     assert!(put(&mut store, std::slice::from_ref(&old)).is_err());
     put(&mut store, std::slice::from_ref(&new)).unwrap();
     assert_eq!(read(&store), std::slice::from_ref(&new));
@@ -136,7 +137,7 @@ fn an_older_statement_never_replaces_a_newer_one() {
 }
 
 #[test]
-fn forged_expired_and_misplaced_statements_are_not_stored() {
+fn forged_expired_and_misplaced_records_are_not_stored() {
     let mut store = store();
     let keys = Keypair::generate_ed25519();
     let good = record(&keys, b"", b"v", 1);
@@ -151,17 +152,17 @@ fn forged_expired_and_misplaced_statements_are_not_stored() {
         vec![0xff; 10],
         vec![0; MAX_PACKET + 1],
     ] {
-        assert!(put_from(&mut store, b"k", &bad, Origin::NEAR).is_err());
+        assert!(put_from(&mut store, b"k", &bad, Origin::LOCAL).is_err());
     }
     let value = set(vec![good.as_wire().clone()]);
-    let wrong = put_from(&mut store, b"other", &value, Origin::NEAR);
+    let wrong = put_from(&mut store, b"other", &value, Origin::LOCAL);
     assert_eq!(wrong, Err(Refusal::Offence));
     assert_eq!(store.usage().records, 0);
-    // Of another clock is not of another mind: the rest of the set counts.
+    // A record with a wrong time does not discredit the rest of its set.
     let mixed = set(vec![expired.as_wire().clone(), good.as_wire().clone()]);
-    put_from(&mut store, b"k", &mixed, Origin::NEAR).unwrap();
+    put_from(&mut store, b"k", &mixed, Origin::LOCAL).unwrap();
     assert_eq!(read(&store), [good]);
-    // Nor does Kademlia itself store anything.
+    // Kademlia itself stores nothing either.
     assert!(RecordStore::put(&mut store, KadRecord::new(b"k".to_vec(), value)).is_err());
 }
 
@@ -215,25 +216,25 @@ fn a_record_can_be_replaced_while_the_quota_of_its_network_is_full() {
     let put_at =
         |store: &mut Store, record: &Record, from| put_from(store, b"k", &encode([record]), from);
     put_at(&mut store, &record(&keys, b"", &[1; 100], 1), network(1)).unwrap();
-    // As if others of the network had filled it.
+    // Simulate other peers of the network group that have filled its quota.
     store.by_network.insert(network(1), MAX_OF_NETWORK);
     store.by_network.insert(network(2), MAX_OF_NETWORK);
     let new = record(&keys, b"", &[2; 100], 2);
     put_at(&mut store, &new, network(1)).unwrap();
     assert_eq!(read(&store), [new]);
     assert_eq!(store.by_network[&network(1)], MAX_OF_NETWORK);
-    // Neither does one that is larger fit, nor one that comes from another network that is full.
+    // Neither a larger record fits, nor one from another network group that is full.
     let larger = record(&keys, b"", &[3; 101], 3);
     assert_eq!(put_at(&mut store, &larger, network(1)), Err(Refusal::Quota));
-    let elsewhere = record(&keys, b"", &[3; 100], 3);
+    let from_other_network = record(&keys, b"", &[3; 100], 3);
     assert_eq!(
-        put_at(&mut store, &elsewhere, network(2)),
+        put_at(&mut store, &from_other_network, network(2)),
         Err(Refusal::Quota)
     );
-    // In a network with room it leaves the old one.
-    put_at(&mut store, &elsewhere, network(3)).unwrap();
+    // From a network group with room, it replaces the old one.
+    put_at(&mut store, &from_other_network, network(3)).unwrap();
     assert!(store.by_network[&network(1)] < MAX_OF_NETWORK - 100);
-    assert_eq!(store.by_network[&network(3)], elsewhere.size());
+    assert_eq!(store.by_network[&network(3)], from_other_network.size());
 }
 
 #[test]
@@ -243,11 +244,11 @@ fn a_replacement_for_which_there_is_no_room_leaves_the_older_record() {
     let other = Keypair::generate_ed25519();
     let old = record(&other, b"", b"v", 1);
     put(&mut store, std::slice::from_ref(&old)).unwrap();
-    // Our own records make room for nobody.
+    // This node's own records are never dropped to make room.
     let mut n = 0_u16;
     while store.bytes + 4000 <= MAX_SET {
         let ours = record(&own, &n.to_be_bytes(), &[0; 3000], 1);
-        store.take(ours, Origin::NEAR).unwrap();
+        store.take(ours, Origin::LOCAL).unwrap();
         n += 1;
     }
     let larger = record(&other, b"", &[0; 4000], 2);
@@ -275,11 +276,11 @@ fn a_peer_behind_a_relay_counts_as_relayed_wherever_the_relay_is() {
         }
     }
     let near = Origin::of(&"/ip4/192.168.1.1/tcp/1".parse().unwrap());
-    assert_eq!(near, Origin::NEAR);
+    assert_eq!(near, Origin::LOCAL);
 }
 
 #[test]
-fn a_set_larger_than_an_answer_is_told_in_parts_the_fresh_ones_first() {
+fn an_answer_from_a_large_set_is_a_sample_with_the_fresh_records_first() {
     let keys = Keypair::generate_ed25519();
     let mut store = Store::new(keys.public().to_peer_id(), None);
     let ours = record(&keys, b"", b"v", 1);
@@ -299,12 +300,12 @@ fn a_set_larger_than_an_answer_is_told_in_parts_the_fresh_ones_first() {
         assert!(answer.contains(last.as_ref().unwrap()));
         told.extend(answer.iter().map(Record::publisher));
     }
-    // Each has its turn.
+    // Each record gets its turn.
     assert_eq!(told.len(), 401);
 }
 
 #[test]
-fn what_is_full_takes_what_is_new_and_keeps_our_own() {
+fn a_full_store_accepts_new_records_and_keeps_its_own() {
     let keys = Keypair::generate_ed25519();
     let mut store = Store::new(keys.public().to_peer_id(), None);
     let ours = record(&keys, b"", b"v", 1);
@@ -324,7 +325,7 @@ fn what_is_full_takes_what_is_new_and_keeps_our_own() {
 }
 
 #[test]
-fn a_request_to_store_more_than_a_few_statements_is_refused_unread() {
+fn a_request_to_store_more_than_a_few_records_is_refused_undecoded() {
     let mut store = store();
     let keys = Keypair::generate_ed25519();
     let key = RecordKey::new(b"k");
@@ -341,12 +342,12 @@ fn a_request_to_store_more_than_a_few_statements_is_refused_unread() {
     let full = set(500);
     assert!((55_000..MAX_PACKET).contains(&full.len()), "{}", full.len());
     for many in [full, set(MAX_PUT as u16 + 1)] {
-        let refused = store.consider(&key, &many, Origin::NEAR);
+        let refused = store.consider(&key, &many, Origin::LOCAL);
         assert_eq!(refused, Err(Refusal::Offence));
     }
-    let few = store.consider(&key, &set(MAX_PUT as u16), Origin::NEAR);
+    let few = store.consider(&key, &set(MAX_PUT as u16), Origin::LOCAL);
     assert_eq!(few.unwrap().len(), MAX_PUT);
-    // The largest statement that there may be is taken.
+    // The largest possible record is accepted.
     let largest = Record::sign(&keys, &[b'k'; 512], &[0; 256], Some(&[0; 4096]), 1, HOUR);
     let largest = largest.unwrap();
     assert!(largest.size() <= record::MAX_SIZE);
@@ -354,15 +355,15 @@ fn a_request_to_store_more_than_a_few_statements_is_refused_unread() {
 }
 
 #[test]
-fn quotas_and_what_is_known_are_looked_at_before_any_signature() {
+fn quotas_and_known_records_are_checked_before_any_signature() {
     let mut store = store();
     let keys = Keypair::generate_ed25519();
     let key = RecordKey::new(b"k");
     for n in 0..MAX_PER_PUBLISHER as u8 {
-        // Until its share is full.
+        // Until the publisher's share is full.
         let _ = put(&mut store, &[record(&keys, &[n], b"v", 5)]);
     }
-    // A wrong signature that nobody looks at.
+    // A wrong signature that is never checked.
     let unsigned = |subkey: &[u8], sequence| {
         let mut wire = record(&keys, subkey, b"w", sequence).as_wire().clone();
         wire.signature = vec![1; SIGNATURE].into();
@@ -371,19 +372,19 @@ fn quotas_and_what_is_known_are_looked_at_before_any_signature() {
         }
         .encode_to_vec()
     };
-    let over = store.consider(&key, &unsigned(b"one more", 5), Origin::NEAR);
+    let over = store.consider(&key, &unsigned(b"one more", 5), Origin::LOCAL);
     assert_eq!(over, Err(Refusal::Quota));
-    let older = store.consider(&key, &unsigned(&[0], 4), Origin::NEAR);
+    let older = store.consider(&key, &unsigned(&[0], 4), Origin::LOCAL);
     assert_eq!(older, Err(Refusal::Superseded(5)));
-    let newer = store.consider(&key, &unsigned(&[0], 6), Origin::NEAR);
+    let newer = store.consider(&key, &unsigned(&[0], 6), Origin::LOCAL);
     assert_eq!(newer.unwrap().len(), 1);
     let same = read(&store).remove(0);
-    let again = store.consider(&key, &encode([&same]), Origin::NEAR);
+    let again = store.consider(&key, &encode([&same]), Origin::LOCAL);
     assert_eq!(again.unwrap(), []);
 }
 
 #[test]
-fn the_sequence_numbers_of_our_own_statements_are_remembered_over_a_restart() {
+fn the_sequence_numbers_of_own_records_survive_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("records.redb");
     let keys = Keypair::generate_ed25519();
@@ -394,9 +395,9 @@ fn the_sequence_numbers_of_our_own_statements_are_remembered_over_a_restart() {
         let other = record(&Keypair::generate_ed25519(), b"", b"v", u64::MAX);
         put(&mut store, &[other]).unwrap();
         put(&mut store, &[record(&keys, b"", b"v", ahead)]).unwrap();
-        // And one whose time is over when the store is opened again.
+        // A record that has expired when the store is opened again.
         let brief = Record::sign(&keys, b"b", b"", None, ahead + 1, Duration::ZERO);
-        store.take(brief.unwrap(), Origin::NEAR).unwrap();
+        store.take(brief.unwrap(), Origin::LOCAL).unwrap();
         assert_eq!(store.newest_own(), ahead + 1);
     }
     let store = Store::new(local, Some(Disk::open(&path).unwrap()));
@@ -404,24 +405,24 @@ fn the_sequence_numbers_of_our_own_statements_are_remembered_over_a_restart() {
 }
 
 #[test]
-fn a_clock_that_jumps_ahead_and_back_loses_nothing() {
+fn a_clock_that_jumps_ahead_and_back_loses_no_record() {
     let mut store = store();
     let keys = Keypair::generate_ed25519();
     put(&mut store, &[record(&keys, b"", b"v", 1)]).unwrap();
     let (now, later) = (Instant::now(), Instant::now() + 2 * HOUR);
     let ahead = record::now() + 36_000_000;
-    store.drop_expired(0, ahead, now + 2 * LOOK);
+    store.drop_expired(0, ahead, now + 2 * CHECK_INTERVAL);
     assert_eq!(read(&store).len(), 1);
-    // Nor does one that goes back keep what nobody else takes for valid.
+    // A clock that goes back does not keep records that all other nodes consider expired.
     store.drop_expired(0, record::now(), later);
     assert_eq!(store.usage().records, 1);
-    store.drop_expired(0, ahead, later + 2 * LOOK);
+    store.drop_expired(0, ahead, later + 2 * CHECK_INTERVAL);
     assert_eq!(store.usage().records, 0);
     check(&store);
 }
 
 #[test]
-fn what_is_kept_under_a_watched_key_is_told() {
+fn a_watcher_is_notified_of_changes_under_its_key() {
     let mut store = store();
     let keys = Keypair::generate_ed25519();
     let mut watched = store.watch(&RecordKey::new(b"k")).unwrap();
@@ -440,7 +441,7 @@ fn what_is_kept_under_a_watched_key_is_told() {
 }
 
 #[test]
-fn expired_statements_are_swept_and_never_returned() {
+fn expired_records_are_swept_and_never_returned() {
     let mut store = store();
     let keys = Keypair::generate_ed25519();
     let brief = Record::sign(&keys, b"k", b"", Some(b"v"), 1, Duration::from_secs(2)).unwrap();
@@ -461,7 +462,7 @@ fn expired_statements_are_swept_and_never_returned() {
 }
 
 #[test]
-fn a_restart_loses_nothing() {
+fn a_restart_loses_no_record() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("records.redb");
     let open = |local| Store::new(local, Some(Disk::open(&path).unwrap()));
@@ -487,7 +488,7 @@ fn a_restart_loses_nothing() {
 }
 
 #[test]
-fn mutated_sets_are_refused_or_what_they_were() {
+fn mutated_sets_are_refused_or_yield_the_original_records() {
     let mut store = store();
     let keys = [Keypair::generate_ed25519(), Keypair::generate_ed25519()];
     let good = keys.each_ref().map(|keys| record(keys, b"s", b"v", 5));
@@ -507,30 +508,30 @@ fn mutated_sets_are_refused_or_what_they_were() {
         }
         let mut found = Found::default();
         gather(&mut found, b"k", &mutant);
-        // What it was, or nothing.
+        // The result is one of the originals, or nothing.
         assert!(
             found
                 .into_records()
                 .iter()
                 .all(|found| good.contains(found))
         );
-        // Refused or taken, as the mutation has it.
-        let _ = put_from(&mut store, b"k", &mutant, Origin::NEAR);
+        // The store may accept or refuse the mutant.
+        let _ = put_from(&mut store, b"k", &mutant, Origin::LOCAL);
     }
     assert!(read(&store).iter().all(|kept| good.contains(kept)));
     check(&store);
 }
 
 #[test]
-fn answers_are_gathered_and_the_newest_counts() {
+fn answers_are_merged_and_the_newest_record_wins() {
     let keys = Keypair::generate_ed25519();
     let (old, new) = (record(&keys, b"a", b"1", 1), record(&keys, b"a", b"2", 2));
     let other = record(&Keypair::generate_ed25519(), b"", b"3", 1);
     let mut found = Found::default();
     assert!(gather(&mut found, b"k", &encode([&new, &other])));
     assert!(gather(&mut found, b"k", &encode([&old])));
-    // What is known still counts as an answer.
-    let (known, unknown) = found.sort_out(b"k", &encode([&other])).unwrap();
+    // A known record still counts as an answer.
+    let (known, unknown) = found.decode_answer(b"k", &encode([&other])).unwrap();
     assert!(known && unknown.is_empty(), "and is not checked again");
     assert!(!gather(&mut found, b"k", b"\xff"));
     assert!(!gather(&mut Found::default(), b"other", &encode([&other])));

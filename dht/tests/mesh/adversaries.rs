@@ -1,4 +1,4 @@
-//! Peers that store what they should not: nothing of it is kept, and they are not told that it is.
+//! Peers that try to store invalid records: nothing is stored, and they are not told that it was.
 
 use std::{
     collections::HashMap,
@@ -30,7 +30,7 @@ use weft_proto::wire::{RecordSet, SignedRecord};
 const PATIENCE: Duration = Duration::from_secs(30);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A stock node.
+/// A stock libp2p node.
 #[derive(NetworkBehaviour)]
 #[behaviour(prelude = "libp2p::swarm::derive_prelude")]
 struct Stock {
@@ -68,7 +68,7 @@ fn stock() -> Swarm<Stock> {
         .build()
 }
 
-/// Stores values at the node that the swarm is connected to; of which of them it says that it has taken them.
+/// Stores values at the node to which the swarm is connected. Returns which of them the node claims to have stored.
 async fn store(swarm: &mut Swarm<Stock>, peer: libp2p::PeerId, records: Vec<Record>) -> Vec<bool> {
     let kad = &mut swarm.behaviour_mut().kad;
     let queries = records
@@ -88,12 +88,12 @@ async fn store(swarm: &mut Swarm<Stock>, peer: libp2p::PeerId, records: Vec<Reco
             }
         }
     };
-    // Whoever is refused waits for ten seconds, as libp2p-kad has it.
+    // After a refusal, libp2p-kad waits for ten seconds.
     timeout(PATIENCE, ended).await.unwrap();
     queries.iter().map(|query| taken[query]).collect()
 }
 
-/// What a statement says, for one test to change.
+/// The content of a record, for a test to change.
 struct Draft {
     key: Vec<u8>,
     value: Vec<u8>,
@@ -114,7 +114,7 @@ impl Default for Draft {
     }
 }
 
-/// Signed as `docs/protocols.md` says, by other code than ours.
+/// Signs a record as `docs/protocols.md` says, with code independent of the crate's.
 fn signed(keys: &Keypair, draft: Draft) -> SignedRecord {
     let public = keys.public().encode_protobuf();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -147,7 +147,7 @@ fn set(records: Vec<SignedRecord>) -> Vec<u8> {
     RecordSet { records }.encode_to_vec()
 }
 
-/// A node, and a stranger who is connected to it.
+/// Starts a node and a stranger that is connected to it.
 async fn victim() -> (Dht, Network, Swarm<Stock>) {
     let keys = Keypair::generate_ed25519();
     let (dht, behaviour) = Dht::new(&keys);
@@ -159,7 +159,7 @@ async fn victim() -> (Dht, Network, Swarm<Stock>) {
     (dht, network, swarm)
 }
 
-/// A stranger who knows where a node is.
+/// Starts a stranger that knows the addresses of a node.
 fn stranger_to(network: &Network) -> Swarm<Stock> {
     let mut swarm = stock();
     let peer = network.local_peer();
@@ -171,7 +171,7 @@ fn stranger_to(network: &Network) -> Swarm<Stock> {
 }
 
 #[tokio::test]
-async fn what_breaks_the_rules_is_not_kept_and_not_said_to_be() {
+async fn invalid_records_are_not_stored_and_not_acknowledged() {
     let (dht, network, mut swarm) = victim().await;
     let peer = network.local_peer();
     let keys = Keypair::generate_ed25519();
@@ -195,7 +195,7 @@ async fn what_breaks_the_rules_is_not_kept_and_not_said_to_be() {
         ("forged", forged),
         ("of another", of_another),
         ("under another subkey", moved),
-        ("of no Ed25519 key", rsa_like),
+        ("by another kind of key", rsa_like),
         (
             "expired",
             signed(
@@ -237,68 +237,68 @@ async fn what_breaks_the_rules_is_not_kept_and_not_said_to_be() {
             ),
         ),
     ];
-    // Otherwise the rest says nothing, and what is refused is not so for want of a connection.
+    // This valid record proves that refusals do not come from a missing connection.
     let other = Keypair::generate_ed25519();
     let good = record(set(vec![signed(&other, draft())]));
     assert_eq!(store(&mut swarm, peer, vec![good]).await, [true]);
-    let (names, statements): (Vec<_>, Vec<_>) = bad.into_iter().unzip();
-    let mut records: Vec<_> = statements
+    let (names, records): (Vec<_>, Vec<_>) = bad.into_iter().unzip();
+    let mut records: Vec<_> = records
         .into_iter()
-        .map(|statement| record(set(vec![statement])))
+        .map(|signed_record| record(set(vec![signed_record])))
         .collect();
     for garbage in [vec![], vec![0xff; 1000], vec![1; 100_000]] {
         records.push(record(garbage));
     }
-    // Replayed: what is older than what is there.
+    // A replay: a record older than the stored one.
     let older = Draft {
         sequence: 4,
         value: b"old".to_vec(),
         ..draft()
     };
     records.push(record(set(vec![signed(&other, older)])));
-    // Each from a stranger of its own: who offends again and again is not listened to.
+    // Each attempt comes from a stranger of its own, because repeated offenders are ignored.
     let attempts = records.into_iter().map(|record| {
         let mut swarm = stranger_to(&network);
         async move { store(&mut swarm, peer, vec![record]).await[0] }
     });
     let taken = futures::future::join_all(attempts).await;
     let wrongly = taken.iter().position(|taken| *taken);
-    assert_eq!(wrongly, None, "of {names:?} and what follows");
+    assert_eq!(wrongly, None, "of {names:?} and the ones after them");
     assert_eq!(dht.status().await.unwrap().kept.records, 1);
     let found = dht.get(b"k").await.unwrap();
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].value(), Some(&b"v"[..]));
 }
 
-/// The records that a stranger has a node store, again and again.
+/// The kind of records that a stranger keeps sending to a node.
 #[derive(Clone, Copy)]
 enum Junk {
-    /// Statements with wrong signatures: the stranger is soon not listened to.
+    /// Records with wrong signatures: the stranger is soon ignored.
     Forged,
-    /// Statements with good signatures, each another one: all of them are worth a check.
+    /// Valid records, each different: every one needs a signature check.
     Signed,
 }
 
-/// Statements in a request: no more are read.
+/// Records in a request; larger requests are refused.
 const IN_REQUEST: u32 = 4;
 
-/// A request's statements.
+/// Creates the records of a request.
 fn junk(kind: Junk, keys: &Keypair, request: u32) -> Vec<u8> {
-    let statement = |n| {
+    let signed_record = |n| {
         let draft = Draft {
             sequence: u64::from(request * IN_REQUEST + n),
             ..Draft::default()
         };
-        let mut statement = signed(keys, draft);
+        let mut signed_record = signed(keys, draft);
         if let Junk::Forged = kind {
-            statement.signature = vec![1; 64].into();
+            signed_record.signature = vec![1; 64].into();
         }
-        statement
+        signed_record
     };
-    set((1..=IN_REQUEST).map(statement).collect())
+    set((1..=IN_REQUEST).map(signed_record).collect())
 }
 
-/// Bytes behind their length, or a field of a protobuf message if there is a tag.
+/// Encodes bytes after their length, or as a field of a protobuf message if there is a tag.
 fn delimited(tag: Option<u8>, bytes: &[u8]) -> Vec<u8> {
     let mut out: Vec<u8> = tag.into_iter().collect();
     prost::encode_length_delimiter(bytes.len(), &mut out).unwrap();
@@ -306,15 +306,15 @@ fn delimited(tag: Option<u8>, bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Requests of a flood that are on their way, and that have ended.
+/// Requests of a flood: in progress, and ended.
 #[derive(Default)]
 struct Flood {
     under_way: AtomicUsize,
     ended: AtomicUsize,
 }
 
-/// Has a node store such statements two hundred times a second, as Kademlia's protocol has it, by code that waits for
-/// nothing.
+/// Sends a node two hundred requests a second to store such records. Uses Kademlia's protocol, but waits for no answer
+/// before the next request.
 async fn flood(
     kind: Junk,
     peer: libp2p::PeerId,
@@ -342,14 +342,14 @@ async fn flood(
         flood.under_way.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
             let send = async {
-                // The victim may have hung up, and may do so while this is being sent.
+                // The victim may have closed the connection, or may close it during this request.
                 network.connect(peer, addresses).await.ok()?;
                 let protocol = StreamProtocol::new("/weft/kad/1");
                 let mut stream = network.open(peer, protocol, Class::Bulk).await.ok()?;
                 stream.write_all(&put).await.ok()?;
-                // Kademlia would read another request from it.
+                // Kademlia would read another request from the stream.
                 stream.shutdown().await.ok()?;
-                // An answer, or nothing but the end.
+                // Either an answer or the end of the stream.
                 stream.read_to_end(&mut Vec::new()).await.ok()
             };
             send.await;
@@ -374,7 +374,7 @@ async fn node_beside(network: &Network, keys: Keypair) -> (Dht, Network) {
     (dht, beside)
 }
 
-/// A node answers others while a stranger floods it, and takes what they state.
+/// Checks that a node answers other peers and stores their records while a stranger floods it.
 async fn answers_others_during(kind: Junk) {
     let (dht, network, _) = victim().await;
     let peer = network.local_peer();
@@ -388,7 +388,7 @@ async fn answers_others_during(kind: Junk) {
         }
     };
     timeout(PATIENCE, begun).await.expect("the attack begins");
-    // Each of them is answered while some of the stranger's requests are not, until hundreds of these are over.
+    // Each ping is answered while requests of the stranger are pending, until hundreds of these have ended.
     let (mut trips, mut beside_flood) = (Vec::new(), 0);
     while trips.len() < 30 || state.ended.load(Ordering::Relaxed) < 200 {
         let before = state.under_way.load(Ordering::Relaxed);
@@ -399,13 +399,13 @@ async fn answers_others_during(kind: Junk) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(beside_flood > 0, "the flood is over before it is measured");
-    // Others' statements are taken meanwhile, and said when they are asked for.
+    // Records of other publishers are stored meanwhile, and returned on request.
     let honest = &honest;
-    let state_one = |n: u8| async move { honest.publish(&[n], &[], b"v", HOUR).await };
-    let stated = futures::future::join_all((0..100).map(state_one)).await;
+    let publish_one = |n: u8| async move { honest.publish(&[n], &[], b"v", HOUR).await };
+    let published = futures::future::join_all((0..100).map(publish_one)).await;
     assert!(!flood.is_finished());
     flood.abort();
-    assert!(stated.into_iter().all(|took| took.unwrap() >= 1));
+    assert!(published.into_iter().all(|took| took.unwrap() >= 1));
     for n in 0..100_u8 {
         assert_eq!(dht.kept(&[n]).await.unwrap().len(), 1, "{n}");
     }
@@ -417,18 +417,17 @@ async fn answers_others_during(kind: Junk) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn others_are_answered_while_a_stranger_sends_forged_statements() {
+async fn other_peers_are_answered_while_a_stranger_sends_forged_records() {
     answers_others_during(Junk::Forged).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn others_are_answered_while_a_stranger_sends_signed_statements_without_end() {
+async fn other_peers_are_answered_while_a_stranger_sends_valid_records_without_end() {
     answers_others_during(Junk::Signed).await;
 }
 
 #[tokio::test]
-async fn what_a_node_stated_while_its_clock_was_ahead_is_superseded_although_it_remembers_nothing()
-{
+async fn a_record_published_with_a_clock_ahead_is_superseded_after_the_disk_is_lost() {
     let (dht, network, mut swarm) = victim().await;
     let peer = network.local_peer();
     let keys = Keypair::generate_ed25519();
@@ -441,13 +440,13 @@ async fn what_a_node_stated_while_its_clock_was_ahead_is_superseded_although_it_
     let old = Record::new(b"k".to_vec(), set(vec![signed(&keys, ahead)]));
     assert_eq!(store(&mut swarm, peer, vec![old]).await, [true]);
     drop(swarm);
-    // The same node, with its clock set right and its disk lost.
+    // The same node, with a correct clock and without its disk.
     let (again, _beside) = node_beside(&network, keys).await;
     again.publish(b"k", b"", b"new", HOUR).await.unwrap();
     let kept = dht.kept(b"k").await.unwrap();
     assert_eq!(kept.len(), 1);
     assert_eq!(kept[0].value(), Some(&b"new"[..]));
-    // And also what is said again as it was signed.
+    // A renewal of the record as it was signed works as well.
     again.withdraw(b"k", b"", HOUR).await.unwrap();
     assert_eq!(dht.kept(b"k").await.unwrap()[0].value(), None);
 }

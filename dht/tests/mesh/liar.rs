@@ -1,4 +1,4 @@
-//! A node that answers look-ups with whatever it likes.
+//! A node that answers lookups with arbitrary records.
 
 use std::{
     borrow::Cow,
@@ -21,16 +21,16 @@ use weft_dht::Dht;
 use weft_net::{Config, Network};
 use weft_proto::wire::{RecordSet, SignedRecord};
 
-/// A stock node.
+/// A stock libp2p node.
 #[derive(NetworkBehaviour)]
 #[behaviour(prelude = "libp2p::swarm::derive_prelude")]
 struct Stock {
     kad: kad::Behaviour<Answer>,
-    /// Tells others that it speaks our Kademlia.
+    /// Announces the protocol of Weft's Kademlia to other nodes.
     identify: identify::Behaviour,
 }
 
-/// Answers every look-up with the same record.
+/// A store that answers every lookup with the same record.
 struct Answer(Record);
 
 impl RecordStore for Answer {
@@ -66,7 +66,7 @@ impl RecordStore for Answer {
     fn remove_provider(&mut self, _: &RecordKey, _: &PeerId) {}
 }
 
-/// A statement signed as `docs/protocols.md` says, by other code than ours.
+/// Signs a record as `docs/protocols.md` says, with code independent of the crate's.
 fn signed(keys: &Keypair, key: &[u8], value: &[u8]) -> SignedRecord {
     let public = keys.public().encode_protobuf();
     let expires_at = SystemTime::now() + Duration::from_secs(3600);
@@ -91,7 +91,7 @@ fn signed(keys: &Keypair, key: &[u8], value: &[u8]) -> SignedRecord {
     }
 }
 
-/// Starts a stock Kademlia node with this answer; where it is.
+/// Starts a stock Kademlia node with this answer, and returns its address.
 async fn answering(record: Record) -> Multiaddr {
     let mut swarm: Swarm<Stock> = libp2p::SwarmBuilder::with_new_identity()
         .with_tokio()
@@ -131,7 +131,7 @@ async fn answering(record: Record) -> Multiaddr {
     address.with_p2p(peer).unwrap()
 }
 
-/// What our node finds under `key` when it knows only a node that answers with `record`.
+/// Returns the values that a node finds under `key` when it knows only a node that answers with `record`.
 async fn found(key: &[u8], record: Record) -> Vec<Vec<u8>> {
     let keys = Keypair::generate_ed25519();
     let (dht, behaviour) = Dht::new(&keys);
@@ -153,17 +153,17 @@ async fn found(key: &[u8], record: Record) -> Vec<Vec<u8>> {
 }
 
 #[tokio::test]
-async fn only_a_statement_under_the_key_that_was_asked_for_counts() {
+async fn only_a_record_under_the_requested_key_counts() {
     let keys = Keypair::generate_ed25519();
-    let record = |stored_under: &[u8], statement: SignedRecord| {
+    let record = |stored_under: &[u8], signed_record: SignedRecord| {
         let set = RecordSet {
-            records: vec![statement],
+            records: vec![signed_record],
         };
         Record::new(stored_under.to_vec(), set.encode_to_vec())
     };
     let right = record(b"asked", signed(&keys, b"asked", b"right"));
     assert_eq!(found(b"asked", right).await, [b"right".to_vec()]);
-    // Valid, and about something else: under its own key, and passed off as what was asked for.
+    // A valid record under another key, once returned under its own key and once passed off as the requested one.
     for stored_under in [&b"other"[..], b"asked"] {
         let wrong = record(stored_under, signed(&keys, b"other", b"wrong"));
         assert!(found(b"asked", wrong).await.is_empty());

@@ -1,4 +1,4 @@
-//! A handful of nodes on loopback that know one of them.
+//! Lookups among a few nodes on loopback that all start from one of them.
 
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,7 @@ async fn mesh_at(listen: &[&str], size: usize) -> Vec<Node> {
 }
 
 #[tokio::test]
-async fn what_one_publishes_another_finds_and_many_publishers_share_a_key() {
+async fn published_records_are_found_and_many_publishers_share_a_key() {
     let nodes = mesh(5).await;
     let publish = async {
         while nodes[1].dht.publish(b"k", b"", b"one", HOUR).await.unwrap() != 4 {
@@ -68,7 +68,7 @@ async fn what_one_publishes_another_finds_and_many_publishers_share_a_key() {
     };
     timeout(Duration::from_secs(60), publish)
         .await
-        .expect("all others take it");
+        .expect("all others store it");
     nodes[2].dht.publish(b"k", b"", b"two", HOUR).await.unwrap();
     let mut found = nodes[4].dht.get(b"k").await.unwrap();
     found.sort_by_key(|record| record.sequence());
@@ -91,7 +91,7 @@ async fn what_one_publishes_another_finds_and_many_publishers_share_a_key() {
 }
 
 #[tokio::test]
-async fn a_lone_node_keeps_its_records_and_says_that_nobody_took_them() {
+async fn a_lone_node_stores_its_records_and_reports_that_no_other_node_did() {
     let alone = node(None).await;
     assert_eq!(alone.dht.publish(b"k", b"", b"v", HOUR).await.unwrap(), 0);
     assert_eq!(alone.dht.get(b"k").await.unwrap().len(), 1);
@@ -107,11 +107,11 @@ async fn a_lone_node_keeps_its_records_and_says_that_nobody_took_them() {
     assert!(alone.dht.get(b"k").await.is_err());
 }
 
-/// A dial over QUIC to a node that has left gets no answer at all.
+/// Both transports, because a dial over QUIC to a node that has left gets no answer at all.
 const BOTH: &[&str] = &["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"];
 
 #[tokio::test]
-async fn a_node_that_left_delays_look_ups_by_little_and_leaves_the_routing_tables() {
+async fn a_node_that_left_delays_lookups_by_little_and_leaves_the_routing_tables() {
     let mut nodes = mesh_at(BOTH, 4).await;
     nodes[1].dht.publish(b"k", b"", b"v", HOUR).await.unwrap();
     let gone = nodes.pop().unwrap();
@@ -130,7 +130,7 @@ async fn a_node_that_left_delays_look_ups_by_little_and_leaves_the_routing_table
         let left = timeout(Duration::from_secs(30), count.wait_for(|n| *n == 2));
         left.await.expect("it leaves the table").unwrap();
     }
-    // From then on it costs nothing: dead nodes are neither asked nor named.
+    // From then on the node costs nothing: dead nodes are neither asked nor named.
     let begin = Instant::now();
     for n in 0..20 {
         let key = [n; 8];
@@ -164,7 +164,7 @@ async fn a_new_node_is_found_where_another_has_left() {
     };
     timeout(Duration::from_secs(30), publish)
         .await
-        .expect("both take it");
+        .expect("both store it");
     let peer = back.network.local_peer();
     let asked = nodes[1].dht.ask(peer, b"k").await.unwrap();
     assert_eq!(asked.len(), 1);
@@ -174,7 +174,7 @@ async fn a_new_node_is_found_where_another_has_left() {
 }
 
 #[tokio::test]
-async fn a_look_up_ends_when_the_caller_has_enough() {
+async fn a_lookup_ends_when_the_caller_has_enough() {
     let nodes = mesh(4).await;
     nodes[1].dht.publish(b"k", b"", b"v", HOUR).await.unwrap();
     let found = nodes[3].dht.get_until(b"k", |records, progress| {

@@ -1,4 +1,4 @@
-//! The DHT over real connections on loopback: a handful of nodes, and peers that lie to them.
+//! The DHT over real connections on loopback: a few nodes, and peers that lie to them.
 
 #![allow(clippy::unwrap_used)]
 

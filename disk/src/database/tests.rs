@@ -9,14 +9,14 @@ use crate::testing::Disk;
 
 const TABLE: TableDefinition<'_, u64, u64> = TableDefinition::new("t");
 
-/// A pause that is short, and long enough for a hundred calls.
+/// A pause that is short, yet long enough for a hundred calls.
 const SHORT: Duration = Duration::from_millis(200);
 
 fn options() -> Options {
     Options::new("test", 1 << 20).with_pause(SHORT)
 }
 
-/// A database on `disk` without a cache, so that each look is one at the disk; and the number of times it was opened.
+/// Opens a database on `disk` without a cache, so that each read reaches the disk. Also returns the number of openings.
 fn on(disk: &Disk) -> (Database, Arc<AtomicU64>) {
     let (disk, opened) = (disk.clone(), Arc::new(AtomicU64::new(0)));
     let counted = Arc::clone(&opened);
@@ -44,7 +44,7 @@ fn has(database: &Database, key: u64) -> Result<bool, Error> {
     })
 }
 
-/// Tries until it succeeds, for a few seconds.
+/// Tries until it succeeds, for up to ten seconds.
 fn eventually<T>(attempt: impl Fn() -> Result<T, Error>) -> T {
     let begun = Instant::now();
     loop {
@@ -57,14 +57,14 @@ fn eventually<T>(attempt: impl Fn() -> Result<T, Error>) -> T {
 }
 
 #[test]
-fn it_goes_on_when_a_full_disk_has_room_again() {
+fn writes_succeed_again_when_a_full_disk_has_room() {
     let disk = Disk::default();
     let (database, _) = on(&disk);
     put(&database, 1).unwrap();
     for key in 2..5 {
         disk.fill(true);
         assert!(matches!(put(&database, key), Err(Error::Full)));
-        // Also when it was opened again only just now.
+        // Also right after a reopening.
         assert!(matches!(put(&database, key), Err(Error::Full)));
         disk.fill(false);
         assert!(eventually(|| has(&database, 1)));
@@ -75,7 +75,7 @@ fn it_goes_on_when_a_full_disk_has_room_again() {
 }
 
 #[test]
-fn it_goes_on_when_a_disk_can_be_read_again_and_is_not_opened_for_each_look() {
+fn reads_succeed_again_when_a_disk_recovers_and_do_not_each_reopen_the_database() {
     let disk = Disk::default();
     let (database, opened) = on(&disk);
     put(&database, 1).unwrap();
@@ -88,14 +88,14 @@ fn it_goes_on_when_a_disk_can_be_read_again_and_is_not_opened_for_each_look() {
     let most = (1 + pauses as u64) * u64::from(MAX_OPENED);
     assert!(opened.load(Ordering::Relaxed) <= 1 + most);
     disk.fail_reads(false);
-    // Without anything having been written.
+    // Without any write in between.
     assert!(eventually(|| has(&database, 1)));
     put(&database, 2).unwrap();
     assert!(has(&database, 2).unwrap());
 }
 
 #[test]
-fn an_opening_that_failed_is_not_repeated_within_the_pause_whoever_asks() {
+fn a_failed_opening_is_not_repeated_within_the_pause() {
     let disk = Disk::default();
     let (database, opened) = on(&disk);
     put(&database, 1).unwrap();
@@ -112,7 +112,7 @@ fn an_opening_that_failed_is_not_repeated_within_the_pause_whoever_asks() {
 }
 
 #[test]
-fn without_a_pause_it_is_opened_as_soon_as_it_is_asked_for() {
+fn without_a_pause_the_next_transaction_reopens_the_database() {
     let disk = Disk::default();
     let of_database = disk.clone();
     let open = move || redb::Database::builder().create_with_backend(of_database.clone());
@@ -129,7 +129,7 @@ fn without_a_pause_it_is_opened_as_soon_as_it_is_asked_for() {
 }
 
 #[test]
-fn a_file_that_is_gone_is_not_made_anew() {
+fn a_missing_file_is_not_created_again() {
     let folder = tempfile::tempdir().unwrap();
     let [path, aside] = ["a.redb", "aside.redb"].map(|name| folder.path().join(name));
     let database = Database::open(&path, options()).unwrap();
@@ -151,7 +151,7 @@ fn a_file_that_is_gone_is_not_made_anew() {
 }
 
 #[test]
-fn opening_waits_for_another_that_is_just_closing() {
+fn opening_waits_for_a_user_that_is_just_closing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.redb");
     let database = Database::open(&path, options()).unwrap();
@@ -170,7 +170,7 @@ fn opening_waits_for_another_that_is_just_closing() {
 }
 
 #[test]
-fn opening_again_waits_for_a_transaction_that_keeps_the_old_one() {
+fn reopening_waits_for_a_transaction_that_keeps_the_old_database_open() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.redb");
     let database = Database::open(&path, options()).unwrap();
@@ -186,7 +186,7 @@ fn opening_again_waits_for_a_transaction_that_keeps_the_old_one() {
 }
 
 #[test]
-fn a_damaged_file_is_reported_and_left_alone() {
+fn a_damaged_file_is_reported_and_left_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.redb");
     fs::write(&path, [7; 5000]).unwrap();
@@ -198,7 +198,7 @@ fn a_damaged_file_is_reported_and_left_alone() {
 }
 
 #[test]
-fn a_change_that_is_taken_back_or_fails_leaves_nothing() {
+fn a_change_that_is_rolled_back_or_fails_leaves_nothing() {
     let disk = Disk::default();
     let (database, opened) = on(&disk);
     put(&database, 1).unwrap();
@@ -221,13 +221,13 @@ fn a_change_that_is_taken_back_or_fails_leaves_nothing() {
 }
 
 #[test]
-fn an_acknowledged_change_survives_faults_and_losses_of_power_at_any_point() {
+fn an_acknowledged_change_survives_faults_and_power_losses_at_any_point() {
     for seed in 0..60 {
         let mut random = fastrand::Rng::with_seed(seed);
         let mut disk = Disk::default();
         let mut acknowledged = 0;
         let mut next = 0;
-        // More than once: the remains of one crash are the start of the next run.
+        // Several times: the remains of one crash are the start of the next run.
         for _ in 0..4 {
             let (database, _) = on(&disk);
             let kept: Vec<u64> = database
@@ -238,7 +238,7 @@ fn an_acknowledged_change_survives_faults_and_losses_of_power_at_any_point() {
                     Ok(Outcome::Abort(keys.collect::<Result<_, Error>>()?))
                 })
                 .unwrap();
-            // All that was acknowledged, and at most the change that was under way.
+            // All acknowledged changes, and at most the change in progress.
             assert!(kept.iter().copied().eq(0..kept.len() as u64), "seed {seed}");
             let count = kept.len() as u64;
             assert!((acknowledged..=next).contains(&count), "seed {seed}");
@@ -249,7 +249,7 @@ fn an_acknowledged_change_survives_faults_and_losses_of_power_at_any_point() {
                 acknowledged = next;
             }
             next += 1;
-            // At times the disk comes back without a loss of power: redb opens it again, and goes on.
+            // Sometimes the disk comes back without a power loss: redb reopens the database and continues.
             if random.bool() {
                 disk.fail_in(None);
                 eventually(|| put(&database, acknowledged));

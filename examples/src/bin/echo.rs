@@ -1,7 +1,7 @@
-//! A service in ten lines, and a call to it by PeerId.
+//! Offers a service in ten lines of code, and calls it by PeerId.
 //!
-//! `cargo run -p weft-examples --bin echo -- serve` prints addresses; on the same or another machine,
-//! `cargo run -p weft-examples --bin echo -- say ADDRESS hello` calls it.
+//! `cargo run -p weft-examples --bin echo -- serve` prints the node's addresses. On the same or another machine,
+//! `cargo run -p weft-examples --bin echo -- say ADDRESS hello` calls the service.
 
 use anyhow::Context as _;
 use clap::Parser;
@@ -24,9 +24,9 @@ impl Echo for Service {
 
 #[derive(Debug, Parser)]
 enum Command {
-    /// Answer calls until Ctrl-C
+    /// Offer the service until Ctrl-C
     Serve,
-    /// Call the node at this address, which ends in `/p2p/<PeerId>`
+    /// Call the service of the node at ADDRESS, which ends in `/p2p/<PeerId>`
     Say { address: Multiaddr, text: String },
 }
 

@@ -1,7 +1,8 @@
-//! A model in two halves: hidden states go from one node to the other and back, token by token, attached to messages.
+//! Runs a model in two halves on two nodes. For each token, the hidden state goes to the second node and back,
+//! attached to messages.
 //!
-//! `cargo run --release -p weft-examples --bin pipeline` runs both halves on this machine. `-- serve` runs the second alone, and
-//! `-- run --at ADDRESS` the first, on two machines.
+//! `cargo run --release -p weft-examples --bin pipeline` runs both halves on this machine. To use two machines, run
+//! `-- serve` on the second and `-- run --at ADDRESS` on the first.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use weft::{Multiaddr, Node, split_peer_id};
 use weft_examples::pipeline::{Stage, StageClient, StageServer, Token};
 use weft_proto::rpc::{Attached, Attachment, Code, Context, Messages, Router, Sink, Status};
 
-/// The layers of one half, or what stands for them here: something that depends on every number.
+/// Stands for the layers of one half: a computation that depends on every number.
 fn layers(state: &mut [f32], half: f32) {
     let mean = state.iter().sum::<f32>() / state.len() as f32;
     for x in state {
@@ -29,7 +30,7 @@ fn attach(state: &[f32]) -> Attachment {
     }
 }
 
-/// A peer may attach what it likes: it is looked at before it is used.
+/// Checks the attachment before it is used, because a peer may attach anything.
 fn attached(token: &Attached<Token>) -> Result<Vec<f32>, Status> {
     let wrong = |text: &str| Status::new(Code::InvalidArgument, text);
     let [state] = token.attachments.as_slice() else {
@@ -70,16 +71,16 @@ impl Stage for SecondHalf {
 
 #[derive(Debug, Parser)]
 enum Command {
-    /// The second half alone, until Ctrl-C
+    /// Run the second half until Ctrl-C
     Serve,
-    /// The first half; the second is at this address, or on this machine as well
+    /// Run the first half, with the second half on another machine or on this one
     Run {
-        /// Ends in `/p2p/<PeerId>`
+        /// Address of the second half, which ends in `/p2p/<PeerId>`. Default: it runs on this machine
         #[arg(long)]
         at: Option<Multiaddr>,
         #[arg(long, default_value_t = 256)]
         tokens: u32,
-        /// Numbers in a hidden state
+        /// Number of values in a hidden state
         #[arg(long, default_value_t = 4096)]
         hidden: usize,
     },
@@ -102,7 +103,10 @@ async fn generate(node: &Node, at: Multiaddr, tokens: u32, hidden: usize) -> any
         let begin = Instant::now();
         let token = Attached::with(Token { position }, vec![attach(&state)]);
         there.send(token).await?;
-        let answer = back.next().await?.context("the second half has ended")?;
+        let answer = back
+            .next()
+            .await?
+            .context("the second half has ended the call")?;
         times.push(begin.elapsed());
         state = attached(&answer)?;
     }
@@ -157,7 +161,7 @@ async fn main() -> anyhow::Result<()> {
                     let at = second.addresses().await;
                     let at = at
                         .first()
-                        .context("the second half listens nowhere")?
+                        .context("the second half has no address")?
                         .clone();
                     (node, Some(second), at)
                 }

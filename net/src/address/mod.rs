@@ -1,4 +1,4 @@
-//! What an address says about the path it leads over.
+//! Properties of a path that its address shows.
 
 pub(crate) mod own;
 
@@ -9,43 +9,43 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId, core::ConnectedPoint, multiaddr::Protocol};
 
-/// How near a peer is, best first.
+/// The distance of a peer, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PathKind {
-    /// On this machine.
+    /// The peer is on this machine.
     Loopback,
-    /// On a private or link-local network.
+    /// The peer is on a private or link-local network.
     Lan,
-    /// Over the internet, without an intermediary.
+    /// The peer is reached over the internet, without a relay.
     Direct,
-    /// Through a relay.
+    /// The peer is reached through a relay.
     Relayed,
 }
 
-/// What carries the bytes.
+/// The transport that carries the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Transport {
     /// TCP with TLS 1.3 or Noise, and yamux.
     Tcp,
     /// QUIC version 1.
     Quic,
-    /// WebSocket, plain or within TLS, with what runs on TCP within.
+    /// WebSocket, plain or within TLS, with the same protocols inside as on TCP.
     Ws,
 }
 
-/// A connection to a peer, as its address tells.
+/// The path of a connection to a peer, as its address shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Path {
-    /// The remote's address.
+    /// The remote address.
     pub address: Multiaddr,
-    /// How near.
+    /// The distance of the peer.
     pub kind: PathKind,
-    /// Over what.
+    /// The transport.
     pub transport: Transport,
 }
 
 impl Path {
-    /// What `address`, the remote's on an open connection, says.
+    /// Returns the path for `address`, the remote address of an open connection.
     pub fn of(address: &Multiaddr) -> Self {
         let relayed = is_relayed(address);
         let carries = |part| match part {
@@ -66,8 +66,8 @@ impl Path {
 }
 
 impl Path {
-    /// What the two ends of a connection that a peer opened say. `remote` names no place if the connection came through a relay: that is
-    /// in `local`.
+    /// Returns the path of an incoming connection from the addresses of its two ends. For a relayed connection, the
+    /// relay's address is in `local`, and `remote` shows no address.
     pub(crate) fn inbound(local: &Multiaddr, remote: &Multiaddr) -> Self {
         if is_relayed(local) {
             Self::of(local)
@@ -76,7 +76,7 @@ impl Path {
         }
     }
 
-    /// Returns the path that a connection is.
+    /// Returns the path of a connection.
     pub(crate) fn of_endpoint(endpoint: &ConnectedPoint) -> Self {
         match endpoint {
             ConnectedPoint::Dialer { address, .. } => Self::of(address),
@@ -87,7 +87,7 @@ impl Path {
         }
     }
 
-    /// The relay it goes through.
+    /// Returns the relay that the path passes through, if any.
     pub fn relay(&self) -> Option<PeerId> {
         if !is_relayed(&self.address) {
             return None;
@@ -103,12 +103,12 @@ impl Path {
     }
 }
 
-/// Returns true if an address leads through a relay. Its IP address is the relay's then.
+/// Returns true if an address leads through a relay. Its IP address is then the relay's.
 pub fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
-/// Whether its first component is a name for the resolver.
+/// Returns true if the first component is a name for the resolver.
 pub(crate) fn starts_with_name(address: &Multiaddr) -> bool {
     matches!(
         address.iter().next(),
@@ -116,18 +116,18 @@ pub(crate) fn starts_with_name(address: &Multiaddr) -> bool {
     )
 }
 
-/// Whether its first component is a link-local IPv6 address.
+/// Returns true if the first component is a link-local IPv6 address.
 pub(crate) fn is_link_local(address: &Multiaddr) -> bool {
     matches!(address.iter().next(), Some(Protocol::Ip6(ip)) if ip.is_unicast_link_local())
 }
 
-/// The IPv4 address that an IPv6 address carries: packets for it end up there. NAT64 (RFC 6052, RFC 8215), 6to4 (RFC
-/// 3056), Teredo's server (RFC 4380), and the IPv4-compatible addresses of RFC 4291.
+/// Returns the IPv4 address that is embedded in an IPv6 address, because packets for the IPv6 address go there: NAT64
+/// (RFC 6052, RFC 8215), 6to4 (RFC 3056), Teredo's server (RFC 4380), and the IPv4-compatible addresses of RFC 4291.
 fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let low = |shift: u32| Some(Ipv4Addr::from((u128::from(ip) >> shift) as u32));
     match ip.segments() {
         [0, 0, 0, 0, 0, 0, ..] => low(0),
-        // A prefix of 96 bits; under RFC 8215's a site chooses its own length, of which this is the usual one.
+        // A prefix of 96 bits. For RFC 8215 a site chooses the length; this is the usual one.
         [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0x64, 0xff9b, 1, ..] => low(0),
         [0x2002, ..] => low(80),
         [0x2001, 0, ..] => low(64),
@@ -135,10 +135,10 @@ fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// Whether packets for it cross the public internet (RFC 6890), as far as an address tells.
+/// Returns true if packets for an IP address cross the public internet (RFC 6890), as far as the address shows.
 ///
-/// Two kinds of reserved addresses count as public because no host has them and nothing is harmed there: those for
-/// documentation and those for benchmarks (RFC 2544), of which the internet of the test lab is made.
+/// Two kinds of reserved addresses count as public, because no host has them and packets to them do no harm: those for
+/// documentation, and those for benchmarks (RFC 2544), which the test lab uses as its internet.
 pub(crate) fn is_public(ip: &IpAddr) -> bool {
     match ip.to_canonical() {
         IpAddr::V4(ip) => {
@@ -175,12 +175,13 @@ pub(crate) fn is_public(ip: &IpAddr) -> bool {
     }
 }
 
-/// The IP address, port and transport of an address that a socket can be opened to, and `None` for any other, such as a relayed one or a name.
+/// Returns the IP address, port and transport of an address to which a socket can be opened. Returns `None` for any
+/// other address, such as a relayed one or a name.
 pub(crate) fn socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)> {
     any_socket(address).filter(|(at, _)| at.port() != 0 && !at.ip().is_unspecified())
 }
 
-/// The same, and also for what a socket can only be bound to: any address, any port.
+/// Like [`socket`], but also accepts addresses to which a socket can only be bound: any IP address, any port.
 pub(crate) fn any_socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)> {
     let mut parts = address.iter();
     let ip: IpAddr = match parts.next()? {
@@ -206,25 +207,27 @@ pub(crate) fn any_socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)>
         .then_some((SocketAddr::new(ip, port), transport))
 }
 
-/// Where packets go to, also if what they carry is a WebSocket.
+/// Returns the socket address to which packets go, also for a WebSocket.
 pub(crate) fn socket_within(address: &Multiaddr) -> Option<SocketAddr> {
     let tcp = split_web(address).map(|(tcp, _)| tcp);
     socket(tcp.as_ref().unwrap_or(address)).map(|(at, _)| at)
 }
 
-/// What the end of an address says about the WebSocket that it leads to.
+/// The properties of a WebSocket that the end of its address shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Web {
-    /// Within TLS.
+    /// True for a WebSocket within TLS.
     pub(crate) secure: bool,
     /// The name to ask for, if the address has one.
     pub(crate) name: Option<String>,
 }
 
-/// What is asked for by HTTP. Strangers' addresses name nothing else: what they name is sent before we know who is there.
+/// The resource that is requested by HTTP. Addresses with other resources are not used, because an unverified address's
+/// resource would be sent before the peer is known.
 pub(crate) const RESOURCE: &str = "/";
 
-/// Takes the WebSocket off the end of an address; `None` if there is none, or one that asks for anything but [`RESOURCE`]. What is left is a TCP address.
+/// Splits the WebSocket part off the end of an address, and returns the TCP address before it. Returns `None` if there
+/// is no WebSocket, or if it requests another resource than [`RESOURCE`].
 pub(crate) fn split_web(address: &Multiaddr) -> Option<(Multiaddr, Web)> {
     let mut tcp = address.clone();
     let mut last = tcp.pop()?;
@@ -251,7 +254,8 @@ pub(crate) fn split_web(address: &Multiaddr) -> Option<(Multiaddr, Web)> {
     Some((tcp, web))
 }
 
-/// Puts the name of a secure WebSocket's address where it outlasts the look-up: the certificate that a browser or a proxy looks for is chosen by it.
+/// Copies the name of a secure WebSocket's address to a part that stays after the lookup, because browsers' and
+/// proxies' certificates are selected by name.
 pub(crate) fn keep_name(address: Multiaddr) -> Multiaddr {
     let name = match address.iter().next() {
         Some(Protocol::Dns(name) | Protocol::Dns4(name) | Protocol::Dns6(name)) => {
@@ -274,7 +278,7 @@ pub(crate) fn keep_name(address: Multiaddr) -> Multiaddr {
     }
 }
 
-/// What one site has at least: an IPv4 address, or an IPv6 network of 64 bits.
+/// Returns the smallest range that one site has: an IPv4 address, or an IPv6 /64.
 pub(crate) fn site(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 64 << 64).into(),
@@ -282,7 +286,7 @@ pub(crate) fn site(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// The network of an address: a /24 of IPv4, a /48 of IPv6.
+/// Returns the network of an IP address: an IPv4 /24, or an IPv6 /48.
 pub(crate) fn network(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V4(ip) => {
@@ -293,8 +297,8 @@ pub(crate) fn network(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// The network that a peer is seen in: a /24 of IPv4, a /48 of IPv6. Peers behind relays are in one, and so are peers
-/// without an IP address: any stranger can be there as often as it likes.
+/// The network in which a peer is seen: an IPv4 /24 or an IPv6 /48. All peers behind relays are in one network, and so
+/// are all peers without an IP address, because one attacker can appear there any number of times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) struct PeerNetwork(Option<IpAddr>);
 
@@ -308,7 +312,7 @@ impl PeerNetwork {
     }
 }
 
-/// The reverse of [`socket`].
+/// Makes an address from a socket address, the reverse of [`socket`].
 pub(crate) fn of_socket(address: SocketAddr, transport: Transport) -> Multiaddr {
     let host = Multiaddr::from(address.ip());
     match transport {
@@ -343,7 +347,7 @@ impl fmt::Display for Transport {
     }
 }
 
-/// The IP address that an address begins with, whatever is spoken there.
+/// Returns the IP address that an address begins with, for any transport.
 pub(crate) fn first_ip(address: &Multiaddr) -> Option<IpAddr> {
     match address.iter().next()? {
         Protocol::Ip4(ip) => Some(ip.into()),
@@ -361,10 +365,10 @@ fn kind(address: &Multiaddr) -> PathKind {
     }
 }
 
-/// Whether `candidate`, which a peer seen at `seen_at` claims as its own, can lead to it from here: a loopback address
-/// only from the same machine, a private one only from a private network. Others would be dialled in vain, or reach
-/// somebody else. A peer seen through a relay may be anywhere, however near the relay is; only its relayed addresses
-/// count from the relay.
+/// Returns true if `candidate`, which a peer seen at `seen_at` claims as its own, can lead to that peer from here. A
+/// loopback address can only from the same machine, a private one only from a private network. Dialing others would
+/// fail or reach another node. A peer seen through a relay may be anywhere, even if the relay is near; of its
+/// addresses, only relayed ones are judged by the relay.
 pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
     let unspecified = first_ip(candidate).is_some_and(|ip| ip.is_unspecified());
     let seen = match is_relayed(seen_at) && !is_relayed(candidate) {
@@ -379,14 +383,14 @@ pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
         }
 }
 
-/// Returns true if packets for an address leave our own networks, as far as the address tells: a name may lead out. If
-/// the address [is relayed](is_relayed), this says nothing of the network of the peer behind the relay.
+/// Returns true if packets for an address leave this node's own networks, as far as the address shows: a name may lead
+/// out. If the address [is relayed](is_relayed), the result does not show where the peer behind the relay is.
 pub fn is_outside(address: &Multiaddr) -> bool {
-    // Of a path through a relay, the relay's: that is the first machine on the way.
+    // For a relayed address, this is the relay's IP address: the first machine on the way.
     first_ip(address).is_none_or(|ip| is_public(&ip))
 }
 
-/// Takes the trailing `/p2p/<PeerId>` off an address.
+/// Splits the trailing `/p2p/<PeerId>` off an address.
 pub fn split_peer_id(mut address: Multiaddr) -> (Multiaddr, Option<PeerId>) {
     match address.pop() {
         Some(Protocol::P2p(peer)) => (address, Some(peer)),
@@ -405,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_tells_kind_and_transport() {
+    fn an_address_shows_kind_and_transport() {
         use PathKind::*;
         assert_eq!(path("/ip4/127.0.0.1/tcp/1"), (Loopback, Transport::Tcp));
         assert_eq!(path("/ip6/::1/udp/1/quic-v1"), (Loopback, Transport::Quic));
@@ -483,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_public_is_told_from_what_is_not() {
+    fn public_addresses_are_distinguished_from_others() {
         for ip in [
             "1.1.1.1",
             "11.0.1.1",
@@ -540,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn a_web_socket_is_taken_off_its_address() {
+    fn a_web_socket_is_split_off_its_address() {
         let check = |address: &str, tcp: &str, secure: bool, name: Option<&str>| {
             let (at, web) = split_web(&address.parse().unwrap()).unwrap();
             assert_eq!(at, tcp.parse().unwrap(), "{address}");

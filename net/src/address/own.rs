@@ -1,8 +1,8 @@
-//! This node's own addresses, in the order of their use to others.
+//! This node's own addresses, in the order of their use to other peers.
 //!
-//! A machine has addresses that lead nowhere for others: bridges of containers and virtual machines, tunnels. Lists of
-//! addresses are bounded, and whoever receives one dials only the first of it. So every list of own addresses that
-//! leaves this node is sorted here ([`Own::sort`]) and cut by [`first_places`].
+//! A machine has addresses that lead nowhere for other peers: bridges of containers and virtual machines, tunnels.
+//! Lists of addresses are limited in length, and their receivers dial only the first few. So every list of own
+//! addresses that leaves this node is sorted here ([`Own::sort`]) and cut by [`first_places`].
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,30 +13,30 @@ use libp2p::{Multiaddr, multiaddr::Protocol};
 
 use crate::address::{first_ip, is_public, is_relayed, socket_within, starts_with_name};
 
-/// Places in a list of addresses: a host and port, whatever is spoken there.
+/// Most host and port pairs in a list of addresses, regardless of transport.
 pub const MAX_PLACES: usize = 16;
 
-/// Addresses in such a list: each place by TCP and by QUIC.
+/// Most addresses in such a list: each host and port by TCP and by QUIC.
 pub(crate) const MAX_ADDRESSES: usize = 2 * MAX_PLACES;
 
-/// Addresses of one place: TCP, WebSocket, WebSocket within TLS, QUIC.
+/// Most addresses of one host and port: TCP, WebSocket, WebSocket within TLS, QUIC.
 const AT_PLACE: usize = 4;
 
-/// Own IP addresses that are remembered as used.
+/// Most own IP addresses that are remembered as used.
 const MAX_USED: usize = 64;
 
-/// Hosts for whose sake the default routes are looked up; nothing is sent to them (Cloudflare's resolvers).
+/// Hosts for which the default routes are looked up (Cloudflare's resolvers). Nothing is sent to them.
 const INTERNET: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(1, 1, 1, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1111)),
 ];
 
-/// The facts that are known about this node's own IP addresses.
+/// What is known about this node's own IP addresses.
 #[derive(Debug, Default)]
 pub(crate) struct Own {
-    /// Sources of packets to the internet: the addresses on the interfaces with the default route.
+    /// Source addresses of packets to the internet: those of the interfaces with the default route.
     default: [Option<IpAddr>; 2],
-    /// Addresses over which there were connections with other machines.
+    /// Addresses with connections to other machines.
     used: HashSet<IpAddr>,
 }
 
@@ -47,7 +47,7 @@ impl Own {
         std::mem::replace(&mut self.default, now) != now
     }
 
-    /// There is a connection with another machine over this address of ours.
+    /// Records a connection with another machine over this IP address of the node.
     pub(crate) fn used(&mut self, ip: IpAddr) {
         let ip = ip.to_canonical();
         if !ip.is_loopback() && self.used.len() < MAX_USED {
@@ -55,25 +55,25 @@ impl Own {
         }
     }
 
-    /// Forgets the addresses that are ours no more.
+    /// Forgets addresses that this node no longer has.
     pub(crate) fn keep(&mut self, own: &HashSet<IpAddr>) {
         self.used.retain(|ip| own.contains(ip));
     }
 
-    /// Returns true if packets to the internet go out from this address.
+    /// Returns true if packets to the internet are sent from this address.
     pub(crate) fn is_default(&self, ip: IpAddr) -> bool {
         self.default.contains(&Some(ip.to_canonical()))
     }
 
-    /// Sorts own addresses by their use to others: where others are known to get in (`proven`); on the interface with
-    /// the default route; over which there were connections; public ones; through relays; the rest. Addresses of one
-    /// place stay together.
+    /// Sorts own addresses by their use to other peers: those known to be reachable (`proven`); on the interface with
+    /// the default route; with connections; public ones; through relays; the rest. Addresses with the same host and
+    /// port stay together.
     pub(crate) fn sort(&self, addresses: &mut [Multiaddr], proven: &HashSet<Multiaddr>) {
         addresses.sort_by_cached_key(|address| (place(address), address.to_vec()));
         self.order(addresses, proven);
     }
 
-    /// The same, and leaves those of one rank in the order that they have.
+    /// Sorts like [`sort`](Self::sort), but keeps the order of addresses with the same rank.
     pub(crate) fn order(&self, addresses: &mut [Multiaddr], proven: &HashSet<Multiaddr>) {
         let proven_ips: HashSet<_> = proven.iter().filter_map(first_ip).collect();
         let rank = |address: &Multiaddr| match first_ip(address) {
@@ -90,7 +90,8 @@ impl Own {
     }
 }
 
-/// The host and port that an address leads to; of a relayed one, the relay's, and the rest of it.
+/// Returns a key for the host and port that an address leads to. For a relayed address, it is the relay's with the rest
+/// of the address.
 fn place(address: &Multiaddr) -> Vec<u8> {
     let mut place = Vec::new();
     for part in address {
@@ -103,8 +104,8 @@ fn place(address: &Multiaddr) -> Vec<u8> {
     place
 }
 
-/// Returns the addresses of the first so many places: a host and port counts once, whatever is spoken there. At most
-/// thirty-two addresses.
+/// Returns the addresses of the first `endpoints` host and port pairs. A host and port counts once, regardless of
+/// transport. At most thirty-two addresses are returned.
 pub fn first_places(
     addresses: impl IntoIterator<Item = Multiaddr>,
     places: usize,
@@ -128,7 +129,7 @@ pub fn first_places(
     all
 }
 
-/// Returns an address by QUIC at the same host and port as a plain TCP address, with or without a peer.
+/// Returns the QUIC address at the same host and port as a plain TCP address, with or without a peer.
 pub(crate) fn by_quic(address: &Multiaddr) -> Option<Multiaddr> {
     let mut parts = address.iter();
     let host = parts.next()?;
@@ -176,7 +177,7 @@ mod tests {
         .map(|text| text.parse().unwrap())
     }
 
-    /// Nine bridges of containers, and in the middle of them the network that others are on.
+    /// Nine bridges of containers, and in their middle the network that other peers are on.
     fn nine_bridges() -> Vec<Multiaddr> {
         let bridges = (17..26).map(|n| format!("172.{n}.0.1"));
         let all = bridges.chain(["192.168.77.2".to_owned()]);
@@ -184,10 +185,10 @@ mod tests {
     }
 
     #[test]
-    fn nine_bridges_do_not_push_out_the_address_that_works() {
+    fn nine_bridges_do_not_displace_the_address_that_works() {
         let none = HashSet::new();
         let useful = both("192.168.77.2");
-        // By the default route; where there is none, as in a closed network, by the connections.
+        // The address is known by the default route; without one, as in a closed network, by its connections.
         let mut routed = Own::default();
         let source = |to: SocketAddr| to.is_ipv4().then(|| ip("192.168.77.2"));
         assert!(routed.look_up_routes(source));
@@ -198,7 +199,7 @@ mod tests {
             let mut all = nine_bridges();
             own.sort(&mut all, &none);
             assert_eq!(all[..2], useful);
-            // Also where four addresses are taken of it.
+            // Also if only four addresses are taken.
             assert!(
                 useful
                     .iter()
@@ -230,7 +231,7 @@ mod tests {
         assert_eq!(first_places(all.clone(), 3), all[..6]);
         let ports = (1..1000).map(|port| format!("/ip4/1.1.1.1/tcp/{port}").parse().unwrap());
         assert_eq!(first_places(ports, MAX_PLACES).len(), MAX_PLACES);
-        // All that one port can speak is kept.
+        // All transports of one port are kept.
         let port = ["tcp/443", "tcp/443/ws", "tcp/443/tls/ws", "udp/443/quic-v1"];
         let port = port.map(|end| format!("/ip4/1.1.1.1/{end}").parse().unwrap());
         assert_eq!(first_places(port.clone(), 1), port);
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_place_by_quic() {
+    fn the_same_host_and_port_by_quic() {
         let peer = PeerId::random();
         for (tcp, quic) in [
             (

@@ -1,4 +1,4 @@
-//! Our own addresses: which there are, and who is told of which.
+//! This node's own addresses, and which of them other peers are told.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,27 +23,27 @@ use crate::{
         any_socket, first_ip, is_link_local, is_outside, is_public, of_socket, own::Own, socket,
     },
     nat::reach::Reach,
-    policy::gate::dialled::Dialled,
+    policy::gate::dialed::Dialed,
     split_peer_id,
 };
 
-/// Changes of our addresses are looked at once in this time at most.
+/// Shortest time between two evaluations of address changes.
 const GATHER: Duration = Duration::from_secs(1);
 
-/// A change and what belongs to it come within this time: the old address goes and the new one comes, for each
-/// transport.
+/// Time within which related changes arrive: an old address goes and a new one comes, for each transport.
 const TOGETHER: Duration = Duration::from_millis(100);
 
-/// Addresses that libp2p's behaviours take of our own (libp2p-swarm, `MAX_LOCAL_EXTERNAL_ADDRS`).
+/// Most addresses that libp2p's behaviours keep of this node (libp2p-swarm, `MAX_LOCAL_EXTERNAL_ADDRS`).
 const MAX_TOLD: usize = 20;
 
-/// Changed addresses that are remembered: more than any machine has interfaces that carry connections.
+/// Most changed addresses remembered: more than any machine has interfaces that carry connections.
 const MAX_CHANGED: usize = 256;
 
 /// The first and the longest pause before a listener that has closed is opened again.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
-/// The address of ours from which packets would go to `to` now; nothing is sent. `None`: there is no way there.
+/// Returns the IP address from which this node's packets would go to `to` now, without sending anything. Returns `None`
+/// if there is no route.
 pub(super) fn source(to: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr = match to.is_ipv4() {
         true => Ipv4Addr::UNSPECIFIED.into(),
@@ -54,7 +54,7 @@ pub(super) fn source(to: SocketAddr) -> Option<IpAddr> {
     Some(socket.local_addr().ok()?.ip())
 }
 
-/// What of an address leads to the first machine on the way: all of it, or what stands before the relay.
+/// Returns the part of an address that leads to the first machine on the way: all of it, or the part before the relay.
 fn place(address: &Multiaddr) -> Multiaddr {
     address
         .iter()
@@ -62,7 +62,8 @@ fn place(address: &Multiaddr) -> Multiaddr {
         .collect()
 }
 
-/// What of our addresses others are told. Private ones are nobody's business outside; a mesh that lies in our own networks has no others.
+/// Returns the addresses that peers outside are told. Private addresses are never told outside; a mesh within this
+/// node's own networks has no others.
 fn for_strangers(all: &[Multiaddr], outside: bool) -> Vec<Multiaddr> {
     let public: Vec<_> = all.iter().filter(|a| is_outside(a)).cloned().collect();
     if public.is_empty() && !outside {
@@ -72,41 +73,39 @@ fn for_strangers(all: &[Multiaddr], outside: bool) -> Vec<Multiaddr> {
     }
 }
 
-/// Our own addresses: where we listen, where others have reached us, and what others are told.
+/// This node's addresses: those it listens on, those at which peers have reached it, and those that it advertises.
 pub(super) struct Addressing {
     /// Listeners that have not reported an address yet.
     pub(super) unreported: Vec<ListenerId>,
-    /// What is listened on, and what is to be again.
+    /// Open listeners, and listeners to be opened again.
     pub(super) listening: Listening,
-    /// Tells of our networks.
+    /// Reports changes of this node's networks.
     pub(super) interfaces: Option<IfWatcher>,
-    /// Our addresses by their use.
+    /// This node's addresses by their use.
     pub(super) own: Own,
-    /// Changes of our addresses that were not looked at yet.
+    /// Changes of addresses that were not evaluated yet.
     pub(super) changes: Changes,
-    /// What was given as external.
+    /// Addresses given as external.
     pub(super) configured: HashSet<Multiaddr>,
-    /// Where strangers have reached us, and when last.
+    /// Addresses at which unknown peers have reached this node, with the last time.
     pub(super) public: HashMap<Multiaddr, Instant>,
-    /// Where peers see us.
+    /// Addresses at which peers see this node.
     pub(super) reach: Reach,
-    /// Where we have dialled: a packet from there proves nothing about strangers.
-    pub(super) dialled: Dialled,
-    /// We are part of a mesh beyond our own networks, or are about to be: it is told no private addresses.
+    /// Addresses to which this node has sent packets; a packet from one of them does not prove that the node is
+    /// reachable.
+    pub(super) dialed: Dialed,
+    /// True if this node is part of a mesh beyond its own networks, or is about to join one. Peers there are told no
+    /// private addresses.
     pub(super) outside: bool,
-    /// Our addresses, for those who want to know of changes.
+    /// This node's addresses, for subscribers to changes.
     pub(super) told: watch::Sender<Addresses>,
 }
 
 impl Addressing {
-    /// `open`: the listeners, and what each was told to listen on.
-    pub(super) fn new(
-        config: &Config,
-        open: Vec<(ListenerId, Multiaddr)>,
-        dialled: Dialled,
-    ) -> Self {
+    /// Makes the state; `open` are the listeners with the addresses they were opened for.
+    pub(super) fn new(config: &Config, open: Vec<(ListenerId, Multiaddr)>, dialed: Dialed) -> Self {
         let interfaces = IfWatcher::new().inspect_err(|error| {
-            tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialled");
+            tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialed");
         });
         let external = config.external.iter().cloned().map(split_peer_id);
         let mut named = config.bootstrap.iter().chain(&config.relays);
@@ -119,7 +118,7 @@ impl Addressing {
             configured: external.map(|(address, _)| address).collect(),
             public: HashMap::new(),
             reach: Reach::default(),
-            dialled,
+            dialed,
             outside: named.any(is_outside),
             told: watch::Sender::default(),
         }
@@ -130,7 +129,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Says which addresses there are now, to those here who want to know, and, by identify, to peers.
+    /// Publishes the current addresses to subscribers and, by identify, to peers.
     pub(super) fn tell_addresses(&mut self) {
         let all = self.addresses();
         let now = Addresses {
@@ -138,7 +137,7 @@ where
             all,
             is_relay: self.is_relay(),
         };
-        // Identify keeps the last twenty that it was told, the last one first.
+        // Identify keeps the last twenty addresses it was given, the last one first.
         let told: Vec<_> = self.swarm.external_addresses().cloned().collect();
         let tell = &now.for_strangers[..now.for_strangers.len().min(MAX_TOLD)];
         for address in told.iter().filter(|told| !tell.contains(told)) {
@@ -154,7 +153,8 @@ where
         });
     }
 
-    /// All that lead here from somewhere, the most useful first; loopback only if there is nothing else.
+    /// Returns all addresses that lead to this node, the most useful first; loopback addresses only if there are no
+    /// others.
     pub(super) fn addresses(&self) -> Vec<Multiaddr> {
         let outside = self.reachable_at();
         let listeners = self.swarm.listeners().cloned();
@@ -164,7 +164,7 @@ where
             .chain(listeners)
             .chain(self.relaying.relays.addresses())
             .map(|address| split_peer_id(address).0)
-            // A link-local address means something only together with the interface.
+            // A link-local address has a meaning only together with the interface.
             .filter(|address| !is_link_local(address))
             .collect();
         let local = |address: &Multiaddr| Path::of(&place(address)).kind == PathKind::Loopback;
@@ -176,22 +176,22 @@ where
         all
     }
 
-    /// We do not listen there any more.
+    /// Removes an address on which this node no longer listens.
     pub(super) fn on_address_gone(&mut self, address: &Multiaddr) {
         self.addressing.public.remove(address);
         self.update_relay_server();
         self.tell_addresses();
     }
 
-    /// Somebody has opened a connection to us.
+    /// Records that a peer has opened a connection to this node.
     pub(super) fn on_reached(&mut self, local: &Multiaddr, path: &Path) {
         let (Some((from, _)), Some((at, transport))) = (socket(&path.address), socket(local))
         else {
             return;
         };
-        // Where we have dialled, a NAT or a firewall lets the answer through: that proves nothing about strangers.
+        // A NAT or firewall lets in packets from addresses that were dialed, so they prove nothing.
         let stranger =
-            is_public(&from.ip()) && !self.addressing.dialled.contains(from.ip(), Instant::now());
+            is_public(&from.ip()) && !self.addressing.dialed.contains(from.ip(), Instant::now());
         if !stranger || !is_public(&at.ip()) {
             return;
         }
@@ -202,13 +202,14 @@ where
             .insert(address.clone(), Instant::now())
             .is_none()
         {
-            tracing::info!(%address, "strangers reach this node here");
+            tracing::info!(%address, "unknown peers reach this node at this address");
             self.update_relay_server();
             self.tell_addresses();
         }
     }
 
-    /// Where strangers reach us, as far as is known, what was configured, and what the gateway forwards.
+    /// Returns the addresses at which unknown peers reach this node, as far as is known: those observed, those
+    /// configured, and those of port mappings.
     pub(super) fn reachable_at(&self) -> HashSet<Multiaddr> {
         let known = self
             .addressing
@@ -220,7 +221,7 @@ where
         known.chain(self.open_at_nat()).collect()
     }
 
-    /// A connection shows which of our addresses others can use.
+    /// Records which of this node's addresses a connection uses, because other peers can use it too.
     pub(super) fn note_used(
         &mut self,
         endpoint: &ConnectedPoint,
@@ -243,7 +244,7 @@ where
         }
     }
 
-    /// Our addresses have changed, and have been the same for a while now, or for the first time since.
+    /// Evaluates address changes, once related changes have had time to arrive.
     pub(super) fn on_networks_changed(&mut self) {
         let now = Instant::now();
         let changed = self.addressing.changes.take(now);
@@ -266,16 +267,16 @@ where
         self.tell_addresses();
     }
 
-    /// The port of this transport on which other machines can reach this one.
+    /// Returns the port of this transport on which other machines can reach this node.
     pub(super) fn listening_port(&self, transport: Transport) -> Option<u16> {
         let ports = self.swarm.listeners().filter_map(socket);
         let ports = ports.filter(|(at, t)| *t == transport && !at.ip().is_loopback());
-        // A gateway forwards IPv4.
+        // IPv4 first, because a gateway forwards IPv4.
         let best = ports.min_by_key(|(at, _)| (!at.is_ipv4(), at.port()));
         best.map(|(at, _)| at.port())
     }
 
-    /// Opens again what was closed, and watches the interfaces again.
+    /// Opens closed listeners again, and watches the interfaces again, when due.
     pub(super) fn listen_again(&mut self) {
         let now = Instant::now();
         for (address, pause) in self.addressing.listening.due(now) {
@@ -293,14 +294,14 @@ where
         if self.addressing.interfaces.is_none() && self.addressing.listening.may_watch(now) {
             self.addressing.interfaces = IfWatcher::new().ok();
             if self.addressing.interfaces.is_some() {
-                // It tells of all that there are now.
+                // The new watcher reports all existing networks.
                 self.gate.forget_networks();
             }
         }
     }
 }
 
-/// Waits until this instant; for ever without one.
+/// Waits until this moment; for ever if there is none.
 pub(super) async fn settled(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -308,20 +309,21 @@ pub(super) async fn settled(due: Option<Instant>) {
     }
 }
 
-/// Changes of our addresses, which come in crowds: one event a transport, and a container brings several addresses.
+/// Changes of this node's addresses, which come in groups: one event per transport, and a container brings several
+/// addresses.
 ///
-/// The first is looked at almost at once, so that a change of network costs no time; those within a second after that
-/// are looked at together.
+/// The first change is evaluated almost at once, so that a change of network causes no delay. Changes within a second
+/// after that are evaluated together.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     changed: HashSet<IpAddr>,
     due: Option<Instant>,
-    /// When changes were last looked at.
+    /// The last time that changes were evaluated.
     last: Option<Instant>,
 }
 
 impl Changes {
-    /// An address that we listen on has come or gone. Link-local ones and loopback lead nowhere.
+    /// Records that a listening address has come or gone. Link-local and loopback addresses are ignored.
     pub(super) fn note(&mut self, address: &Multiaddr, now: Instant) {
         let Some(ip) = first_ip(address).filter(|ip| !is_local(ip)) else {
             return;
@@ -337,7 +339,7 @@ impl Changes {
         self.due
     }
 
-    /// The addresses that have changed.
+    /// Returns the addresses that have changed, and forgets them.
     fn take(&mut self, now: Instant) -> HashSet<IpAddr> {
         self.due = None;
         self.last = Some(now);
@@ -345,7 +347,7 @@ impl Changes {
     }
 }
 
-/// Returns true for an address that leads nowhere but to this machine or its own cable.
+/// Returns true for an address that is valid only on this machine or on one link.
 fn is_local(ip: &IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local(),
@@ -371,12 +373,12 @@ impl Listening {
         }
     }
 
-    /// A listener has closed, which was at these addresses.
+    /// Records that a listener at these addresses has closed.
     pub(super) fn closed(&mut self, id: ListenerId, addresses: &[Multiaddr], now: Instant) {
         let Some((asked, pause)) = self.open.remove(&id) else {
             return;
         };
-        // At the port that others know, also if any was asked for.
+        // It is opened again at the port that peers know, even if any port was asked for.
         let port = addresses
             .iter()
             .find_map(any_socket)
@@ -390,14 +392,14 @@ impl Listening {
         self.closed.push((address, now + pause, pause));
     }
 
-    /// Those to be opened again now, each with its pause.
+    /// Returns the listeners to be opened again now, each with its pause.
     fn due(&mut self, now: Instant) -> Vec<(Multiaddr, Duration)> {
         let due = self.closed.extract_if(.., |(_, at, _)| *at <= now);
         due.map(|(address, _, pause)| (address, pause)).collect()
     }
 
     fn opened(&mut self, id: ListenerId, address: Multiaddr) {
-        // One that closes again and again is not opened each second.
+        // A listener that closes repeatedly is not opened every second.
         self.open.insert(id, (address, AGAIN.1));
     }
 
@@ -427,7 +429,7 @@ mod tests {
     const RELAY: &str = "p2p/12D3KooWBcZaqUcgvPyYaYNjHkPXkhVVSQCMbBqUSMXPcsYfvJsB/p2p-circuit";
 
     #[test]
-    fn strangers_learn_no_private_addresses() {
+    fn peers_outside_are_told_no_private_addresses() {
         let private = addresses(&[
             "/ip4/192.168.1.2/tcp/9338",
             "/ip6/fd00::2/udp/9338/quic-v1",
@@ -445,7 +447,7 @@ mod tests {
             assert_eq!(for_strangers(&both, outside), public);
         }
         assert_eq!(for_strangers(&private, false), private);
-        // Not even before there is a relay.
+        // Not even before a relay is known.
         assert!(for_strangers(&private, true).is_empty());
     }
 
@@ -454,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crowd_of_changes_is_looked_at_once_a_second_and_local_ones_never() {
+    fn many_changes_are_evaluated_once_a_second_and_local_ones_never() {
         let (mut changes, begin) = (Changes::default(), Instant::now());
         for local in addresses(&[
             "/ip6/fe80::1/tcp/1",
@@ -466,7 +468,7 @@ mod tests {
         assert_eq!(changes.due(), None);
         let bridges = addresses(&["/ip4/172.17.0.1/tcp/1", "/ip4/172.17.0.1/udp/1/quic-v1"]);
         let mut looks = 0;
-        // Ten seconds of a container every 100 ms.
+        // Ten seconds with a container every 100 ms.
         for n in 0..100 {
             let now = begin + n * Duration::from_millis(100);
             for bridge in &bridges {
@@ -478,7 +480,7 @@ mod tests {
             }
         }
         assert!((8..=10).contains(&looks), "{looks}");
-        // After a quiet time a change is looked at almost at once.
+        // After a quiet time a change is evaluated almost at once.
         let later = begin + Duration::from_secs(60);
         changes.take(later - 2 * GATHER);
         changes.note(&bridges[0], later);
@@ -496,20 +498,20 @@ mod tests {
         assert!(listening.due(now).is_empty());
         let due = listening.due(now + AGAIN.0);
         assert_eq!(due, [(at.clone(), AGAIN.0)]);
-        // In vain: later and later.
+        // Each failure makes the pause longer.
         listening.failed(at.clone(), due[0].1, now);
         assert!(listening.due(now + AGAIN.0).is_empty());
         assert_eq!(
             listening.due(now + 2 * AGAIN.0),
             [(at.clone(), 2 * AGAIN.0)]
         );
-        // One that closes at once is not opened each second.
+        // A listener that closes at once is not opened every second.
         let again = ListenerId::next();
         listening.opened(again, at.clone());
         listening.closed(again, std::slice::from_ref(&at), now);
         assert!(listening.due(now + 2 * AGAIN.0).is_empty());
         assert_eq!(listening.due(now + AGAIN.1).len(), 1);
-        // One that nobody asked for, as that on circuits, is not.
+        // A listener that no configuration asked for, as the one for circuits, is not.
         listening.closed(ListenerId::next(), &[], now);
         assert!(listening.closed.is_empty());
     }

@@ -1,4 +1,4 @@
-//! AutoNAT as the driver deals with it: which of our addresses to ask about, whom, and dialling for others.
+//! The driver's part in AutoNAT: chooses addresses to ask about and servers to ask, and dials for other nodes.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,7 +13,7 @@ use libp2p::{
 };
 use tokio::{sync::oneshot, time::timeout};
 
-use super::{Driver, How, Outcome, accept, dialling::Dial, opened};
+use super::{Driver, How, Outcome, accept, dialing::Dial, opened};
 use crate::{
     AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Shares, Stream, Transport,
     address::{is_public, of_socket, socket},
@@ -27,57 +27,58 @@ use crate::{
     streams::Protocols,
 };
 
-/// An address at which a stranger has come in is not given up for this long, whatever servers say: two of them may lie.
+/// Time for which an address stays public after an unknown peer has connected at it, whatever servers report: two of
+/// them may lie.
 const PROVEN: Duration = Duration::from_secs(600);
 
-/// How long it is taken for granted that UDP gets through, once it has.
+/// Time for which UDP is taken to get through after it did.
 const UDP: Duration = Duration::from_secs(600);
 
-/// Between two tries whether UDP gets through.
+/// Pause between two tests whether UDP gets through.
 const UDP_AGAIN: Duration = Duration::from_secs(60);
 
-/// How long a request may take until the address in it is dialled, with all that is sent in advance.
+/// Time that a request may take until its address is dialed, including the data that the client sends first.
 const REQUEST: Duration = Duration::from_secs(30);
 
-/// Requests to be dialled that are refused with a message at a time; what is beyond is reset.
+/// Most requests that are refused with a message at a time; further ones are reset.
 const MAX_REJECTIONS: usize = 64;
 
-/// What the driver remembers of it.
+/// The driver's state of AutoNAT.
 pub(super) struct Autonat {
     pub(super) requests: Incoming,
     pub(super) backs: Incoming,
     pub(super) verdicts: Verdicts,
-    /// What we have asked, by nonce.
+    /// Open questions of this node, by nonce.
     asked: HashMap<u64, Asked>,
     pub(super) bounds: Bounds,
-    /// What we dial for others.
+    /// Dials that this node makes for other nodes.
     probes: HashMap<ConnectionId, Probe>,
-    /// Those that were given up. What comes of them is closed.
+    /// Dials that took too long. Connections that they still lead to are closed.
     given_up: HashSet<ConnectionId>,
-    /// When UDP last got through, and when it was last tried.
+    /// Times at which UDP last got through, and was last tested.
     udp_through: Option<Instant>,
     udp_tried: Option<Instant>,
     udp_blocked: bool,
-    /// Requests to be dialled that are being refused.
+    /// Requests that are being refused.
     rejections: Shares,
 }
 
-/// What a server was asked.
+/// A question that a server was asked.
 struct Asked {
     server: PeerId,
     question: DialQuestion,
-    /// Its dial has come: how, and from which IP address.
+    /// The dial-back that has arrived: its kind and its source IP address.
     came: Option<(Back, IpAddr)>,
 }
 
-/// A dial for somebody else.
+/// A dial for another node.
 struct Probe {
     stream: Stream,
     wanted: Wanted,
     since: Instant,
 }
 
-/// What a server said.
+/// A server's answer.
 #[derive(Debug)]
 pub(super) struct Told {
     address: Multiaddr,
@@ -103,7 +104,7 @@ impl Autonat {
         }
     }
 
-    /// Whether UDP gets out; `None`: it has not been tried.
+    /// Returns true if UDP gets out; `None` if it has not been tried.
     pub(super) fn has_udp(&self) -> Option<bool> {
         match (self.udp_through, self.udp_blocked) {
             (Some(_), false) => Some(true),
@@ -112,13 +113,13 @@ impl Autonat {
         }
     }
 
-    /// A connection over UDP was opened to or from another machine.
+    /// Records that a connection over UDP was opened to or from another machine.
     pub(super) fn udp_got_through(&mut self, now: Instant) {
         self.udp_through = Some(now);
         self.udp_blocked = false;
     }
 
-    /// Nothing came back over UDP from a machine that answers over TCP.
+    /// Records that a machine that answers over TCP did not answer over UDP.
     pub(super) fn udp_got_lost(&mut self, now: Instant) {
         let lately = self
             .udp_through
@@ -133,7 +134,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Our addresses on public networks.
+    /// Returns this node's addresses on public networks.
     fn own_public(&self) -> Vec<Multiaddr> {
         let own = self
             .swarm
@@ -148,7 +149,8 @@ where
         own.map(|(at, _)| at.ip().to_canonical()).collect()
     }
 
-    /// Where a NAT shows us, one address a transport. Whether others get in there tells how it filters.
+    /// Returns the addresses at which a NAT shows this node, one per transport. Dial-backs to them show how the NAT
+    /// filters.
     fn shown_by_nat(&self) -> Vec<Multiaddr> {
         let own = self.own_ips();
         let shown = [Transport::Tcp, Transport::Quic]
@@ -161,13 +163,13 @@ where
         shown.collect()
     }
 
-    /// Addresses that a NAT shows, and at which strangers do get in.
+    /// Returns the addresses shown by a NAT at which unknown peers get in.
     pub(super) fn open_at_nat(&self) -> impl Iterator<Item = Multiaddr> {
         let shown = self.shown_by_nat().into_iter();
         shown.filter(|address| self.autonat.verdicts.of(address) == Some(Verdict::Reached))
     }
 
-    /// How the NAT or firewall before us filters what comes to the port of `transport`.
+    /// Returns how this node's NAT or firewall filters packets to the port of `transport`.
     pub(super) fn filtering(&self, transport: Transport) -> Filtering {
         let of = |address: &Multiaddr| {
             let right = socket(address).is_some_and(|(at, t)| t == transport && at.is_ipv4());
@@ -182,7 +184,7 @@ where
         }
     }
 
-    /// Asks about the addresses that are due.
+    /// Asks servers about the addresses that are due.
     pub(super) fn verify_addresses(&mut self) {
         let now = Instant::now();
         let mut candidates: Vec<_> = self.addressing.configured.iter().cloned().collect();
@@ -204,11 +206,11 @@ where
             let v4 = socket(&address).is_some_and(|(at, _)| at.is_ipv4());
             let fitting = servers
                 .iter()
-                // One that is reached by IPv4 may have no IPv6, and the reverse.
+                // A server that is reached over IPv4 may have no IPv6, and the reverse.
                 .filter(|(_, place)| place.is_ipv4() == v4 && !tried.covers(place));
-            // Best one that we have never sent to: what it finds, any stranger would.
+            // Prefer a server to which this node has never sent packets: its result holds for any unknown peer.
             let best =
-                fitting.min_by_key(|(_, place)| self.addressing.dialled.contains(*place, now));
+                fitting.min_by_key(|(_, place)| self.addressing.dialed.contains(*place, now));
             match best {
                 Some((server, place)) => self.ask_server(*server, *place, address),
                 None => self.autonat.verdicts.put_off(&address, now),
@@ -216,11 +218,12 @@ where
         }
     }
 
-    /// Peers in other places that answer, and where they are. Another order each time.
+    /// Returns connected AutoNAT servers outside this node's networks, with their IP addresses, in a different order
+    /// each time.
     fn autonat_servers(&self) -> Vec<(PeerId, IpAddr)> {
         let (own, seen) = (self.own_ips(), self.addressing.reach.seen_at());
         let servers = self.peers.iter().filter(|(_, peer)| peer.autonat);
-        // A map's order is no order.
+        // The order of the map is random.
         servers
             .filter_map(|(id, peer)| {
                 let direct = peer.connections.values();
@@ -273,7 +276,7 @@ where
         let (at, transport) = socket(address)?;
         let own = self.own_ips().contains(&at.ip().to_canonical());
         let mut mapped = self.ports.forwarded();
-        // A gateway forwards a mapped port for everybody, and an address of our own has no NAT before it.
+        // A gateway forwards a mapped port for all senders, and there is no NAT before an interface's public address.
         let open = own || mapped.any(|(t, mapped)| t == transport && mapped == at);
         Some(DialQuestion {
             at,
@@ -284,7 +287,7 @@ where
         })
     }
 
-    /// A server has opened a stream on a connection that it has dialled for us.
+    /// Handles a stream that a server has opened to prove its dial-back.
     pub(super) fn on_called_back(&mut self, mut stream: Stream) {
         let server = stream.peer();
         if !self
@@ -293,7 +296,7 @@ where
             .values()
             .any(|asked| asked.server == server)
         {
-            // Dropped, and so reset: nobody has asked.
+            // Dropped, and so reset, because this node asked no such server.
             return;
         }
         let outcomes = self.outcomes.clone();
@@ -333,15 +336,15 @@ where
         let chosen = self.bootstrap.iter().any(|b| b.peer == server);
         let back = connection.as_ref().and_then(|connection| {
             let question = &asked.question;
-            let back = question.answered_by(connection, &self.addressing.dialled, chosen, now)?;
+            let back = question.answered_by(connection, &self.addressing.dialed, chosen, now)?;
             Some((back, connection.from.ip()))
         });
         if back.is_none() {
-            tracing::debug!(peer = %server, ?connection, question = ?asked.question, "no dial-back");
+            tracing::debug!(peer = %server, ?connection, question = ?asked.question, "not a valid dial-back");
             return;
         }
         asked.came = back;
-        // How it takes it is its affair.
+        // Errors of the server do not matter here.
         span::spawn(server, autonat::acknowledge(stream));
     }
 
@@ -361,11 +364,11 @@ where
             (Ok(_), Some(came)) => Some(came),
             (Ok(false), None) => None,
             (Ok(true), None) => {
-                tracing::debug!(%address, %place, "a server claims to have reached us and has not");
+                tracing::debug!(%address, %place, "a server claims to have reached this node, but no dial-back came");
                 return self.autonat.verdicts.put_off(&address, now);
             }
             (Err(error), _) => {
-                tracing::debug!(%address, %place, %error, "a server does not say whether it reaches us");
+                tracing::debug!(%address, %place, %error, "a server gave no result");
                 return self.autonat.verdicts.put_off(&address, now);
             }
         };
@@ -373,7 +376,7 @@ where
             return;
         }
         let verdict = self.autonat.verdicts.of(&address);
-        tracing::info!(%address, ?verdict, "whether others reach this node here");
+        tracing::info!(%address, ?verdict, "reachability of an address has changed");
         if own {
             match verdict {
                 Some(Verdict::Reached) => {
@@ -392,7 +395,7 @@ where
         self.tell_addresses();
     }
 
-    /// Somebody asks to be dialled.
+    /// Handles a peer's request to be dialed.
     pub(super) fn on_dial_request(&mut self, mut stream: Stream) {
         let (peer, now) = (stream.peer(), Instant::now());
         let from = match stream.path().kind {
@@ -401,12 +404,12 @@ where
         };
         let from = from.filter(is_public);
         let Some(from) = from.filter(|from| self.autonat.bounds.begin(peer, *from, now)) else {
-            // Dropped, and so reset, if too many are being refused.
+            // If too many requests are being refused, the stream is dropped, and so reset.
             let place = Place::of(stream.path());
             if let Ok(permit) = self.autonat.rejections.take(peer, place) {
                 span::spawn(peer, async move {
                     let _permit = permit;
-                    // The peer may take it or not, but not for ever.
+                    // The peer may ignore the rejection, but must not hold the stream for ever.
                     let _ = timeout(REQUEST, autonat::reject(&mut stream)).await;
                 });
             }
@@ -420,7 +423,7 @@ where
             let wanted = match received.await {
                 Ok(wanted) => wanted,
                 Err(error) => {
-                    tracing::debug!(%peer, %error, "a request to be dialled came to nothing");
+                    tracing::debug!(%peer, %error, "cannot read a dial request");
                     None
                 }
             };
@@ -435,7 +438,7 @@ where
         };
         let how = How {
             always: true,
-            // From the port that it knows, its NAT might let us in.
+            // From the listening port, which the peer knows, the dial could pass the peer's NAT as an answer.
             new_port: true,
             set_aside: true,
             ..How::default()
@@ -443,7 +446,7 @@ where
         let stated = heard(Heard::new([wanted.address.clone()])).collect();
         let admitted = self.admit(stream.peer(), stated, how);
         if admitted.is_empty() {
-            // Not to be taken for an address that cannot be reached.
+            // The rejection keeps the address from being taken for unreachable.
             self.autonat.bounds.ended();
             let mut stream = stream;
             // The peer may ignore the rejection.
@@ -467,7 +470,7 @@ where
         }
     }
 
-    /// Whether a connection that has opened, or has not, was dialled for somebody else.
+    /// Handles the result of a dial, if it was made for another node. Returns false if it was not.
     pub(super) fn on_probe(&mut self, id: ConnectionId, connected: bool) -> bool {
         if self.autonat.given_up.remove(&id) {
             if connected {
@@ -491,7 +494,7 @@ where
                 Ok(Ok(back)) => autonat::call(back, probe.wanted.nonce).await.is_ok(),
                 _ => false,
             };
-            // How it takes it is its affair.
+            // The peer may ignore the answer.
             let _ = autonat::respond(&mut probe.stream, &probe.wanted, true, told).await;
             // The network may have stopped.
             let _ = outcomes.send(Outcome::Probed(id)).await;
@@ -502,7 +505,7 @@ where
     fn probe_failed(&mut self, mut probe: Probe) {
         self.autonat.bounds.ended();
         span::spawn(probe.stream.peer(), async move {
-            // How it takes it is its affair.
+            // The peer may ignore the answer.
             let _ = autonat::respond(&mut probe.stream, &probe.wanted, false, false).await;
         });
     }
@@ -512,7 +515,7 @@ where
         self.swarm.close_connection(id);
     }
 
-    /// Dials that take too long are answered without waiting for their end.
+    /// Answers requests whose dial takes too long, without waiting for its end.
     pub(super) fn expire_probes(&mut self) {
         let now = Instant::now();
         let late = self
@@ -525,7 +528,7 @@ where
         }
     }
 
-    /// Dials one peer by QUIC that is connected by TCP, to find out whether UDP gets through, if that is not known.
+    /// Tests whether UDP gets through, if that is not known: dials a peer by QUIC that is connected by TCP.
     pub(super) fn try_udp(&mut self) {
         let now = Instant::now();
         let tried = self.autonat.udp_tried;
@@ -537,7 +540,7 @@ where
             let over_tcp = peer
                 .connections
                 .values()
-                .any(|c| c.dialled && !c.punched && c.path.kind == PathKind::Direct);
+                .any(|c| c.dialed && !c.punched && c.path.kind == PathKind::Direct);
             let quic = peer.quic.as_ref().filter(|_| over_tcp)?;
             Some((*id, quic.clone()))
         });
@@ -556,7 +559,7 @@ where
         }
         if let Ok(id) = self.dial_admitted(&admitted, how) {
             let addresses = admitted.addresses().to_vec();
-            self.dialling.dials.insert(
+            self.dialing.dials.insert(
                 id,
                 Dial {
                     peer,

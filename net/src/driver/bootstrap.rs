@@ -1,4 +1,4 @@
-//! The peers to stay connected to, `--bootstrap` and `--relay`: when to dial them, and why that failed last.
+//! Peers to stay connected to, from `--bootstrap` and `--relay`: when to dial them, and why the last attempt failed.
 
 use std::{
     convert::Infallible,
@@ -14,29 +14,30 @@ use libp2p::{
 use super::{
     Config, Driver, SpawnError,
     dial_error::{attempt_error, dial_error},
-    dialling::Dial,
+    dialing::Dial,
 };
 use crate::{BootstrapPeer, ConnectError, address::own::by_quic, split_peer_id};
 
 /// The first and the longest pause between attempts to reach a bootstrap node.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Time after which a TCP address that has not led to a connection is tried by QUIC as well. If the path drops large
-/// packets and the messages that say so, TCP connects and its first TLS message never arrives; QUIC's packets are small
-/// until larger ones have been seen to arrive. Three seconds are the second retransmission of a lost SYN.
+/// Time after which a TCP address that has not led to a connection is tried by QUIC as well. A path may drop large
+/// packets and also the messages that report it. Then TCP connects, but its first TLS message never arrives; QUIC's
+/// packets stay small until larger ones have been seen to arrive. Three seconds are the second retransmission of a lost
+/// SYN.
 const BY_QUIC: Duration = Duration::from_secs(3);
 
 /// A peer to stay connected to.
 #[derive(Debug)]
 pub(super) struct Bootstrap {
     pub(super) peer: PeerId,
-    /// Without the peer.
+    /// The given address, without `/p2p`.
     address: Multiaddr,
     next: Instant,
     pause: Duration,
-    /// When to try by QUIC what was given for TCP.
+    /// Time at which an address given for TCP is tried by QUIC.
     quic: Option<Instant>,
-    /// Why the last attempt at this address failed; `None` once one has succeeded.
+    /// The reason that the last attempt at this address failed; `None` after a success.
     error: Option<String>,
     /// Failures since the address last led to a connection.
     failures: u32,
@@ -55,10 +56,11 @@ impl Bootstrap {
         }
     }
 
-    /// The peers that the configuration names.
+    /// Returns the peers that the configuration names.
     ///
     /// # Errors
-    /// [`SpawnError::Bootstrap`] for an address that does not name its peer.
+    ///
+    /// Returns [`SpawnError::Bootstrap`] for an address that does not name its peer.
     pub(super) fn all(config: &Config) -> Result<Vec<Self>, SpawnError> {
         let named = config.bootstrap.iter().chain(&config.relays);
         named
@@ -74,32 +76,32 @@ impl Bootstrap {
         self.peer == peer && self.address == *address
     }
 
-    /// It is dialled at once, and soon again.
+    /// Schedules a dial at once, and further ones after short pauses.
     pub(super) fn begin_anew(&mut self, now: Instant) {
         self.rest();
         self.next = now;
     }
 
-    /// It kept a connection for long: the next pause is the first.
+    /// Resets the pause, after the peer has kept a connection for long.
     pub(super) fn rest(&mut self) {
         self.pause = RETRY.0;
     }
 
-    /// An attempt at this address has led to a connection.
+    /// Records that an attempt at this address has led to a connection.
     fn reached(&mut self) {
         self.error = None;
         self.failures = 0;
     }
 
-    /// An attempt at this address has failed. Returns true for the first since one succeeded, which is worth a line in
-    /// the log.
+    /// Records that an attempt at this address has failed. Returns true for the first failure since a success, which is
+    /// worth a line in the log.
     fn failed(&mut self, error: String) -> bool {
         self.error = Some(error);
         self.failures = self.failures.saturating_add(1);
         self.failures == 1
     }
 
-    /// The address to dial now, if any. `also`: what else was given for this peer.
+    /// Returns the address to dial now, if any. `also`: the other given addresses of this peer.
     fn due(&mut self, also: &[Multiaddr], now: Instant) -> Option<Multiaddr> {
         if self.quic.is_some_and(|at| at <= now) {
             self.quic = None;
@@ -122,7 +124,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Dials those that are not connected, where that is due.
+    /// Dials bootstrap addresses that are due and whose peers are not connected.
     pub(super) fn reach_bootstrap(&mut self) {
         let now = Instant::now();
         let given: Vec<_> = self
@@ -148,7 +150,7 @@ where
         }
     }
 
-    /// A dial has failed. Notes the reason of each bootstrap address that was dialled, and of no other.
+    /// Records the error of a failed dial for each bootstrap address in it that was tried.
     pub(super) fn bootstrap_dial_failed(&mut self, dial: &Dial, error: &DialError) {
         let failed = failed(dial, error);
         let Some(name) = &dial.name else {
@@ -157,7 +159,7 @@ where
             }
             return;
         };
-        // The name was given, not where it leads.
+        // The bootstrap address is the name, not the addresses that it resolved to.
         let each = failed
             .iter()
             .map(|(address, reason)| format!("{address}: {reason}"));
@@ -167,7 +169,7 @@ where
         }
     }
 
-    /// A dial has led to a connection at `address`.
+    /// Records that a dial has led to a connection at `address`.
     pub(super) fn bootstrap_reached(&mut self, dial: &Dial, address: &Multiaddr) {
         let given = dial.name.clone();
         let given = given.unwrap_or_else(|| split_peer_id(address.clone()).0);
@@ -178,7 +180,7 @@ where
         }
     }
 
-    /// An attempt to reach `peer` at `address`, as it was given, has failed.
+    /// Records that an attempt to reach `peer` at `address`, as it was given, has failed.
     pub(super) fn bootstrap_failed(&mut self, peer: PeerId, address: &Multiaddr, reason: &str) {
         for bootstrap in &mut self.bootstrap {
             if bootstrap.is(peer, address) && bootstrap.failed(reason.to_owned()) {
@@ -190,8 +192,8 @@ where
         }
     }
 
-    /// Returns true if this address of a peer is only guessed: the place of a bootstrap address by QUIC, of which the
-    /// peer has not said that it listens there. That it does not answer says nothing of UDP.
+    /// Returns true if this address of a peer is a guess: a bootstrap address tried by QUIC, at which the peer has not
+    /// said that it listens. A failure there does not show that UDP is blocked.
     pub(super) fn is_guess(&self, peer: PeerId, address: &Multiaddr) -> bool {
         let mut of_peer = self.bootstrap.iter().filter(|b| b.peer == peer);
         let said = self.peers.get(&peer).and_then(|peer| peer.quic.as_ref());
@@ -215,7 +217,7 @@ where
     }
 }
 
-/// The reason alone: the address is named beside.
+/// Returns only the reason of an error, because the address is logged beside it.
 pub(super) fn text(error: &ConnectError) -> String {
     match error {
         ConnectError::Failed { reason, .. } => reason.clone(),
@@ -223,7 +225,7 @@ pub(super) fn text(error: &ConnectError) -> String {
     }
 }
 
-/// The addresses of a dial that have failed, without the peer, and the reason of each.
+/// Returns the addresses of a dial that have failed, without the peer, and the reason of each.
 fn failed(dial: &Dial, error: &DialError) -> Vec<(Multiaddr, String)> {
     let short = |address: &Multiaddr| split_peer_id(address.clone()).0;
     let whole = || text(&dial_error(dial.peer, error));
@@ -232,11 +234,11 @@ fn failed(dial: &Dial, error: &DialError) -> Vec<(Multiaddr, String)> {
             .iter()
             .map(|(address, error)| (short(address), attempt_error(error)))
             .collect(),
-        // The rest was not tried.
+        // The other addresses were not tried.
         DialError::WrongPeerId { address, .. } | DialError::LocalPeerId { address } => {
             vec![(short(address), whole())]
         }
-        // There was no attempt, or it was broken off here.
+        // There was no attempt, or this node aborted it.
         DialError::DialPeerConditionFalse(_) | DialError::Aborted => Vec::new(),
         DialError::NoAddresses | DialError::Denied { .. } => {
             let all = dial.addresses.iter();
@@ -253,20 +255,20 @@ mod tests {
     use crate::policy::gate::Source;
 
     #[test]
-    fn a_tcp_address_that_leads_nowhere_is_tried_by_quic_as_well() {
+    fn a_tcp_address_that_does_not_answer_is_tried_by_quic_as_well() {
         let tcp: Multiaddr = "/ip4/1.1.1.1/tcp/5".parse().unwrap();
         let quic: Multiaddr = "/ip4/1.1.1.1/udp/5/quic-v1".parse().unwrap();
         let mut bootstrap = Bootstrap::new(PeerId::random(), tcp.clone());
         let now = bootstrap.next;
         let only = [tcp.clone()];
         assert_eq!(bootstrap.due(&only, now), Some(tcp.clone()));
-        // One that answers in time is not dialled twice.
+        // An address that answers in time is not dialed twice.
         assert_eq!(bootstrap.due(&only, now), None);
         assert_eq!(bootstrap.due(&only, now + RETRY.0), Some(tcp.clone()));
         assert_eq!(bootstrap.due(&only, now + BY_QUIC), Some(quic.clone()));
         assert_eq!(bootstrap.due(&only, now + BY_QUIC), Some(tcp.clone()));
         assert_eq!(bootstrap.due(&only, now + BY_QUIC), None);
-        // Not if it was given by itself.
+        // The QUIC address is not tried if it was given by itself.
         let mut bootstrap = Bootstrap::new(PeerId::random(), tcp.clone());
         let (now, both) = (bootstrap.next, [tcp.clone(), quic]);
         for at in [now, now + RETRY.0, now + BY_QUIC] {
@@ -276,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn each_address_of_a_dial_fails_for_its_own_reason_and_what_was_not_tried_does_not_fail() {
+    fn each_tried_address_of_a_dial_fails_for_its_own_reason() {
         let at = |port: u16| -> Multiaddr { format!("/ip4/1.1.1.1/tcp/{port}").parse().unwrap() };
         let peer = PeerId::random();
         let dial = Dial {

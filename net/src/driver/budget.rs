@@ -1,4 +1,4 @@
-//! What this node may hold: its limits, what counts against them, and what was refused.
+//! The limits of this node, their use, and refusals.
 
 use libp2p::swarm::ConnectionDenied;
 
@@ -8,15 +8,15 @@ use crate::{
     policy::{access::KeptOut, crowd::Crowd, limits::Memory, pending::Pending},
 };
 
-/// The limits of a node, and what counts against them.
+/// The limits of a node, and the counters for them.
 pub(super) struct Budget {
     pub(super) limits: Limits,
-    /// Limits that were lowered for want of descriptors.
+    /// Limits that were lowered for lack of file descriptors.
     pub(super) lowered: Option<LoweredLimits>,
     pub(super) memory: Memory,
-    /// The open connections.
+    /// Counts open connections.
     pub(super) crowd: Crowd,
-    /// Those in the handshake.
+    /// Counts connections in the handshake.
     pub(super) pending: Pending,
     /// Connections that the access lists have refused since the start.
     pub(super) kept_out: u64,
@@ -25,7 +25,7 @@ pub(super) struct Budget {
 impl Budget {
     pub(super) fn new(fitted: &Fitted) -> Self {
         if let Some(lowered) = &fitted.lowered {
-            tracing::warn!("the limits are lowered: {lowered}");
+            tracing::warn!("limits are lowered: {lowered}");
         }
         let limits = fitted.limits.clone();
         let memory = Memory::new(limits.memory);
@@ -40,7 +40,7 @@ impl Budget {
         }
     }
 
-    /// Counts a connection that was refused. What is over a limit is counted where it is refused.
+    /// Counts a connection that the access lists refused. Refusals because of a limit are counted by the limit.
     pub(super) fn count_refusal(&mut self, cause: &ConnectionDenied) {
         if cause.downcast_ref::<KeptOut>().is_some() {
             self.kept_out += 1;

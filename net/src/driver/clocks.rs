@@ -1,4 +1,4 @@
-//! Asking peers for their clocks; see [`crate::ping::clock`].
+//! Comparison of this node's clock with the clocks of peers; see [`crate::ping::clock`].
 
 use std::{
     convert::Infallible,
@@ -14,17 +14,17 @@ use crate::{
     span,
 };
 
-/// The longest time that a peer may take to tell its time. A slower answer says less.
+/// Longest time that a peer may take to send its time. A slower answer is less exact.
 const TELL: Duration = Duration::from_secs(5);
 
-/// Peers asked at a time, and so in a second: their answers decide whether others are asked at all.
+/// Most peers asked at a time, and so per second. Their answers decide whether others are asked at all.
 const AT_A_TIME: usize = 4;
 
 impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Asks those peers for their clocks that are to be asked.
+    /// Asks peers for their clocks, if they are due.
     pub(super) fn compare_clocks(&mut self) {
         let now = Instant::now();
         self.clocks.look(SystemTime::now(), now);
@@ -52,7 +52,7 @@ where
                 let clock = Outcome::Clock {
                     peer,
                     address,
-                    // One that does not answer has no say.
+                    // A peer that does not answer is not counted.
                     reading: told.await.ok().flatten(),
                 };
                 // The network may have stopped.
@@ -73,7 +73,7 @@ where
             wrong(self.clocks.difference(clock, now)).filter(|_| before.is_none())
         {
             tracing::warn!(
-                "{difference}: records of this node and of others are taken for expired; set the clock"
+                "{difference}: valid records of this node and of other nodes appear expired; set the clock"
             );
         }
     }

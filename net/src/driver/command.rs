@@ -1,4 +1,4 @@
-//! The requests that a handle to the network sends to the driver.
+//! Requests from a handle of the network to the driver.
 
 use std::time::Duration;
 
@@ -8,28 +8,28 @@ use tokio::sync::oneshot;
 use super::info::{BootstrapPeer, PeerInfo, Reachability};
 use crate::{Access, Class, ClockDifference, Destinations, LimitUse, OpenError, Path, Stream};
 
-/// How long [`Network::connect`](crate::Network::connect) tries.
+/// Time that [`Network::connect`](crate::Network::connect) tries for.
 pub(crate) const CONNECT: Duration = Duration::from_secs(15);
 
-/// Why a peer could not be reached.
+/// The reason that a peer could not be reached.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
-    /// No address is known.
+    /// No address of the peer is known.
     #[error("no address of {0} is known")]
     NoAddress(PeerId),
     /// Every address failed.
     #[error("cannot reach {peer}: {reason}")]
     Failed {
-        /// The peer.
+        /// The peer that could not be reached.
         peer: PeerId,
-        /// What each address returned.
+        /// The error of each address.
         reason: String,
     },
-    /// Nothing answered in time.
+    /// The peer did not answer in time.
     #[error("{peer} did not answer within {} s", CONNECT.as_secs())]
     TimedOut {
-        /// The peer.
+        /// The peer that did not answer.
         peer: PeerId,
     },
     /// The network has stopped.

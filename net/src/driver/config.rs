@@ -1,4 +1,4 @@
-//! The configuration of a node's network, and why a network does not start.
+//! The configuration of a node's network, and the errors of starting one.
 
 use std::io;
 
@@ -9,61 +9,66 @@ use crate::{
     transport::{BuildError, tls},
 };
 
-/// Whether to relay others' connections.
+/// When to relay connections of other peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RelayServer {
-    /// Once it is known that others can reach this node.
+    /// Relay once it is known that other peers can reach this node.
     #[default]
     Auto,
-    /// From the start, at all addresses that it listens on.
+    /// Relay from the start, at all listening addresses.
     Always,
-    /// Not at all.
+    /// Never relay.
     Never,
 }
 
-/// How to start.
+/// The configuration of a network.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The node's identity.
     pub key: Keypair,
-    /// Where to listen. `None`: TCP and QUIC on all interfaces, IPv4 and IPv6, on port 9338, or on a free one if that is taken.
+    /// Addresses to listen on. `None`: TCP and QUIC on all interfaces, IPv4 and IPv6, on port 9338, or on a free port
+    /// if that is taken.
     pub listen: Option<Vec<Multiaddr>>,
-    /// Addresses that lead here from outside, such as a forwarded port's.
+    /// Addresses that lead to this node from outside, such as a forwarded port's.
     pub external: Vec<Multiaddr>,
     /// Peers to stay connected to; each ends in `/p2p/<PeerId>`.
     pub bootstrap: Vec<Multiaddr>,
-    /// Relays to stay connected to and to hold reservations on, before others; each address ends in `/p2p/<PeerId>`.
+    /// Relays to stay connected to, and to hold reservations on in preference to others; each address ends in
+    /// `/p2p/<PeerId>`.
     pub relays: Vec<Multiaddr>,
-    /// Whether to be a relay for others.
+    /// When to be a relay for other peers.
     pub relay_server: RelayServer,
-    /// What being a relay may cost. Under [`RelayServer::Auto`], the default limits stand for small ones: a node that
-    /// nobody asked to relay gives 1 MiB/s and 10 GiB a day.
+    /// Limits on relaying for other peers. Under [`RelayServer::Auto`], the default limits are replaced by small ones:
+    /// a node that was not asked to relay gives 1 MiB/s and 10 GiB a day.
     pub relay_limits: RelayLimits,
-    /// Open direct connections beside relayed ones (hole punching). Without it, all connections through relays stay there.
+    /// Open direct connections beside relayed ones (hole punching). Without it, connections through relays stay
+    /// relayed.
     pub hole_punching: bool,
-    /// Ask the gateway of our network to forward our ports (PCP, NAT-PMP, UPnP). Not asked if we listen on no private IPv4 address.
+    /// Ask the gateway to forward this node's ports (PCP, NAT-PMP, UPnP). The gateway is asked only if the node listens
+    /// on a private IPv4 address.
     pub port_mapping: bool,
     /// Find peers on the local network by multicast DNS.
     pub mdns: bool,
-    /// For secure WebSocket; `None`: one is made up, which other nodes take, and browsers and proxies do not.
+    /// Certificate for secure WebSocket. `None`: the node makes one that other nodes accept, but browsers and proxies
+    /// do not.
     pub certificate: Option<Certificate>,
-    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. A browser names
-    /// the origin of the page. Empty: no web page may.
+    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. A browser
+    /// sends the origin of the page. Empty: no web page may connect.
     pub ws_origins: Vec<String>,
-    /// Networks of reverse proxies that forward connections to this node. From there, each connection has to say where
-    /// it really comes from, by the PROXY protocol or in `X-Forwarded-For`; others are refused. Rules for peers have no
-    /// effect here.
+    /// Networks of reverse proxies that forward connections to this node. Each connection from there has to name its
+    /// real source, by the PROXY protocol or in `X-Forwarded-For`; others are refused. Rules for peers have no effect
+    /// here.
     pub trusted_proxies: Vec<Rule>,
-    /// What we tell peers that we are.
+    /// The node's software, as peers are told.
     pub agent: String,
-    /// What strangers can make us hold.
+    /// Limits on the resources that unknown peers can use.
     pub limits: Limits,
-    /// Whom to have to do with at all.
+    /// Allow and block lists.
     pub access: Access,
 }
 
 impl Config {
-    /// The defaults for a node with this identity: default listeners, mDNS on, no bootstrap peers.
+    /// Returns the default configuration for this identity: default listeners, mDNS on, no bootstrap peers.
     pub fn new(key: Keypair) -> Self {
         Self {
             key,
@@ -86,31 +91,31 @@ impl Config {
     }
 }
 
-/// Why the network did not start.
+/// The reason that the network did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpawnError {
     /// TLS could not be configured.
     #[error(transparent)]
     Tls(#[from] tls::ConfigError),
-    /// The operating system refused something.
+    /// The operating system refused a resource.
     #[error("cannot start the network: {0}")]
     Io(#[from] io::Error),
     /// mDNS cannot watch the interfaces.
     #[error("cannot find peers on the local network by mDNS: {0}")]
     Mdns(io::Error),
-    /// An address cannot be listened on.
+    /// The node cannot listen on an address.
     #[error("cannot listen on {address}: {reason}")]
     Listen {
         /// The address.
         address: Multiaddr,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// This machine's clock shows a time before 1970, in which no message and no record can be numbered.
+    /// This machine's clock shows a time before 1970, from which no sequence number of a message or record can be made.
     #[error("this machine's clock shows a year before 1970; set the clock, then start again")]
     Clock,
-    /// A bootstrap node's or a relay's address does not name its peer.
+    /// The address of a bootstrap node or a relay does not name its peer.
     #[error("the address {0} does not end in /p2p/<PeerId>: without it anybody could answer there")]
     Bootstrap(Multiaddr),
 }

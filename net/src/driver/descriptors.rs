@@ -1,7 +1,8 @@
-//! Fitting the limits to the files that this process may open: each TCP connection, lane and search socket is one.
+//! Fits the limits to the number of files that this process may open: each TCP connection, lane and search socket is
+//! one.
 //!
-//! A process that runs out of descriptors accepts nobody, opens no file of its store and resolves no name. Limits that
-//! promise more connections than there are descriptors would let strangers bring it there.
+//! A process that runs out of file descriptors accepts no connection, opens no file of its store and resolves no name.
+//! If the limits allowed more connections than there are descriptors, unknown peers could bring it there.
 
 use std::fmt;
 
@@ -9,33 +10,33 @@ use rustix::process::{Resource, getrlimit};
 
 use crate::{LimitUse, Limits, nat::search};
 
-/// Descriptors that are left to listeners, the store, the API, DNS and the log.
+/// Descriptors reserved for listeners, the store, the API, DNS and the log.
 const RESERVE: u64 = 64;
 
-/// The part of the rest that connections may take. The other half is for files of models that are being fetched and
-/// served, and for the program around the node.
+/// Connections may take one in this many of the remaining descriptors. The other half is for model files that are
+/// fetched and served, and for the program around the node.
 const PART: u64 = 2;
 
 /// Sockets that a dial opens at a time. It tries up to 16 addresses, of which those for QUIC share a socket; most peers
-/// state two or three.
+/// have two or three.
 const OF_A_DIAL: u64 = 2;
 
-/// The least that a limit becomes. Below, a node is of no use; then it fails with an error that names the cause.
+/// Lowest value of a lowered limit. A node with less is of no use; it then fails with an error that names the cause.
 const LEAST: u64 = 8;
 
 /// Limits that were lowered because this process may not open as many files as they need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LoweredLimits {
-    /// Files that this process may open (`ulimit -n`).
+    /// Number of files that this process may open (`ulimit -n`).
     pub open_files: u64,
-    /// The number that would do for the limits that were asked for.
+    /// Number of files needed for the configured limits.
     pub needed: u64,
-    /// Connections in all, now.
+    /// Lowered limit on connections in total.
     pub connections: u32,
-    /// Connections opened by others, now.
+    /// Lowered limit on incoming connections.
     pub incoming: u32,
-    /// Lanes, now.
+    /// Lowered limit on lanes.
     pub lanes: usize,
 }
 
@@ -50,11 +51,11 @@ impl fmt::Display for LoweredLimits {
     }
 }
 
-/// The limits of a node as far as its descriptors go.
+/// The limits of a node, fitted to its file descriptors.
 #[derive(Debug, Clone)]
 pub(crate) struct Fitted {
     pub(crate) limits: Limits,
-    /// Sockets that one search for a port may open.
+    /// Most sockets that one search for a port may open.
     pub(crate) search_sockets: usize,
     pub(crate) lowered: Option<LoweredLimits>,
 }
@@ -64,14 +65,14 @@ fn allowed() -> Option<u64> {
     getrlimit(Resource::Nofile).current
 }
 
-/// Fits limits to the files that this process may open now.
+/// Fits limits to the number of files that this process may open now.
 pub(crate) fn fit(limits: Limits) -> Fitted {
     fit_to(limits, allowed())
 }
 
-/// Descriptors that connections take if all limits are reached.
+/// Returns the number of descriptors that connections take if all limits are reached.
 fn needed(limits: &Limits, search_sockets: usize) -> u64 {
-    // Half of those in the handshake are TCP, and QUIC shares a socket.
+    // Half of the connections in the handshake are TCP, and QUIC shares a socket.
     u64::from(limits.established)
         + u64::from(limits.pending_incoming.div_ceil(2))
         + u64::from(limits.pending_outgoing) * OF_A_DIAL
@@ -95,7 +96,7 @@ fn fit_to(limits: Limits, files: Option<u64>) -> Fitted {
         let part = (u128::from(wanted) * u128::from(share) / u128::from(needs)) as u64;
         part.max(LEAST.min(wanted))
     };
-    // A lowered limit is below the given one: it fits.
+    // A lowered limit is below the given one, so it fits the type.
     let lower_u32 = |wanted: u32| lower(wanted.into()) as u32;
     let lower_usize = |wanted: usize| lower(wanted as u64) as usize;
     limits.established = lower_u32(limits.established);
@@ -117,9 +118,9 @@ fn fit_to(limits: Limits, files: Option<u64>) -> Fitted {
     }
 }
 
-/// The row of `weft limits`. Its use is 0 where the system does not tell.
+/// Returns the row of `weft limits`. Its use is 0 if the system does not report it.
 pub(crate) fn usage() -> LimitUse {
-    // The listing itself is one of them.
+    // The directory listing itself takes one descriptor.
     let open = std::fs::read_dir("/dev/fd").map_or(0, |all| all.count().saturating_sub(1));
     LimitUse {
         name: "open_files",
@@ -134,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_promise_no_more_connections_than_the_process_may_open_files() {
+    fn limits_need_no_more_files_than_the_process_may_open() {
         for files in [256, 512, 1024, 2048, 4096] {
             let fitted = fit_to(Limits::default(), Some(files));
             let takes = needed(&fitted.limits, fitted.search_sockets);
@@ -143,21 +144,21 @@ mod tests {
             assert_eq!(lowered.connections, fitted.limits.established);
             assert!(fitted.limits.established_incoming < fitted.limits.established);
             assert!(fitted.limits.established > 4 * fitted.limits.lanes as u32 - 4);
-            // The advice helps.
+            // With the number of files that the message names, no limit is lowered.
             let raised = fit_to(Limits::default(), Some(lowered.needed));
             assert_eq!(raised.lowered, None);
         }
     }
 
     #[test]
-    fn limits_for_which_there_are_files_stay_as_they_are() {
+    fn limits_are_not_lowered_if_there_are_enough_files() {
         for files in [None, Some(65_536), Some(5000)] {
             let fitted = fit_to(Limits::default(), files);
             assert_eq!(fitted.lowered, None);
             assert_eq!(fitted.limits.established, Limits::default().established);
             assert_eq!(fitted.search_sockets, search::SOCKETS);
         }
-        // A limit that is low already is not raised.
+        // A limit that is already low is not raised.
         let few = Limits {
             lanes: 0,
             pending_outgoing: 3,

@@ -1,4 +1,4 @@
-//! The errors of dials in words that a person can make use of.
+//! Errors of dials, in words that help a user.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use libp2p::{PeerId, TransportError, swarm::DialError};
 
 use super::ConnectError;
 
-/// What a person can make use of.
+/// Turns the error of a dial into words that help a user.
 pub(super) fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
     let reason = match error {
         DialError::NoAddresses => return ConnectError::NoAddress(peer),
@@ -16,9 +16,9 @@ pub(super) fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
             .collect::<Vec<_>>()
             .join("; "),
         DialError::WrongPeerId { obtained, .. } => {
-            format!("another node ({obtained}) answers there")
+            format!("another node answers at this address: {obtained}")
         }
-        DialError::LocalPeerId { .. } => "that is this node itself".to_owned(),
+        DialError::LocalPeerId { .. } => "the address is this node's own".to_owned(),
         DialError::Denied { cause } => match std::error::Error::source(cause) {
             Some(source) => source.to_string(),
             None => cause.to_string(),
@@ -28,7 +28,7 @@ pub(super) fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
     ConnectError::Failed { peer, reason }
 }
 
-/// Why one address did not lead to a connection.
+/// Returns the reason that one address did not lead to a connection.
 pub(super) fn attempt_error(error: &TransportError<io::Error>) -> String {
     match error {
         TransportError::Other(error) => innermost(error),
@@ -36,7 +36,7 @@ pub(super) fn attempt_error(error: &TransportError<io::Error>) -> String {
     }
 }
 
-/// The cause at the end of the chain: the layers above it only say that something below failed.
+/// Returns the cause at the end of the chain; the errors above it add nothing.
 fn innermost(error: &io::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     loop {
@@ -51,7 +51,7 @@ fn innermost(error: &io::Error) -> String {
     }
 }
 
-/// A library's text for a connection that the other side closed early, in words that help.
+/// Replaces a library's text for a connection that the remote side closed early.
 fn plain(text: &str) -> String {
     let closed = [
         "close_notify",
@@ -63,7 +63,7 @@ fn plain(text: &str) -> String {
                 node, or be no Weft node"
             .to_owned();
     }
-    // Links into a library's documentation say nothing to its users' users.
+    // Links into a library's documentation do not help users.
     match text.split_once(": https://") {
         Some((text, _)) => text.to_owned(),
         None => text.to_owned(),

@@ -1,4 +1,4 @@
-//! What the swarm tells the driver: connections that open and close, and what the behaviours have found out.
+//! The driver's handling of swarm events: connections that open and close, and events of the behaviours.
 
 use std::{
     collections::HashMap,
@@ -31,10 +31,12 @@ use crate::{
     streams::Moved,
 };
 
-/// A bootstrap node that has kept a connection for this long is dialled at once when it is lost; one that takes connections and closes them is not.
+/// Time after which a connection to a bootstrap node counts as steady. A bootstrap node whose steady connection is lost
+/// is dialed at once. This excludes nodes that accept connections and close them soon.
 const STEADY: Duration = Duration::from_secs(30);
 
-/// Peers found by mDNS are dialled while fewer than this many are connected: a hall full of machines is no reason to connect to all.
+/// Peers found by mDNS are dialed while fewer than this many are connected, so that a node on a network of many
+/// machines does not connect to all.
 const MDNS_PEERS: usize = 32;
 
 impl<E> Driver<E>
@@ -61,7 +63,7 @@ where
                 ..
             } => {
                 span::connection(peer_id, connection_id).in_scope(|| {
-                    tracing::debug!(peer = %peer_id, ?cause, "a connection closed");
+                    tracing::debug!(peer = %peer_id, ?cause, "connection closed");
                     self.on_closed(peer_id, connection_id);
                 });
             }
@@ -100,7 +102,7 @@ where
                 tracing::warn!(
                     ?addresses,
                     ?reason,
-                    "a listener has closed; it is opened again"
+                    "a listener has closed; it will be opened again"
                 );
                 self.addressing
                     .listening
@@ -110,8 +112,8 @@ where
                 }
             }
             SwarmEvent::ListenerError { error, .. } => {
-                // A peer can cause it: not worth a line each time.
-                tracing::debug!(%error, "a listener failed");
+                // Peers can cause this error, so it is logged only at debug level.
+                tracing::debug!(%error, "error of a listener");
             }
             _ => {}
         }
@@ -144,7 +146,7 @@ where
         }
     }
 
-    /// mDNS has found peers on the local network.
+    /// Dials peers that mDNS has found on the local network.
     fn on_discovered(&mut self, found: Vec<(PeerId, Multiaddr)>) {
         let mut by_peer: HashMap<PeerId, Vec<Multiaddr>> = HashMap::new();
         for (peer, address) in found {
@@ -156,12 +158,12 @@ where
         for (peer, addresses) in by_peer {
             self.gate.announced(peer, &addresses, Instant::now());
             let known = self.peers.get(&peer);
-            let few = self.peers.len() + self.dialling.dials.len() < MDNS_PEERS;
+            let few = self.peers.len() + self.dialing.dials.len() < MDNS_PEERS;
             if known.is_some_and(|known| !known.is_direct()) {
                 self.dial_neighbour(peer);
             } else if few && known.is_none() {
                 tracing::debug!(%peer, "found on the local network");
-                // Already dialling it is as good.
+                // An error may mean that the peer is being dialed already.
                 let found = self.gate.neighbour(&peer);
                 let _ = self.dial(peer, found);
             }
@@ -182,14 +184,14 @@ where
             self.autonat.udp_got_through(now);
         }
         tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "connected");
-        let dial = self.dialling.dials.remove(&connection);
+        let dial = self.dialing.dials.remove(&connection);
         if let Some(dial) = &dial {
             self.bootstrap_reached(dial, &path.address);
         }
-        let punched = self.punching.dialled(connection);
+        let punched = self.punching.dialed(connection);
         self.lanes.forget(&id);
-        for reply in self.dialling.waiting.remove(&id).unwrap_or_default() {
-            // Whoever asked may be gone.
+        for reply in self.dialing.waiting.remove(&id).unwrap_or_default() {
+            // The caller may be gone.
             let _ = reply.send(Ok(path.clone()));
         }
         if let ConnectedPoint::Listener { local_addr, .. } = endpoint {
@@ -208,14 +210,14 @@ where
             return;
         };
         if let (Some(dial), Some((at, _))) = (dial, socket(&path.address)) {
-            let dialled = dial.addresses.into_iter().map(|(_, address)| address);
-            let dialled: Vec<_> = dialled.collect();
-            lanes::remember(&mut peer.tcp, &dialled, at.ip());
+            let dialed = dial.addresses.into_iter().map(|(_, address)| address);
+            let dialed: Vec<_> = dialed.collect();
+            lanes::remember(&mut peer.tcp, &dialed, at.ip());
         }
         let opened = Connection::new(endpoint, path, source, punched, now);
         peer.connections.insert(connection, opened);
         if was_connected {
-            // It may have come back another way than it went.
+            // The peer may have reconnected over another network, so that its older connections are dead.
             self.doubt_unless_slow(id, Some(connection), REPLACED_TIMEOUT);
         }
         let Some(peer) = self.peers.get_mut(&id) else {
@@ -234,13 +236,13 @@ where
         }
     }
 
-    /// Its other end is elsewhere, or a name turns out to lead there.
+    /// Records that the remote end of a connection has moved, or that the address of a dialed name is known.
     fn on_moved(&mut self, id: PeerId, connection: ConnectionId, path: Path) {
         let known = self.peers.get_mut(&id);
         let Some(known) = known.and_then(|peer| peer.connections.get_mut(&connection)) else {
             return;
         };
-        tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "where it leads");
+        tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "remote address of a connection has changed");
         known.source = socket_within(&path.address).and_then(source);
         known.path = path.clone();
         if path.transport == Transport::Quic && path.kind == PathKind::Direct {
@@ -281,7 +283,7 @@ where
         let Some(connection) = peer.connections.get(&connection) else {
             return;
         };
-        // A stranger's text on its way to terminals and logs.
+        // The peer chooses this text, and it is shown in terminals and logs.
         peer.agent = info
             .agent_version
             .chars()
@@ -290,15 +292,16 @@ where
             .collect();
         let seen_at = connection.path.address.clone();
         let relayed = connection.path.kind == PathKind::Relayed;
-        // A web page, or a stranger behind a proxy: it is not on this machine, wherever it comes from.
-        let proxied = !connection.dialled
+        // The peer is a web page, or is behind a reverse proxy. It is not on this machine, although the connection
+        // comes from there.
+        let proxied = !connection.dialed
             && connection.path.transport == Transport::Ws
             && connection.path.kind == PathKind::Loopback;
         let claimed: Vec<Multiaddr> = info
             .listen_addrs
             .into_iter()
             .filter(|address| match socket(address) {
-                // A relay tells nothing of where its users are.
+                // A relay does not show at which addresses its clients are.
                 Some((at, _)) if relayed => is_public(&at.ip()),
                 _ if proxied => is_outside(address),
                 _ => relayed || dialable_from(&seen_at, address),
@@ -329,7 +332,7 @@ where
                 .reach
                 .observe(id, observer, transport, seen, now)
             {
-                tracing::debug!(peer = %id, %seen, %transport, "seen at");
+                tracing::debug!(peer = %id, %seen, %transport, "this node was seen at an address");
             }
         }
         for address in claimed {
@@ -339,7 +342,8 @@ where
         self.punch_all();
     }
 
-    /// Whether we are part of a mesh beyond our own networks shows by whom we meet. A name tells later where it leads.
+    /// Records whether a peer outside this node's own networks was met. For a name, that is known only once it is
+    /// resolved.
     fn note_outside(&mut self, address: &Multiaddr) {
         if !self.addressing.outside && !starts_with_name(address) && is_outside(address) {
             self.addressing.outside = true;
@@ -347,7 +351,7 @@ where
         }
     }
 
-    /// Tells the gate the addresses on which we listen now.
+    /// Tells the gate on which addresses this node listens now.
     pub(super) fn note_listeners(&self) {
         self.gate
             .listens_at(self.swarm.listeners().filter_map(socket_within));

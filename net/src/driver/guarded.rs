@@ -1,4 +1,4 @@
-//! The behaviours of the swarm, none of which can dial: what they want dialled goes to the driver, and through the
+//! A wrapper that keeps the swarm's behaviours from dialing: their dials go to the driver, and so through the address
 //! gate.
 
 use std::{
@@ -20,11 +20,11 @@ use libp2p::{
 use super::swarm::{Behaviour, BehaviourEvent};
 use crate::policy::gate::Heard;
 
-/// Dials of behaviours that wait for the driver. It takes them at once; Kademlia alone has some hundreds of queries at
-/// most.
+/// Most dials of behaviours that wait for the driver. The driver takes them at once, and even Kademlia has at most a
+/// few hundred queries.
 const MAX_WANTED: usize = 256;
 
-/// A dial that a behaviour wants.
+/// A dial that a behaviour asks for.
 #[derive(Debug)]
 pub(crate) struct WantedDial {
     pub(crate) peer: PeerId,
@@ -34,22 +34,22 @@ pub(crate) struct WantedDial {
 /// An event from the behaviours to the driver.
 #[derive(Debug)]
 pub(crate) enum GuardedEvent<E: NetworkBehaviour<ToSwarm = Infallible>> {
-    /// An event of one of them.
+    /// An event of a behaviour.
     Inner(Box<BehaviourEvent<E>>),
-    /// One of them wants a peer to be dialled.
+    /// A behaviour asks for a dial.
     Wanted(WantedDial),
 }
 
-/// The dial goes through the gate first.
+/// The dial is refused here, because it goes through the gate first.
 #[derive(Debug, thiserror::Error)]
-#[error("the gate decides first")]
+#[error("the dial has to pass the address gate first")]
 struct Deferred;
 
-/// Refuses every dial that the driver has not announced with [`expect`](Self::expect), and tells the driver of it.
+/// Refuses every dial that the driver has not announced with [`expect`](Self::expect), and passes it on to the driver.
 pub(crate) struct Guarded<E: NetworkBehaviour<ToSwarm = Infallible>> {
     inner: Behaviour<E>,
     expected: HashSet<ConnectionId>,
-    /// Refused, and not yet told so.
+    /// Refused dials whose failure the swarm has not reported yet.
     deferred: HashSet<ConnectionId>,
     wanted: VecDeque<WantedDial>,
 }
@@ -64,14 +64,14 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> Guarded<E> {
         }
     }
 
-    /// The next dial is the gate's.
+    /// Announces a dial that the gate has admitted.
     pub(super) fn expect(&mut self, id: ConnectionId) {
         self.expected.insert(id);
     }
 
-    /// Returns the addresses that the extension has heard of a peer.
+    /// Returns the unverified addresses that the extension knows for a peer.
     pub(super) fn heard_of(&mut self, peer: PeerId) -> Heard {
-        // Asked in the way that the swarm asks; the number is never dialled.
+        // Asked in the way that the swarm asks; the connection with this id is never dialed.
         let id = ConnectionId::new_unchecked(usize::MAX);
         let extension = &mut self.inner.extension;
         let known =
@@ -155,10 +155,10 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> NetworkBehaviour for Guarded<E> 
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         if let FromSwarm::DialFailure(DialFailure { connection_id, .. }) = &event {
-            // The swarm may have refused it before it asked here.
+            // The swarm may have refused the dial before it asked here.
             self.expected.remove(connection_id);
         }
-        // It has not failed: the gate's own dial tells what comes of it.
+        // The behaviour is not told of this failure. It learns the result of the driver's own dial.
         if let FromSwarm::DialFailure(DialFailure { connection_id, .. }) = &event
             && self.deferred.remove(connection_id)
         {

@@ -1,4 +1,4 @@
-//! Reports on the network: its peers, their paths, and how others reach this node.
+//! Reports on the network: its peers, their paths, and the reachability of this node.
 
 use std::time::Duration;
 
@@ -6,42 +6,42 @@ use libp2p::{Multiaddr, PeerId};
 
 use crate::{Filtering, Mapping, Path, RelayUse, Verdict};
 
-/// What is known of how others reach this node.
+/// The reachability of this node, as far as it is known.
 #[derive(Debug, Clone)]
 pub struct Reachability {
-    /// Addresses at which strangers have reached this node, or that were given as external.
+    /// Addresses at which unknown peers have reached this node, or that were given as external.
     pub public: Vec<Multiaddr>,
-    /// What others found who were asked whether they reach this node at an address.
+    /// Addresses that AutoNAT servers have checked, with the results.
     pub verified: Vec<(Multiaddr, Verdict)>,
-    /// Whether the gateway is asked to forward ports ([`Config::port_mapping`](crate::Config::port_mapping)).
+    /// True if the gateway is asked to forward ports ([`Config::port_mapping`](crate::Config::port_mapping)).
     pub port_mapping: bool,
     /// The TCP port on which this node listens for other machines.
     pub tcp_port: Option<u16>,
     /// The UDP port on which this node listens for other machines.
     pub quic_port: Option<u16>,
-    /// Where the gateway says that it forwards to this node; without addresses where others have tried in vain.
+    /// External addresses of port mappings, without those that servers failed to reach.
     pub mapped: Vec<Multiaddr>,
-    /// Where others see this node.
+    /// Addresses at which other peers see this node.
     pub observed: Vec<Multiaddr>,
     /// How the NAT maps the TCP port.
     pub tcp_mapping: Mapping,
     /// How the NAT maps the QUIC port.
     pub quic_mapping: Mapping,
-    /// What the NAT or firewall lets in to the TCP port.
+    /// How the NAT or firewall filters packets to the TCP port.
     pub tcp_filtering: Filtering,
-    /// What the NAT or firewall lets in to the QUIC port.
+    /// How the NAT or firewall filters packets to the QUIC port.
     pub quic_filtering: Filtering,
-    /// Whether UDP gets out; `None`: there was no peer to try it with.
+    /// True if UDP gets out; `None` if there was no peer to test it with.
     pub udp: Option<bool>,
-    /// Whether this node has a public IPv6 address.
+    /// True if this node has a public IPv6 address.
     pub ipv6: bool,
     /// Relays that hold a reservation for this node.
     pub relays: Vec<PeerId>,
-    /// Whether it should have more of them.
+    /// True if this node should have more relays.
     pub lacks_relays: bool,
-    /// Whether this node relays for others.
+    /// True if this node relays for other peers.
     pub is_relay: bool,
-    /// What that comes to.
+    /// Use of this node's relay.
     pub relay_use: RelayUse,
 }
 
@@ -49,14 +49,14 @@ pub struct Reachability {
 /// [`Config::relays`](crate::Config::relays).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootstrapPeer {
-    /// The peer that has to answer there.
+    /// The peer that has to answer at the address.
     pub peer: PeerId,
-    /// The address that was given, without `/p2p`.
+    /// The given address, without `/p2p`.
     pub address: Multiaddr,
-    /// Whether there is a connection to the peer.
+    /// True if there is a connection to the peer.
     pub connected: bool,
-    /// Why the last attempt at this address failed; `None` if it has led to a connection, or was not needed yet. The
-    /// peer may be connected all the same, at another address.
+    /// The reason that the last attempt at this address failed. `None` if it has led to a connection, or no attempt was
+    /// needed yet. The peer may still be connected at another address.
     pub error: Option<String>,
     /// Failed attempts at this address since it last led to a connection.
     pub failures: u32,
@@ -65,48 +65,49 @@ pub struct BootstrapPeer {
 /// A connected peer.
 #[derive(Debug, Clone)]
 pub struct PeerInfo {
-    /// Who.
+    /// The peer's id.
     pub peer: PeerId,
-    /// The best path to it.
+    /// The best path to the peer.
     pub path: Path,
     /// Round-trip time over that path, once measured.
     pub rtt: Option<Duration>,
-    /// What the peer says it is; empty until it has said.
+    /// The peer's description of its software; empty until received.
     pub agent: String,
-    /// Open connections.
+    /// Number of open connections.
     pub connections: usize,
-    /// Each of them, best first.
+    /// The open connections, best first.
     pub paths: Vec<PathInfo>,
-    /// From the first connection to the first that is not relayed, if the first one was.
+    /// Time from the first connection to the first one that is not relayed, if the first one was relayed.
     pub direct_after: Option<Duration>,
 }
 
 /// One connection to a peer.
 #[derive(Debug, Clone)]
 pub struct PathInfo {
-    /// The path that it is.
+    /// The connection's path.
     pub path: Path,
     /// Round-trip time, once measured.
     pub rtt: Option<Duration>,
-    /// The share of packets sent that were lost, from 0 to 1; `None` where the transport does not tell, as TCP.
+    /// Share of sent packets that were lost, from 0 to 1; `None` if the transport does not report it, as for TCP.
     pub loss: Option<f64>,
-    /// Streams of our own protocols open on it, and lanes beside it.
+    /// Open streams of Weft's protocols on the connection, and lanes beside it.
     pub streams: usize,
-    /// Bytes that these have received and sent since it was opened.
+    /// Bytes that these streams have received and sent since the connection was opened.
     pub moved: (u64, u64),
     /// Bytes that they have received and sent in the last second.
     pub rate: (u64, u64),
-    /// How long it has been open.
+    /// Time since the connection was opened.
     pub age: Duration,
 }
 
 /// A node's own addresses, without `/p2p`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// Those given as external, those of our interfaces, and those through relays; loopback only if there is nothing else.
+    /// Addresses given as external, of this node's interfaces, and through relays. Loopback addresses are included only
+    /// if there are no others.
     pub all: Vec<Multiaddr>,
-    /// Without the private ones, if there are others.
+    /// Addresses for peers outside: without private addresses, if there are others.
     pub for_strangers: Vec<Multiaddr>,
-    /// Whether this node relays for others.
+    /// True if this node relays for other peers.
     pub is_relay: bool,
 }

@@ -1,4 +1,4 @@
-//! Lanes as the driver deals with them: when a stream gets one, who dials, and those that arrive.
+//! The driver's part in lanes: when a stream gets a lane, which side dials it, and lanes that arrive.
 
 use std::{
     collections::HashMap,
@@ -33,31 +33,31 @@ use crate::{
     },
 };
 
-/// How long a peer to which no lane could be opened gets none, unless there is a new connection to it.
+/// Time for which no lane is tried to a peer after one failed, unless there is a new connection to it.
 const PAUSE: Duration = Duration::from_secs(600);
 
-/// TCP addresses of a peer that are remembered.
+/// Most TCP addresses of a peer that are remembered.
 const MAX_TARGETS: usize = 4;
 
-/// What the driver remembers of them.
+/// The driver's state of lanes.
 pub(super) struct Lanes {
     tls: Tls,
     pub(super) arrivals: mpsc::Receiver<LaneArrival>,
-    /// Peers that ask to be called.
+    /// Streams of peers that ask this node to dial a lane to them.
     pub(super) callers: Incoming,
-    /// Lanes open, shared out by peer and by place.
+    /// Limits open lanes per peer and per network group.
     pub(super) shares: Shares,
     calls: Calls,
-    /// Until when a peer gets none.
+    /// Time until which no lane to a peer is tried.
     paused: HashMap<PeerId, Instant>,
 }
 
-/// Who dials.
+/// The side that dials a lane.
 #[derive(Debug)]
 enum Way {
-    /// We do.
+    /// This node dials.
     Dial(Multiaddr, Target),
-    /// The peer does, asked over this connection.
+    /// The peer dials; this node asks it to over this connection.
     Call(ConnectionId),
 }
 
@@ -70,7 +70,7 @@ pub(super) struct NoLane {
     error: LaneError,
 }
 
-/// Keeps of `addresses` the TCP ones at `ip`, in `targets`.
+/// Adds those of `addresses` to `targets` that are TCP addresses at `ip`.
 pub(super) fn remember(targets: &mut Vec<Multiaddr>, addresses: &[Multiaddr], ip: IpAddr) {
     for address in addresses {
         let tcp = socket(address)
@@ -82,7 +82,7 @@ pub(super) fn remember(targets: &mut Vec<Multiaddr>, addresses: &[Multiaddr], ip
     }
 }
 
-/// Tells the gate what a dial came to.
+/// Reports the result of a dial to the gate.
 fn note(gate: &Gate, target: Target, opened: bool) {
     match opened {
         true => gate.proved(target.at(), Instant::now()),
@@ -91,7 +91,7 @@ fn note(gate: &Gate, target: Target, opened: bool) {
 }
 
 impl Lanes {
-    /// With the sender for the transport; `None` if lanes are disabled.
+    /// Makes the state, and the sender for the transport; `None` if lanes are disabled.
     pub(super) fn new(
         tls: Tls,
         limits: &Limits,
@@ -114,7 +114,7 @@ impl Lanes {
         self.shares.all() > 0 && self.shares.per_peer() > 0
     }
 
-    /// There is a new connection to the peer, or none any more.
+    /// Forgets that lanes to a peer failed: there is a new connection to it, or none any more.
     pub(super) fn forget(&mut self, peer: &PeerId) {
         self.paused.remove(peer);
     }
@@ -124,7 +124,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Opens a stream: for bulk on a lane, if there can be one.
+    /// Opens a stream. A bulk stream uses a lane if possible.
     pub(super) fn open(
         &mut self,
         peer: PeerId,
@@ -141,7 +141,7 @@ where
         let (Some(way), Some(beside)) = (way, beside) else {
             return streams.open(peer, protocol, class, reply);
         };
-        // One that is called for takes its place when it arrives.
+        // A lane that the peer dials takes its permit when it arrives.
         let (permit, has_room) = match &way {
             Way::Dial(address, _) => {
                 let permit = self.lanes.shares.take(peer, Place::of(&Path::of(address)));
@@ -187,7 +187,7 @@ where
             match opened.await {
                 Ok((lane, address, permit)) => {
                     let stream = beside.stream(protocol, lane, Path::of(&address), permit);
-                    // Whoever asked may be gone.
+                    // The caller may be gone.
                     let _ = reply.send(Ok(stream));
                 }
                 Err(error) => {
@@ -204,7 +204,7 @@ where
         });
     }
 
-    /// The stream goes over a shared connection, and others do without asking for a while.
+    /// Opens a stream over a shared connection because its lane failed. No lane to the peer is tried for a while.
     pub(super) fn on_no_lane(&mut self, without: NoLane) {
         let NoLane {
             peer,
@@ -212,8 +212,8 @@ where
             reply,
             error,
         } = without;
-        tracing::debug!(%peer, %error, "no lane");
-        // For want of a place here, the peer is not to blame.
+        tracing::debug!(%peer, %error, "cannot open a lane");
+        // The peer is not blamed if this node has reached its limit of lanes.
         let best = self.peers.get(&peer).and_then(Peer::best);
         if best.is_some_and(|best| self.lanes.shares.has(&peer, Place::of(&best.path))) {
             self.lanes.paused.insert(peer, Instant::now() + PAUSE);
@@ -222,7 +222,7 @@ where
         streams.open(peer, protocol, Class::Bulk, reply);
     }
 
-    /// How a lane to `peer` could come about; `None` if there is no sense in trying.
+    /// Returns the way to open a lane to `peer`; `None` if there is none worth trying.
     fn way(&self, peer: &PeerId) -> Option<Way> {
         let paused = self.lanes.paused.get(peer);
         if !self.lanes.enabled() || paused.is_some_and(|until| *until > Instant::now()) {
@@ -230,14 +230,15 @@ where
         }
         let known = self.peers.get(peer)?;
         let best = known.best()?;
-        // Where only the web gets through, another connection of TCP does not.
+        // If only WebSocket connections get through, another TCP connection does not.
         if best.path.kind >= PathKind::Relayed || best.path.transport == Transport::Ws {
             return None;
         }
         if let Some((address, target)) = self.lane_target(peer) {
             return Some(Way::Dial(address, target));
         }
-        // One that came here by itself can come again; through a punched hole nobody else does.
+        // A peer that reached this node without hole punching can reach it again. Through a punched hole, no new
+        // connection gets in.
         let reachable = best.path.kind < PathKind::Direct
             || self
                 .reachable_at()
@@ -247,12 +248,12 @@ where
         let came = known
             .connections
             .iter()
-            .find(|(_, c)| !c.dialled && !c.punched && c.path.kind < PathKind::Relayed);
+            .find(|(_, c)| !c.dialed && !c.punched && c.path.kind < PathKind::Relayed);
         came.filter(|_| reachable)
             .map(|(connection, _)| Way::Call(*connection))
     }
 
-    /// Where a lane to `peer` could be dialled.
+    /// Returns an address to which a lane to `peer` may be dialed.
     fn lane_target(&self, peer: &PeerId) -> Option<(Multiaddr, Target)> {
         let address = self.peers.get(peer)?.lane_target()?;
         if !self.admits(peer, &address) {
@@ -265,27 +266,27 @@ where
         Some((address, target))
     }
 
-    /// Lanes are no connections of the swarm, which holds to the lists by itself.
+    /// The swarm applies the access lists only to its own connections, so lanes are checked here.
     fn admits(&self, peer: &PeerId, address: &Multiaddr) -> bool {
         let access = self.swarm.behaviour().access.get();
         access.admits(Some(peer), first_ip(address).as_ref())
     }
 
-    /// Somebody has dialled a lane.
+    /// Handles a lane that a peer has dialed.
     pub(super) fn on_lane(&mut self, arrival: LaneArrival) {
         let peer = arrival.peer;
         let direct =
             self.peers.get(&peer).is_some_and(Peer::is_direct) && self.admits(&peer, &arrival.from);
         let beside = self.swarm.behaviour().streams.beside(peer);
         let (true, Some(beside)) = (direct && self.lanes.enabled(), beside) else {
-            tracing::debug!(%peer, "refused: a lane from a peer that is not connected");
+            tracing::debug!(%peer, "lane refused: the peer is not connected");
             return;
         };
         let path = Path::of(&arrival.from);
         let permit = match self.lanes.shares.take(peer, Place::of(&path)) {
             Ok(permit) => permit,
             Err(full) => {
-                tracing::debug!(%peer, %full, "refused: a lane");
+                tracing::debug!(%peer, %full, "lane refused");
                 return;
             }
         };
@@ -296,19 +297,19 @@ where
                 Ok(Some((lane, protocol, permit))) => {
                     protocols.deliver(beside.stream(protocol, lane, path, permit));
                 }
-                // It was called for, and has gone with its permit to whoever did.
+                // The lane was asked for by this node; the waiting task has it, with its permit.
                 Ok(None) => {}
-                Err(error) => tracing::debug!(%peer, %error, "a lane came to nothing"),
+                Err(error) => tracing::debug!(%peer, %error, "incoming lane failed"),
             }
         });
     }
 
-    /// A peer that we can reach, and that cannot reach us, wants a lane.
+    /// Handles a request to dial a lane, from a peer that cannot reach this node.
     pub(super) fn on_call(&mut self, mut stream: Stream) {
         let peer = stream.peer();
         let beside = self.swarm.behaviour().streams.beside(peer);
         let (Some(beside), true) = (beside, self.lanes.enabled()) else {
-            // Dropped, and so reset, which says no as well as a message, and costs no task. So it is below.
+            // Dropped, and so reset. That refuses the request without a message or a task. The same holds below.
             return;
         };
         let Ok(permit) = self.lanes.shares.take(peer, Place::of(stream.path())) else {
@@ -332,8 +333,8 @@ where
                     protocols.deliver(beside.stream(protocol, lane, path, permit));
                 }
                 Err(error) => {
-                    tracing::debug!(%peer, %error, "a lane that was asked for cannot be opened");
-                    // How it takes it is its affair.
+                    tracing::debug!(%peer, %error, "cannot dial a lane that the peer asked for");
+                    // Errors of the peer do not matter here.
                     let _ = lane_call::refuse(stream).await;
                 }
             }

@@ -1,4 +1,4 @@
-//! Where a node listens.
+//! The addresses on which a node listens.
 
 use std::io;
 
@@ -13,10 +13,10 @@ use crate::{
     split_peer_id,
 };
 
-/// Where a node listens when it is not told: a fixed port, so that a firewall rule or a port forward can name it.
+/// Default port to listen on. It is fixed, so that a firewall rule or a port forward can name it.
 const DEFAULT_PORT: u16 = 9338;
 
-/// Listens on what was asked for, or on the defaults.
+/// Listens on the given addresses, or on the defaults.
 pub(crate) fn listen<B: NetworkBehaviour>(
     swarm: &mut Swarm<B>,
     addresses: Option<&[Multiaddr]>,
@@ -24,7 +24,7 @@ pub(crate) fn listen<B: NetworkBehaviour>(
     let mut listeners = Vec::new();
     if let Some(addresses) = addresses {
         let addresses: Vec<_> = addresses.iter().cloned().map(split_peer_id).collect();
-        // All before any: two may share a port, as TCP and the WebSocket on it do.
+        // Check all ports before opening any, because two addresses may share a port, as TCP and its WebSocket do.
         for (address, _) in &addresses {
             check_free(address).map_err(|error| refuse(address, error.to_string()))?;
         }
@@ -45,9 +45,9 @@ pub(crate) fn listen<B: NetworkBehaviour>(
             let port = if free { DEFAULT_PORT } else { 0 };
             match listen_on(swarm, &address(port)) {
                 Ok(listener) => listeners.push((listener, address(port))),
-                // A machine without IPv6, say.
+                // For example, the machine has no IPv6.
                 Err(error) => {
-                    tracing::debug!(%error, "a default address is not available");
+                    tracing::debug!(%error, "cannot listen on a default address");
                     last = Some(error);
                 }
             }
@@ -81,8 +81,9 @@ fn refuse(address: &Multiaddr, reason: String) -> SpawnError {
     }
 }
 
-/// Binds and lets go. libp2p sets `SO_REUSEPORT` so that it can dial from its listening port, and with it a second node on the same port
-/// would not fail but take half of the first one's connections.
+/// Checks that a port is free by binding it for a moment. libp2p sets `SO_REUSEPORT` so that it can dial from its
+/// listening port. With that option, a second node on the same port would not fail, but take half of the first node's
+/// connections.
 fn check_free(address: &Multiaddr) -> io::Result<()> {
     let tcp = split_web(address).map(|(tcp, _)| tcp);
     let Some((address, transport)) = any_socket(tcp.as_ref().unwrap_or(address)) else {
@@ -97,11 +98,11 @@ fn check_free(address: &Multiaddr) -> io::Result<()> {
     };
     let socket = Socket::new(Domain::for_address(address), kind, None)?;
     if address.is_ipv6() {
-        // As libp2p does: otherwise it would clash with our own listener for IPv4.
+        // As libp2p does. Otherwise the socket would clash with this node's own IPv4 listener.
         socket.set_only_v6(true)?;
     }
     if kind == Type::STREAM {
-        // A port whose last connections are winding down is free all the same.
+        // A port whose last connections are closing counts as free.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&address.into())?;

@@ -1,5 +1,6 @@
-//! Whether connections still work and are of use: pings, doubts, and closing what a better connection has replaced, what
-//! an old address has left behind, and what memory does not suffice for.
+//! Liveness of connections: pings, liveness checks of doubted connections, and which connections to close. A connection
+//! is closed if a better one has replaced it, if it was opened from an address that this node no longer has, or if
+//! memory is short.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,34 +28,34 @@ use crate::{
     streams::Protocols,
 };
 
-/// How long a connection that a better one has replaced is kept for what may still be under way on it.
+/// Time for which a connection is kept after a better one has replaced it, for traffic that may still be under way.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// A connection whose last ping took longer is slow: a queue of 1 kB in front of 20 kbit/s. And how long such a
-/// connection has to show that it still works.
+/// A connection is slow if its last ping took longer than this: a queue of 1 kB in front of 20 kbit/s. The second value
+/// is the time that a slow connection has to show that it still works.
 pub(super) const SLOW_RTT: Duration = Duration::from_millis(400);
 const SLOW_PATH_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The same where another connection to the peer has come up, which is used meanwhile: two round trips through a full
-/// queue of 20 kB in front of 20 kbit/s.
+/// Time that a slow connection has to show that it still works when another connection to the peer has come up, which
+/// is used meanwhile: two round trips through a full queue of 20 kB in front of 20 kbit/s.
 pub(super) const REPLACED_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How often a relay that holds a place for us has to show that it is there.
+/// Interval of liveness checks of relays that hold a reservation for this node.
 const RELAY_CHECK: Duration = Duration::from_secs(5);
 
-/// Connections closed in a second while the node is short of memory.
+/// Connections closed per second while the node is short of memory.
 const SHED: usize = 8;
 
-/// Streams of pings answered at a time, in all and of one peer. A peer in doubt about all its connections opens one on
-/// each, eight at most. A stream on which nothing comes for 10 s ends.
+/// Most streams of pings answered at a time, in total and per peer. A peer that doubts all its connections opens one
+/// stream on each, at most eight. A stream without data for 10 s ends.
 const MAX_PINGERS: usize = 256;
 const MAX_PINGERS_PER_PEER: usize = 12;
 
-/// The peers that check whether their connections to this node work.
+/// Streams of peers that check whether their connections to this node work.
 pub(super) struct Liveness {
-    /// Streams of pings that peers open.
+    /// Incoming streams of pings.
     pub(super) pings: Incoming,
-    /// Those that are answered, shared out by peer and by place.
+    /// Limits the streams being answered, per peer and per network group.
     pub(super) pingers: Shares,
 }
 
@@ -71,20 +72,20 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// A peer opens a stream of pings.
+    /// Answers a stream of pings that a peer has opened.
     pub(super) fn on_pings(&self, stream: Stream) {
-        // Dropped, and so reset, if there are too many.
+        // If there are too many, the stream is dropped, and so reset.
         let place = Place::of(stream.path());
         if let Ok(permit) = self.liveness.pingers.take(stream.peer(), place) {
             span::spawn(stream.peer(), async move {
                 let _permit = permit;
-                // How it ends is the peer's affair.
+                // Errors of the peer do not matter here.
                 let _ = ping::answer_pings(stream).await;
             });
         }
     }
 
-    /// A ping has measured the round trip of a connection, or was not answered.
+    /// Handles the result of a ping: the measured round trip, or no answer.
     pub(super) fn on_ping(&mut self, event: libp2p::ping::Event) {
         match event.result {
             Ok(rtt) => {
@@ -97,16 +98,16 @@ where
                 }
             }
             Err(libp2p::ping::Failure::Unsupported) => {}
-            // On a slow link a ping may wait behind content for longer than its patience: a path that carries anything
-            // else is kept. libp2p leaves closing it to us.
+            // On a slow link a ping may wait behind content for longer than its timeout, so a connection that carries
+            // anything else is kept. libp2p leaves closing the connection to the driver.
             Err(error) => {
-                tracing::debug!(peer = %event.peer, %error, "no answer to a ping");
+                tracing::debug!(peer = %event.peer, %error, "ping failed");
                 self.doubt_unless_slow(event.peer, None, SLOW_PATH_TIMEOUT);
             }
         }
     }
 
-    /// Has the relays that hold places for us show that they are there: the loss of one is to be noticed within seconds.
+    /// Checks the relays that hold a reservation for this node, so that the loss of one is noticed within seconds.
     pub(super) fn check_relays(&mut self) {
         let now = Instant::now();
         if now.duration_since(self.relaying.checked) >= RELAY_CHECK {
@@ -117,8 +118,8 @@ where
         }
     }
 
-    /// Has the connections to `peer` show that they still work, and closes those that do not: after a change of network
-    /// nothing else tells for half a minute.
+    /// Checks all connections to `peer`, and closes those that do not work. After a change of network, nothing else
+    /// reports a dead connection for half a minute.
     pub(super) fn doubt(&mut self, peer: PeerId, patience: Duration) {
         let connections = self.peers.get(&peer).into_iter();
         let connections = connections.flat_map(|peer| peer.connections.keys());
@@ -128,8 +129,8 @@ where
         }
     }
 
-    /// Doubts the connections to `peer` other than `except`; those that are slow have the time `slow`: on a full link
-    /// of 20 kbit/s, TCP sends a lost packet again after 24 s.
+    /// Checks the connections to `peer` other than `except`. Slow connections have the time `slow`, because TCP on a
+    /// full link of 20 kbit/s sends a lost packet again only after 24 s.
     pub(super) fn doubt_unless_slow(
         &mut self,
         peer: PeerId,
@@ -150,7 +151,7 @@ where
         }
     }
 
-    /// Has one connection show within `patience` that it still works.
+    /// Checks that one connection answers within `patience`.
     pub(super) fn doubt_one(&mut self, peer: PeerId, connection: ConnectionId, patience: Duration) {
         let (reply, answer) = oneshot::channel();
         let streams = &mut self.swarm.behaviour_mut().streams;
@@ -162,12 +163,12 @@ where
             let deadline = Instant::now() + patience;
             let alive = match timeout(patience, answer).await {
                 Ok(Ok(Ok(mut stream))) => {
-                    // Any answer will do, also a refusal: what is dead gives none.
+                    // Any answer shows that the connection works, also a refusal.
                     let answered = timeout_at(deadline.into(), ping::echo(&mut stream)).await;
                     answered.is_ok().then_some(true)
                 }
                 Ok(Ok(Err(_))) => Some(true),
-                // It is being closed.
+                // The connection is being closed.
                 Ok(Err(_)) => Some(false),
                 Err(_) => None,
             };
@@ -181,7 +182,7 @@ where
         });
     }
 
-    /// A connection that was in doubt has shown that it works, or has not.
+    /// Handles the result of a liveness check.
     pub(super) fn on_doubted(
         &mut self,
         connection: ConnectionId,
@@ -190,23 +191,23 @@ where
     ) {
         let streams = &mut self.swarm.behaviour_mut().streams;
         let received = streams.moved(connection).map_or(0, |moved| moved.0);
-        // One on which something has come is only slow, or has no room for another stream.
+        // A connection that received anything in the meantime is only slow, or has no room for another stream.
         if alive.unwrap_or(received > before) {
             streams.doubt(connection, false);
         } else {
-            // Doubted until it has closed.
-            tracing::debug!(%connection, "it carries nothing any more");
+            // The connection stays doubted until it has closed.
+            tracing::debug!(%connection, "connection does not work any more");
             self.swarm.close_connection(connection);
         }
     }
 
-    /// Once a second: how much moved in it.
+    /// Updates the traffic counts of all connections; called once per second.
     pub(super) fn count(&mut self) {
         let now = Instant::now();
         let streams = &self.swarm.behaviour().streams;
         for peer in self.peers.values_mut() {
             for (id, connection) in &mut peer.connections {
-                // One that is closing counts nothing any more.
+                // A closing connection keeps its last count.
                 let moved = streams.moved(*id).unwrap_or(connection.moved);
                 let before = std::mem::replace(&mut connection.moved, moved);
                 let since = |moved: u64, before| moved.saturating_sub(before);
@@ -218,16 +219,16 @@ where
         }
     }
 
-    /// While the node is short of memory, closes connections that others have opened: those of the place that costs most.
+    /// While the node is short of memory, closes incoming connections of the network group that costs most.
     pub(super) fn shed(&mut self) {
         if !self.budget.memory.is_short() {
             return;
         }
         let closed = self.budget.crowd.shed(SHED);
-        tracing::debug!(closed, "connections closed for want of memory");
+        tracing::debug!(closed, "connections closed to free memory");
     }
 
-    /// Tells the crowd which connections are of use: it closes the least useful one when it has to close one.
+    /// Reports the use of each connection to the connection manager, which closes the least useful one when it has to.
     pub(super) fn rate_connections(&mut self) {
         if !self.budget.crowd.is_dense() && !self.budget.memory.is_short() {
             return;
@@ -250,7 +251,7 @@ where
         }
     }
 
-    /// Closes connections that a better one has replaced, once nothing is under way on them.
+    /// Closes connections that a better one has replaced, once they carry no streams.
     pub(super) fn drain(&mut self) {
         let now = Instant::now();
         let local = *self.swarm.local_peer_id();
@@ -265,8 +266,9 @@ where
                     .filter(|(_, c)| c.path.kind == PathKind::Relayed && old(c));
                 surplus.extend(relayed.map(|(connection, _)| *connection));
             }
-            // Where both sides punched at once: one of the two sides decides, so that not both close the other's. Only there: elsewhere, a
-            // second connection may carry what others relay through us, which does not show here.
+            // Both sides may have punched at once. One side decides, so that the two do not close each other's
+            // connection. This is done only after hole punching: in other cases, a second connection may carry circuits
+            // that this node relays, which do not show here.
             if local < *id && peer.direct_after.is_some() {
                 let mut kept = HashMap::new();
                 for (connection, c) in &peer.connections {
@@ -282,15 +284,15 @@ where
         }
         for connection in surplus {
             if !self.swarm.behaviour().streams.in_use(connection) {
-                tracing::debug!(%connection, "a better connection has replaced it");
+                tracing::debug!(%connection, "replaced by a better connection");
                 self.swarm.close_connection(connection);
             }
         }
     }
 
-    /// Closes the connections that were opened from an address that is ours no more, and has those show that they work
-    /// whose packets may go another way now. The others are left in peace: the address of a container that starts
-    /// concerns nobody.
+    /// Closes connections that were opened from an address that this node no longer has. Checks connections whose
+    /// packets may take another route now. Other connections are left alone, because the address of a container that
+    /// starts does not affect them.
     pub(super) fn leave_old_addresses(&mut self, changed: &HashSet<IpAddr>, own: &HashSet<IpAddr>) {
         let mut doubted = Vec::new();
         let mut old = Vec::new();
@@ -320,7 +322,7 @@ where
             }
         }
         for connection in old {
-            tracing::debug!(%connection, "opened from an address that is ours no more");
+            tracing::debug!(%connection, "opened from an address that this node no longer has");
             self.swarm.close_connection(connection);
         }
         for (peer, connection) in doubted {
@@ -329,18 +331,18 @@ where
     }
 }
 
-/// The fate of a connection after our addresses have changed.
+/// The fate of a connection after this node's addresses have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ConnectionFate {
     Keep,
-    /// It has to show that it works.
+    /// A liveness check follows.
     Doubt,
-    /// It is closed.
+    /// The connection is closed.
     Leave,
 }
 
-/// Decides on a connection whose packets went out from `before` and would go out from `after` now. `own` are our
-/// addresses; those in `changed` have come or gone.
+/// Decides on a connection whose packets were sent from `before` and would now be sent from `after`. `own` are this
+/// node's addresses; `changed` are addresses that were added or removed.
 fn fate(
     before: Option<IpAddr>,
     after: Option<IpAddr>,
@@ -349,15 +351,16 @@ fn fate(
     own: &HashSet<IpAddr>,
 ) -> ConnectionFate {
     match (before, after) {
-        // Cut off, perhaps for a moment only.
+        // The node is disconnected, perhaps only for a moment.
         (_, None) => ConnectionFate::Keep,
-        // TCP's are dead without their address, and go on from one that is still ours, even if another is preferred
-        // now; over QUIC, which goes on from the new address, nobody would tell us where we are seen now.
+        // A TCP connection is dead once its address is gone, and goes on if the address still exists, even if another
+        // one is preferred now. A QUIC connection would go on from the new address, but the peer would not report the
+        // address at which it sees this node now.
         (Some(before), Some(after)) if before != after => match quic || !own.contains(&before) {
             true => ConnectionFate::Leave,
             false => ConnectionFate::Doubt,
         },
-        // The same address on another network, as behind another router.
+        // The same address may be on another network, such as behind another router.
         (Some(before), Some(_)) if changed.contains(&before) => ConnectionFate::Doubt,
         (None, Some(_)) => ConnectionFate::Doubt,
         (Some(_), Some(_)) => ConnectionFate::Keep,
@@ -373,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn only_connections_whose_way_may_have_changed_are_doubted() {
+    fn only_connections_whose_route_may_have_changed_are_doubted() {
         let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
         let (wifi, bridge, new) = ("192.168.1.7", "172.17.0.1", "10.0.0.5");
         let own = ips(&[wifi, bridge]);
@@ -391,7 +394,7 @@ mod tests {
             fate(ip(wifi), ip(wifi), false, &ips(&[wifi]), &own),
             ConnectionFate::Doubt
         );
-        // Cut off.
+        // The node is disconnected.
         assert_eq!(
             fate(ip(wifi), None, true, &ips(&[wifi]), &own),
             ConnectionFate::Keep
@@ -400,7 +403,7 @@ mod tests {
             fate(None, ip(wifi), true, &ips(&[wifi]), &own),
             ConnectionFate::Doubt
         );
-        // A VPN takes over: TCP goes on where it was, if it can.
+        // A VPN takes over. TCP connections continue on their old address if it still exists.
         let own = ips(&[wifi, new]);
         assert_eq!(
             fate(ip(wifi), ip(new), false, &ips(&[new]), &own),

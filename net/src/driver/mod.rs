@@ -1,9 +1,9 @@
-//! The swarm's owner: one task that all events and requests pass through.
+//! The driver: one task that owns the swarm and handles all its events and all requests.
 //!
-//! [`Driver`] holds the swarm and the parts, each a struct in a file of its own: `peers` (what is known of those
-//! connected), `dialling` and `bootstrap`, `addresses` (our own) and `ports` (what the gateway forwards), `relaying`,
-//! `punching`, `lanes`, `autonat`, `liveness`, `clocks`, `budget` (limits). A file holds its part and the driver's methods
-//! that deal with it. `events` takes what the swarm tells, `outcome` what tasks have come to, `report` tells the handle.
+//! [`Driver`] holds the swarm and its parts, each a struct in a file of its own: `peers` (connected peers), `dialing`
+//! and `bootstrap`, `addresses` (this node's own) and `ports` (port mappings), `relaying`, `punching`, `lanes`,
+//! `autonat`, `liveness`, `clocks`, `budget` (limits). Each file holds one part and the driver's methods for it.
+//! `events` handles events of the swarm, `outcome` the results of tasks, and `report` answers the handle's questions.
 
 mod addresses;
 mod autonat;
@@ -14,7 +14,7 @@ mod command;
 mod config;
 mod descriptors;
 mod dial_error;
-mod dialling;
+mod dialing;
 mod events;
 mod guarded;
 mod info;
@@ -54,7 +54,7 @@ use self::{
     autonat::Autonat,
     bootstrap::Bootstrap,
     budget::Budget,
-    dialling::{Dialling, How},
+    dialing::{Dialing, How},
     guarded::Guarded,
     lanes::Lanes,
     liveness::Liveness,
@@ -81,30 +81,30 @@ use crate::{
     transport::{quic::Sockets, tls::Tls},
 };
 
-/// How long listeners may take to report an address.
+/// Time that listeners have to report an address.
 const LISTEN: Duration = Duration::from_secs(3);
 
-/// A listener on all interfaces reports one address after the other. When none has come for this long, they are complete; they
-/// come within a millisecond of each other.
+/// A listener on all interfaces reports its addresses one by one, within a millisecond of each other. After this long
+/// without a new one, all are taken to be reported.
 const QUIET: Duration = Duration::from_millis(50);
 
-/// How long an orderly stop waits for connections to close.
+/// Time that an orderly stop waits for connections to close.
 const STOP_WAIT: Duration = Duration::from_secs(1);
 
-/// How often it is looked what is due.
+/// Interval at which periodic work is checked for.
 const TICK: Duration = Duration::from_secs(1);
 
 /// The time in which a doubted connection has to show that it still works ([`Network::check`](crate::Network::check)):
-/// three retransmissions of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
+/// three retransmissions of TCP, or eight round trips of half a second. A transfer over a slow link allows more.
 pub const PATH_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// What tasks have come to and the driver has not looked at yet.
+/// Most results of tasks that wait for the driver.
 const OUTCOMES: usize = 256;
 
-/// Accepts a protocol of the driver's own.
+/// Accepts one of the driver's own protocols.
 fn accept(protocols: &Protocols, protocol: StreamProtocol) -> Incoming {
     let incoming = protocols.accept(protocol);
-    incoming.expect("the driver accepts each of its protocols once, before anybody else")
+    incoming.expect("the driver accepts each of its protocols once, before any other component")
 }
 
 /// Waits for a stream that was asked for.
@@ -113,7 +113,7 @@ async fn opened(
 ) -> Result<Stream, ExchangeError> {
     match answer.await {
         Ok(stream) => Ok(stream.map_err(io::Error::other)?),
-        // The connection closed on the way.
+        // The connection closed before the stream was open.
         Err(_) => Err(ExchangeError::Ended),
     }
 }
@@ -123,12 +123,12 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     swarm: Swarm<Guarded<E>>,
     requests: mpsc::Receiver<Command>,
     protocols: Protocols,
-    /// The gate that decides which addresses may be dialled.
+    /// Decides which addresses may be dialed.
     gate: Gate,
-    /// QUIC's.
+    /// The sockets of QUIC.
     sockets: Sockets,
     peers: HashMap<PeerId, Peer>,
-    dialling: Dialling,
+    dialing: Dialing,
     bootstrap: Vec<Bootstrap>,
     addressing: Addressing,
     ports: PortMappings,
@@ -147,7 +147,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Makes the swarm and listens; nothing happens before [`Driver::start`].
+    /// Makes the swarm and listens. It handles no events before [`Driver::start`].
     pub(crate) fn new(
         mut config: Config,
         extension: E,
@@ -187,11 +187,11 @@ where
         Ok(Self {
             swarm,
             requests,
-            addressing: Addressing::new(&config, listening, gate.dialled()),
+            addressing: Addressing::new(&config, listening, gate.dialed()),
             gate,
             sockets,
             peers: HashMap::new(),
-            dialling: Dialling::new(),
+            dialing: Dialing::new(),
             bootstrap,
             ports: PortMappings::new(config.port_mapping),
             relaying,
@@ -207,12 +207,12 @@ where
         })
     }
 
-    /// The limits that were lowered for want of descriptors.
+    /// Returns the limits that were lowered for lack of file descriptors.
     pub(crate) fn lowered(&self) -> Option<LoweredLimits> {
         self.budget.lowered.clone()
     }
 
-    /// Waits until it listens; our addresses, to be watched.
+    /// Waits until the node listens. Returns its addresses, to be watched.
     pub(crate) async fn start(&mut self) -> Result<watch::Receiver<Addresses>, SpawnError> {
         let listeners = std::mem::take(&mut self.addressing.unreported);
         self.wait_for_listeners(listeners).await?;
@@ -225,7 +225,7 @@ where
         Ok(addresses)
     }
 
-    /// Runs the swarm until every listener has reported its addresses or has had time enough.
+    /// Runs the swarm until every listener has reported its addresses, or the time for it is over.
     async fn wait_for_listeners(
         &mut self,
         mut listeners: Vec<ListenerId>,
@@ -257,7 +257,7 @@ where
                 }
             }
         };
-        // An IPv6 listener on a machine with no IPv6 address has none to report: that is no failure.
+        // An IPv6 listener on a machine without IPv6 addresses has none to report; that is not a failure.
         timeout(LISTEN, ready).await.unwrap_or(Ok(()))
     }
 
@@ -269,7 +269,7 @@ where
                 command = self.requests.recv() => match command {
                     Some(Command::Stop(reply)) => {
                         self.stop().await;
-                        // Whoever asked may be gone.
+                        // The caller may be gone.
                         let _ = reply.send(());
                         return;
                     }
@@ -290,7 +290,7 @@ where
                 Some(need) = self.relaying.needs.recv() => self.on_need(need),
                 Some(mapped) = self.ports.changes.recv() => self.on_mapped(mapped),
                 Some(outcome) = self.finished.recv() => self.on_outcome(outcome),
-                change = dialling::next_change(&mut self.addressing.interfaces) => match change {
+                change = dialing::next_change(&mut self.addressing.interfaces) => match change {
                     IfEvent::Up(network) => self.gate.network_changed(network, true),
                     IfEvent::Down(network) => self.gate.network_changed(network, false),
                 },
@@ -301,7 +301,7 @@ where
     }
 
     fn on_command(&mut self, command: Command) {
-        // In every arm, whoever asked may be gone by the time of the answer.
+        // The callers of all commands may be gone by the time of the answer.
         match command {
             Command::Connect {
                 peer,
@@ -313,7 +313,7 @@ where
                     return;
                 }
                 match self.dial(peer, destinations.sources()) {
-                    Ok(()) => self.dialling.waiting.entry(peer).or_default().push(reply),
+                    Ok(()) => self.dialing.waiting.entry(peer).or_default().push(reply),
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }
@@ -334,7 +334,7 @@ where
                 tracing::info!(
                     allow = access.allow.len(),
                     block = access.block.len(),
-                    "whom to allow and block"
+                    "allow and block lists changed"
                 );
                 self.swarm.behaviour_mut().access.set(access);
                 let _ = reply.send(());
@@ -408,7 +408,7 @@ where
         self.protocols.clear();
         let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
         for peer in peers {
-            // Gone already is as good.
+            // An error means that the peer is disconnected already.
             let _ = self.swarm.disconnect_peer_id(peer);
         }
         let closed = async {
@@ -419,7 +419,7 @@ where
         let released = self.ports.release();
         let both = futures::future::join(closed, released);
         if timeout(STOP_WAIT, both).await.is_err() {
-            tracing::debug!("some connections did not close, or the gateway was not told, in time");
+            tracing::debug!("some connections did not close in time, or port mappings were not released in time");
         }
     }
 }

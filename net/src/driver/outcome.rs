@@ -1,10 +1,10 @@
-//! What the driver's tasks tell it when they are done.
+//! Results that the driver's tasks send to the driver.
 
 use std::net::{SocketAddr, UdpSocket};
 
 use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
 
-use super::{autonat::Told, dialling::Resolved, lanes::NoLane};
+use super::{autonat::Told, dialing::Resolved, lanes::NoLane};
 use crate::{
     Permit, Stream,
     nat::{
@@ -16,32 +16,32 @@ use crate::{
     relay::circuit::{CircuitError, Grant},
 };
 
-/// What a task came to.
+/// The result of a task.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    /// An exchange is over.
+    /// An exchange for hole punching is over.
     Exchanged {
         peer: PeerId,
         initiator: bool,
         result: Result<Plan, PunchError>,
     },
-    /// A peer asks whether another is where it says.
+    /// A peer asks whether another peer is at the addresses it claims.
     Asked {
         stream: Box<Stream>,
         question: Box<Question>,
         permit: Permit,
     },
-    /// A relay has answered.
+    /// A relay has answered a request for a reservation.
     Reserved {
         relay: PeerId,
         result: Result<Grant, CircuitError>,
     },
-    /// Whether a connection that was in doubt still works.
+    /// A liveness check of a connection is over.
     Doubted {
         connection: ConnectionId,
         /// `None`: no answer came.
         alive: Option<bool>,
-        /// Bytes that had been received when the doubt began.
+        /// Bytes that had been received when the check began.
         before: u64,
     },
     /// A peer was asked for its clock.
@@ -50,22 +50,22 @@ pub(super) enum Outcome {
         address: Multiaddr,
         reading: Option<Reading>,
     },
-    /// A server has said whether it reaches us.
+    /// An AutoNAT server has answered.
     Told(Told),
-    /// One has come back with this.
+    /// An AutoNAT server has sent this nonce by a dial-back.
     CalledBack { stream: Stream, nonce: u64 },
-    /// Somebody wants to be dialled, unless what was asked for makes no sense.
+    /// A peer asks to be dialed; `None` if its request was refused or malformed.
     ToDial {
         stream: Stream,
         wanted: Option<Wanted>,
     },
-    /// A dial for somebody has served its purpose.
+    /// A dial for another node has been used and answered.
     Probed(ConnectionId),
-    /// A stream has to do without a lane.
+    /// A stream gets no lane.
     NoLane(NoLane),
     /// A name has been looked up.
     Resolved(Resolved),
-    /// A search has found where the other side can be reached from.
+    /// A search has found an address of the remote side.
     Found {
         peer: PeerId,
         socket: UdpSocket,

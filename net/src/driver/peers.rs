@@ -1,4 +1,4 @@
-//! The connected peers and their connections, as far as the driver knows them.
+//! Connected peers and their connections, as the driver knows them.
 
 use std::{
     collections::HashMap,
@@ -15,20 +15,21 @@ use libp2p::{
 use super::liveness::{REPLACED_TIMEOUT, SLOW_RTT};
 use crate::{Path, PathKind, Transport, address::socket, split_peer_id};
 
-/// What the driver knows of a connected peer.
+/// The driver's knowledge of a connected peer.
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) agent: String,
     pub(super) connections: HashMap<ConnectionId, Connection>,
     pub(super) since: Instant,
     pub(super) direct_after: Option<Duration>,
-    /// Relays for others, at these addresses of its own.
+    /// Addresses of the peer if it relays for others; `None` if it does not.
     pub(super) hop: Option<Vec<Multiaddr>>,
-    /// Where it may take TCP connections, as it says or as we have dialled it; at IP addresses at which we are connected to it.
+    /// Addresses at which the peer may accept TCP connections: those that it claims or that this node has dialed, at IP
+    /// addresses of its connections.
     pub(super) tcp: Vec<Multiaddr>,
-    /// Where it takes QUIC connections, as it says.
+    /// An address at which the peer accepts QUIC connections, as it claims.
     pub(super) quic: Option<Multiaddr>,
-    /// Tells others whether it reaches them.
+    /// True if the peer serves AutoNAT.
     pub(super) autonat: bool,
 }
 
@@ -38,25 +39,26 @@ pub(super) struct Connection {
     pub(super) path: Path,
     pub(super) rtt: Option<Duration>,
     pub(super) since: Instant,
-    /// We dialled it.
-    pub(super) dialled: bool,
-    /// Our end of it, if the peer dialled it.
+    /// True if this node dialed the connection.
+    pub(super) dialed: bool,
+    /// Local address of the connection, if the peer dialed it.
     pub(super) local: Option<(SocketAddr, Transport)>,
-    /// Our end of it is our listening port.
+    /// True if the local port is the listening port.
     pub(super) from_listener: bool,
-    /// It went through a hole that was punched for it.
+    /// True if the connection was opened by hole punching.
     pub(super) punched: bool,
-    /// The address of ours from which packets go to the other end, when it was opened.
+    /// The IP address of this node from which packets went to the remote end when the connection was opened.
     pub(super) source: Option<IpAddr>,
     pub(super) moved: (u64, u64),
-    /// The last time at which bytes of our protocols moved on it.
+    /// Time at which bytes of Weft's protocols last moved on the connection.
     pub(super) last_moved: Option<Instant>,
     /// Bytes received and sent in the last second.
     pub(super) rate: (u64, u64),
 }
 
 impl Connection {
-    /// A connection that has just opened; `source`: the address of ours from which packets go to its other end.
+    /// Makes the state of a connection that has just opened. `source` is the IP address of this node from which packets
+    /// go to the remote end.
     pub(super) fn new(
         endpoint: &ConnectedPoint,
         path: Path,
@@ -72,7 +74,7 @@ impl Connection {
             path,
             rtt: None,
             since: now,
-            dialled: endpoint.is_dialer(),
+            dialed: endpoint.is_dialer(),
             local,
             from_listener,
             punched,
@@ -83,7 +85,7 @@ impl Connection {
         }
     }
 
-    /// Returns true if the last ping took long, or the connection is young and has answered none yet.
+    /// Returns true if the last ping took long, or the connection is young and no ping was answered yet.
     pub(super) fn is_slow(&self) -> bool {
         match self.rtt {
             Some(rtt) => rtt >= SLOW_RTT,
@@ -106,13 +108,13 @@ impl Peer {
         }
     }
 
-    /// Where a lane could be dialled.
+    /// Returns an address to which a lane could be dialed.
     pub(super) fn lane_target(&self) -> Option<Multiaddr> {
         let direct = self.connections.values();
         let direct = direct.filter(|c| c.path.kind < PathKind::Relayed && !c.punched);
-        // Best where we are connected by TCP already.
+        // Prefer an address with a TCP connection.
         let proven = direct
-            .filter(|c| c.dialled && c.path.transport == Transport::Tcp)
+            .filter(|c| c.dialed && c.path.transport == Transport::Tcp)
             .map(|c| split_peer_id(c.path.address.clone()).0)
             .find(|address| socket(address).is_some());
         proven.or_else(|| self.tcp.first().cloned())
@@ -128,12 +130,12 @@ impl Peer {
             .is_some_and(|best| best.path.kind < PathKind::Relayed)
     }
 
-    /// A relayed connection that we dialled: it is on us to punch.
+    /// Returns a relayed connection that this node dialed, and has to punch for, if there is no direct connection.
     pub(super) fn to_punch(&self) -> Option<ConnectionId> {
         if self.is_direct() {
             return None;
         }
-        let mut dialled = self.connections.iter().filter(|(_, c)| c.dialled);
-        dialled.next().map(|(id, _)| *id)
+        let mut dialed = self.connections.iter().filter(|(_, c)| c.dialed);
+        dialed.next().map(|(id, _)| *id)
     }
 }

@@ -1,4 +1,4 @@
-//! The ports that the gateway of our network is asked to forward, and where it forwards them from.
+//! Port mappings: the ports that the gateway is asked to forward, and their external addresses.
 
 use std::{collections::HashMap, convert::Infallible, net::SocketAddr, num::NonZeroU16};
 
@@ -18,7 +18,7 @@ pub(super) struct PortMappings {
     pub(super) enabled: bool,
     /// The ports that the gateway is asked to forward.
     asked: HashMap<Transport, PortMapping>,
-    /// Where it forwards them from.
+    /// External addresses of forwarded ports.
     forwarded: HashMap<Transport, SocketAddr>,
     report: mpsc::Sender<Mapped>,
     pub(super) changes: mpsc::Receiver<Mapped>,
@@ -36,28 +36,28 @@ impl PortMappings {
         }
     }
 
-    /// The addresses from which the gateway forwards, public or not.
+    /// Returns the external addresses of forwarded ports, public or not.
     pub(super) fn forwarded(&self) -> impl Iterator<Item = (Transport, SocketAddr)> {
         self.forwarded
             .iter()
             .map(|(transport, at)| (*transport, *at))
     }
 
-    /// Has the gateway asked again: it may be another one.
+    /// Asks the gateway again, because it may be another one.
     pub(super) fn network_changed(&self) {
         for mapping in self.asked.values() {
             mapping.network_changed();
         }
     }
 
-    /// Ends all mappings; resolves once the gateway was told.
+    /// Ends all mappings. Resolves once the gateway was told.
     pub(super) fn release(&mut self) -> impl Future<Output = ()> + use<> {
         let asked = std::mem::take(&mut self.asked);
         let released = futures::future::join_all(asked.into_values().map(PortMapping::release));
         async move { drop(released.await) }
     }
 
-    /// Asks for the port at which this node listens.
+    /// Asks the gateway to forward the port at which this node listens.
     fn ask(&mut self, transport: Transport, port: NonZeroU16) {
         let report = &self.report;
         self.asked
@@ -70,8 +70,9 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// What the gateway forwards to us, if it has a public address; that of one behind another NAT leads nowhere. Without what servers have tried in
-    /// vain.
+    /// Returns the external addresses of port mappings, without unreachable ones. Private addresses are left out: the
+    /// gateway is then behind another NAT, and they lead nowhere. Addresses that servers failed to reach are left out
+    /// too.
     pub(super) fn mapped_addresses(&self) -> impl Iterator<Item = Multiaddr> {
         let public = self.ports.forwarded().filter(|(_, at)| is_public(&at.ip()));
         let all = public.map(|(transport, at)| of_socket(at, transport));
@@ -79,7 +80,7 @@ where
         all.filter(|address| verdicts.of(address) != Some(Verdict::Unreachable))
     }
 
-    /// Asks the gateway to forward the ports on which we listen for IPv4, if we are on a private network.
+    /// Asks the gateway to forward the ports on which this node listens for IPv4 on a private network.
     pub(super) fn map_ports(&mut self) {
         if !self.ports.enabled {
             return;
@@ -93,7 +94,7 @@ where
         }
     }
 
-    /// The gateway forwards a port, or does not any more.
+    /// Records that the gateway has begun or stopped to forward a port.
     pub(super) fn on_mapped(&mut self, (transport, external): Mapped) {
         match external {
             Some(at) => {

@@ -1,4 +1,4 @@
-//! Hole punching as the driver does it: when to begin, what to dial, and the search where dialling does not do.
+//! The driver's part in hole punching: when to begin, what to dial, and the search for a port if dialing fails.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -35,31 +35,31 @@ use crate::{
     streams::Protocols,
 };
 
-/// Exchanges that peers may have under way with us.
+/// Most exchanges that peers may have under way with this node.
 const MAX_RESPONDING: usize = 64;
 
-/// A peer's exchanges begin at least this far apart.
+/// Shortest time between the starts of two exchanges by one peer.
 const RESPOND_AGAIN: Duration = Duration::from_millis(500);
 
-/// Dials that come of exchanges, under way at a time. Others have the rest of what may be dialled at a time.
+/// Most dials of exchanges under way at a time. The rest of the limit on pending dials is left for other dials.
 const MAX_DIALS: usize = 64;
 
-/// The same of one peer: three attempts of four.
+/// Most dials of exchanges with one peer at a time: three attempts of four dials.
 const MAX_DIALS_PER_PEER: usize = 12;
 
-/// How long an exchange may take, the opening of its stream included.
+/// Time that an exchange may take, including the opening of its stream.
 const EXCHANGE: Duration = Duration::from_secs(15);
 
-/// Searches under way at a time, which bounds what they send: 500 packets of 17 bytes a second each.
+/// Most searches under way at a time. The limit bounds what they send: 500 packets of 17 bytes per second each.
 const MAX_SEARCHES: usize = 4;
 
-/// The least time between two searches with one peer: from one attempt that searches to the next.
+/// Shortest time between two searches with one peer: from one attempt that searches to the next.
 const SEARCH_AGAIN: Duration = HEAD_START.saturating_add(search::LIMIT);
 
-/// Peers whose last search is remembered.
+/// Most peers whose last search is remembered.
 const MAX_SEARCHED: usize = 1024;
 
-/// Options of a punch's dial: beside the relayed connection, and again while the last one is under way.
+/// Options of a hole punch's dials: beside the relayed connection, and again while the last dial is under way.
 const PUNCH: How = How {
     always: true,
     new_port: false,
@@ -68,26 +68,26 @@ const PUNCH: How = How {
     again: true,
 };
 
-/// What the driver remembers of it.
+/// The driver's state of hole punching.
 pub(super) struct Punching {
     enabled: bool,
-    /// When to punch to those that we reach through a relay.
+    /// Schedules for peers that are reached through a relay.
     schedules: HashMap<PeerId, Schedule>,
-    /// Peers that exchange with us.
+    /// Peers with whose exchange this node is busy.
     responding: HashSet<PeerId>,
-    /// Peers that did a moment ago.
+    /// Peers that began an exchange a moment ago.
     responded: HashMap<PeerId, Instant>,
     dials: HashMap<ConnectionId, (PeerId, Instant)>,
-    /// Those that open many sockets are marked.
+    /// Searches under way; true for those that open many sockets.
     searches: HashMap<PeerId, (bool, AbortHandle)>,
     searched: HashMap<PeerId, Instant>,
-    /// Sockets that one search for a port may open.
+    /// Most sockets that one search for a port may open.
     search_sockets: usize,
-    /// Peers that begin to punch to us.
+    /// Streams of peers that begin an exchange.
     pub(super) exchanges: Incoming,
-    /// Peers that ask whether others are where they say.
+    /// Streams of peers that ask whether another peer is at the addresses it claims.
     pub(super) witnessed: Incoming,
-    /// Such questions, shared out by peer and by place.
+    /// Limits such questions per peer and per network group.
     pub(super) questions: Shares,
 }
 
@@ -108,7 +108,7 @@ impl Punching {
         }
     }
 
-    /// There is a direct path to the peer now, or none at all.
+    /// Ends hole punching with a peer: there is a direct path now, or no connection at all.
     pub(super) fn forget(&mut self, peer: &PeerId) {
         self.schedules.remove(peer);
         if let Some((_, search)) = self.searches.remove(peer) {
@@ -116,26 +116,28 @@ impl Punching {
         }
     }
 
-    /// A dial is over, whatever it came to; whether it was one of an exchange.
-    pub(super) fn dialled(&mut self, id: ConnectionId) -> bool {
+    /// Records the end of a dial, successful or not. Returns true if an exchange had led to it.
+    pub(super) fn dialed(&mut self, id: ConnectionId) -> bool {
         self.dials.remove(&id).is_some()
     }
 
-    /// Whether to begin an exchange with `peer`: not while it has begun one.
+    /// Returns true if an exchange with `peer` may begin; false while the peer's own exchange is under way.
     fn may_begin(&self, peer: &PeerId) -> bool {
         !self.responding.contains(peer)
     }
 
-    /// Whether to answer an exchange that `peer` begins. Of two that cross, that of the lower id goes on: both sides are to search for the same.
+    /// Returns true if an exchange that `peer` begins may be answered. If two exchanges cross, the one of the peer with
+    /// the lower id goes on, so that both sides search for the same thing.
     fn may_answer(&self, local: &PeerId, peer: &PeerId) -> bool {
         let begun = self.schedules.get(peer).is_some_and(Schedule::is_running);
         let wins = begun && local < peer;
         !wins && !self.responding.contains(peer)
     }
 
-    /// Whether another exchange with `peer` may lead to dials. Those of an attempt that is over may go on for a while.
+    /// Returns true if another exchange with `peer` may lead to dials. Dials of an earlier attempt may still be under
+    /// way.
     fn may_dial(&self, peer: &PeerId, now: Instant) -> bool {
-        let begun = self.dials.values().filter(|(dialled, _)| dialled == peer);
+        let begun = self.dials.values().filter(|(dialed, _)| dialed == peer);
         let begun: Vec<_> = begun.map(|(_, at)| *at).collect();
         let over = |at: &Instant| now.duration_since(*at) >= ATTEMPT;
         self.dials.len() < MAX_DIALS && begun.len() < MAX_DIALS_PER_PEER && begun.iter().all(over)
@@ -146,7 +148,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Where we may be reached by one who punches.
+    /// Returns the addresses at which a peer may reach this node by hole punching.
     fn candidates(&self) -> Candidates {
         let mut mine = Candidates {
             near: self.is_near(),
@@ -159,7 +161,7 @@ where
                 let seen = self.addressing.reach.candidates(transport).into_iter();
                 seen.map(move |at| (at, transport))
             });
-        // Addresses that a neighbour sees are for a mesh on a network of its own.
+        // Addresses that a neighbour sees are useful only while the mesh is within this node's own networks.
         let told = seen.filter(|(at, _)| mine.near || is_public(&at.ip()));
         let mut told: Vec<_> = told
             .map(|(at, transport)| of_socket(at, transport))
@@ -185,7 +187,7 @@ where
         for mut list in [told, private] {
             let mut seen = HashSet::new();
             list.retain(|address| seen.insert(address.clone()));
-            // The other side dials the first few.
+            // The remote side dials only the first few addresses.
             self.addressing.own.order(&mut list, &outside);
             list.truncate(punch::MAX_ADDRESSES / 2);
             mine.addresses.extend(list);
@@ -193,8 +195,8 @@ where
         mine
     }
 
-    /// How the NAT maps our QUIC port. Where only one observer has told, a port that is not ours is taken for one of many: to search in vain costs
-    /// little.
+    /// Returns how the NAT maps this node's QUIC port. If only one observer has reported, and the port is not the
+    /// listening port, the NAT is taken for symmetric: a search in vain costs little.
     fn udp_mapping(&self) -> UdpMapping {
         let own: Vec<_> = self.swarm.listeners().filter_map(socket).collect();
         let ips: Vec<_> = own.iter().map(|(at, _)| at.ip()).collect();
@@ -216,7 +218,7 @@ where
         }
     }
 
-    /// Begins to punch to all that are reached through a relay, where that is due.
+    /// Begins hole punching with all peers that are reached through a relay, if it is due.
     pub(super) fn punch_all(&mut self) {
         let relayed = |(id, peer): (&PeerId, &Peer)| peer.to_punch().map(|_| *id);
         let peers: Vec<_> = self.peers.iter().filter_map(relayed).collect();
@@ -228,7 +230,7 @@ where
         }
     }
 
-    /// Begins to punch to `peer` if that is due.
+    /// Begins hole punching with `peer` if it is due.
     pub(super) fn punch(&mut self, id: PeerId) {
         self.punch_with(id, self.candidates());
     }
@@ -270,7 +272,7 @@ where
         });
     }
 
-    /// A peer begins to punch to us.
+    /// Answers a peer that begins hole punching.
     pub(super) fn respond(&mut self, stream: Stream) {
         let id = stream.peer();
         let now = Instant::now();
@@ -280,7 +282,8 @@ where
         responded.retain(|_, at| now.duration_since(*at) < RESPOND_AGAIN);
         if direct
             || !punching.enabled
-            // What a peer names is dialled, and might be somebody else's: not too much of it.
+            // This node dials the addresses that the peer names, which may be a third party's, so exchanges are
+            // limited.
             || punching.responded.contains_key(&id)
             || !punching.may_dial(&id, now)
             || !punching.may_answer(self.swarm.local_peer_id(), &id)
@@ -327,25 +330,26 @@ where
         }
         match result {
             Ok(plan) => self.carry_out(peer, plan),
-            Err(error) => tracing::debug!(%peer, %error, "no direct connection can be tried"),
+            Err(error) => tracing::debug!(%peer, %error, "exchange for hole punching failed"),
         }
     }
 
-    /// A search has shown from which socket `peer` can be reached, and where.
+    /// Dials `peer` from the socket, and at the address, that a search has found.
     pub(super) fn on_found(&mut self, peer: PeerId, socket: UdpSocket, address: SocketAddr) {
         self.punching.searches.remove(&peer);
         if self.peers.get(&peer).is_none_or(Peer::is_direct) {
             return;
         }
-        tracing::debug!(%peer, %address, "a search has found the way");
+        tracing::debug!(%peer, %address, "a search has found a port");
         self.sockets.prepare(address, socket);
         let how = How {
-            // Not ours to listen on: what others see it as says nothing of our listening port.
+            // The socket is not a listening socket, so its observed address does not show how the listening port is
+            // mapped.
             new_port: true,
             ..PUNCH
         };
         if self.punching.dials.len() >= MAX_DIALS {
-            tracing::debug!(%peer, "too many are being punched to");
+            tracing::debug!(%peer, "too many hole punches under way");
             return;
         }
         let admitted = self.gate.admit_found(peer, address, Instant::now());
@@ -371,7 +375,7 @@ where
         for (transport, addresses) in punch::parts(&plan.addresses) {
             tracing::debug!(%peer, ?addresses, "punching");
             let how = How {
-                // Both sides of a QUIC connection may be its client; on TCP one packet each way makes one connection.
+                // Both sides of a QUIC connection may be its client. On TCP, one packet each way makes one connection.
                 as_listener: transport == Transport::Tcp && plan.role == Endpoint::Listener,
                 ..PUNCH
             };
@@ -384,7 +388,7 @@ where
 
     fn punch_dial(&mut self, peer: PeerId, addresses: Vec<libp2p::Multiaddr>, how: How) {
         if self.punching.dials.len() >= MAX_DIALS {
-            tracing::debug!(%peer, "too many are being punched to");
+            tracing::debug!(%peer, "too many hole punches under way");
             return;
         }
         let stated = heard(Heard::new(addresses)).collect();
@@ -398,11 +402,11 @@ where
         let peer = admitted.peer();
         match self.dial_admitted(admitted, how) {
             Ok(id) => drop(self.punching.dials.insert(id, (peer, Instant::now()))),
-            Err(error) => tracing::debug!(%peer, %error, "cannot punch"),
+            Err(error) => tracing::debug!(%peer, %error, "cannot dial for a hole punch"),
         }
     }
 
-    /// Searches for a port, unless a direct connection comes about first.
+    /// Searches for a port, unless a direct connection is opened first.
     fn search(&mut self, peer: PeerId, search: Search) {
         let now = Instant::now();
         let punching = &mut self.punching;
@@ -424,16 +428,16 @@ where
         };
         let confirmed = self.confirm(peer, targets);
         let gate = self.gate.clone();
-        // The witnesses answer while dialling has its head start.
+        // The witnesses answer during the head start of the dials.
         let admitted = async move {
             let (confirmed, ()) = tokio::join!(confirmed, sleep(HEAD_START));
             let Some(confirmed) = confirmed else {
-                tracing::debug!(%peer, "no search: nobody confirms that it is at its address");
+                tracing::debug!(%peer, "no search: no witness confirms the peer's address");
                 return None;
             };
             let targets = gate.admit_search(&confirmed, Instant::now());
             if targets.is_empty() {
-                tracing::debug!(%peer, "no search: there was one at this address lately");
+                tracing::debug!(%peer, "no search: the last one at this address was too recent");
             }
             (!targets.is_empty()).then_some((targets, confirmed.effort()))
         };
@@ -455,7 +459,7 @@ where
                                 })
                                 .await;
                         }
-                        Err(error) => tracing::debug!(%peer, %error, "a search found nothing"),
+                        Err(error) => tracing::debug!(%peer, %error, "search for a port failed"),
                     }
                 })
             }
@@ -469,7 +473,7 @@ where
                     };
                     let Some(target) = targets.pop() else { return };
                     if let Err(error) = search::try_many(&socket, target, &token, effort).await {
-                        tracing::debug!(%peer, %error, "a search cannot be made");
+                        tracing::debug!(%peer, %error, "cannot search for a port");
                     }
                 })
             }
@@ -480,7 +484,7 @@ where
         self.punching.searches.insert(peer, task);
     }
 
-    /// Asks whether `peer` is where it says; see [`seen`].
+    /// Asks witnesses whether `peer` is at the addresses it claims; see [`seen`].
     fn confirm(
         &mut self,
         peer: PeerId,
@@ -515,7 +519,7 @@ where
             let question = question.clone();
             let answer = async move {
                 let stream = answer.await.ok()?.ok()?;
-                // A witness that does not answer says nothing.
+                // A witness that does not answer is ignored.
                 seen::ask(stream, &question).await.ok()
             };
             (witness, answer)
@@ -524,7 +528,7 @@ where
         async move { seen::confirm(&targets, asked).await }
     }
 
-    /// A peer asks whether another is where it says.
+    /// Receives a question whether another peer is at the addresses it claims.
     pub(super) fn on_seen_question(&mut self, mut stream: Stream) {
         let place = Place::of(stream.path());
         let Ok(permit) = self.punching.questions.take(stream.peer(), place) else {
@@ -576,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_exchanges_that_cross_one_goes_on() {
+    fn one_of_two_crossing_exchanges_goes_on() {
         let mut ids = [PeerId::random(), PeerId::random()];
         ids.sort();
         let [low, high] = ids;
@@ -588,21 +592,21 @@ mod tests {
             punching.schedules.insert(peer, schedule);
             punching
         };
-        // Both have begun before either hears of the other's.
+        // Both sides have begun before they receive the other's exchange.
         let (at_low, mut at_high) = (begun(high), begun(low));
         assert!(!at_low.may_answer(&low, &high));
         assert!(at_high.may_answer(&high, &low));
-        // One that answers does not begin, and answers once.
+        // A node that answers does not begin an exchange, and answers only one.
         at_high.responding.insert(low);
         assert!(!at_high.may_begin(&low));
         assert!(!at_high.may_answer(&high, &low));
-        // One that has not begun answers whoever asks.
+        // A node that has not begun an exchange answers any peer.
         let idle = idle();
         assert!(idle.may_begin(&high) && idle.may_answer(&low, &high));
     }
 
     #[test]
-    fn dials_of_exchanges_are_bounded_and_do_not_hold_up_the_next_attempt() {
+    fn dials_of_exchanges_are_limited_and_do_not_delay_the_next_attempt() {
         let mut punching = idle();
         let (peer, now) = (PeerId::random(), Instant::now());
         let mut next = 0;
@@ -615,9 +619,9 @@ mod tests {
         let first = dial(&mut punching, peer, now);
         assert!(!punching.may_dial(&peer, now));
         assert!(punching.may_dial(&PeerId::random(), now));
-        // A packet that is never answered takes longer to fail than an attempt has.
+        // Dials without an answer take longer to fail than an attempt lasts.
         assert!(punching.may_dial(&peer, now + ATTEMPT));
-        punching.dialled(first);
+        punching.dialed(first);
         assert!(punching.may_dial(&peer, now));
         for _ in 0..MAX_DIALS_PER_PEER {
             dial(&mut punching, peer, now);

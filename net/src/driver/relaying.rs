@@ -1,4 +1,4 @@
-//! Relays as the driver deals with them: those that serve us, and being one.
+//! The driver's part in relaying: relays that serve this node, and this node as a relay.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,15 +24,16 @@ use crate::{
     streams::Protocols,
 };
 
-/// Addresses through one relay that are given to others.
+/// Most addresses through one relay that are given to other peers.
 const MAX_ADDRESSES: usize = 4;
 
 /// The port that every network lets out.
 const WEB: u16 = 443;
 
-/// Limits of a node that relays only because strangers reach it. It may be somebody's home, whose owner has not offered
-/// anything: enough to arrange direct connections, and for some content where none comes about. A megabyte a second is
-/// a tenth of a slow line's; ten gigabytes a day are not noticed on one that is paid for by volume.
+/// Limits of a node that relays only because unknown peers reach it. It may be at home, and its owner has not offered
+/// to relay. The limits suffice to arrange direct connections, and to carry some content if a direct connection fails.
+/// A megabyte per second is a tenth of a slow line. Ten gigabytes a day are not noticed on a line that is paid for by
+/// volume.
 fn modest() -> RelayLimits {
     RelayLimits {
         reservations: 64,
@@ -47,8 +48,8 @@ fn modest() -> RelayLimits {
     }
 }
 
-/// Returns the limits of this node as a relay: those that the operator has set. If the operator has neither turned
-/// relaying on nor set a limit, the limits are small.
+/// Returns the limits of this node as a relay. They are the operator's; if the operator has neither turned relaying on
+/// nor set a limit, they are small.
 fn limits(config: &Config) -> RelayLimits {
     let unasked = config.relay_server == RelayServer::Auto;
     match unasked && config.relay_limits == RelayLimits::default() {
@@ -57,31 +58,31 @@ fn limits(config: &Config) -> RelayLimits {
     }
 }
 
-/// Relaying: the relays that serve this node, circuits, and this node as a relay for others.
+/// State of relaying: the relays that serve this node, circuits, and this node as a relay.
 pub(super) struct Relaying {
     pub(super) relays: Relays,
-    /// When those that hold a reservation for us last had to show that they are there.
+    /// Time of the last liveness check of relays that hold a reservation for this node.
     pub(super) checked: Instant,
     /// Relays that the configuration names.
     preferred: HashSet<PeerId>,
-    /// Whether to be a relay for others.
+    /// When to be a relay for other peers.
     mode: RelayServer,
     /// Dials through relays.
     pub(super) dials: mpsc::Receiver<DialRequest>,
-    /// Those that wait for a connection to their relay.
+    /// Dials that wait for a connection to their relay.
     waiting: HashMap<PeerId, Vec<DialRequest>>,
-    /// Circuits that lead here, to the transport.
+    /// Sender of incoming circuits to the transport.
     arrivals: mpsc::Sender<CircuitArrival>,
     pub(super) stops: Incoming,
     /// This node as a relay.
     pub(super) server: Server,
     pub(super) needs: mpsc::Receiver<Need>,
-    /// Requests to it, while it is one.
+    /// Requests to this node as a relay, while it is one.
     pub(super) hops: Option<Incoming>,
 }
 
 impl Relaying {
-    /// With the transport that carries circuits.
+    /// Makes the state, and the transport that carries circuits.
     pub(super) fn new(config: &Config, protocols: &Protocols) -> (Circuits, Self) {
         let (circuits, dials, arrivals) = Circuits::new();
         let (server, needs) = Server::new(config.key.clone(), limits(config));
@@ -108,7 +109,7 @@ impl Relaying {
     }
 }
 
-/// The next stream, if something is accepted at all.
+/// Waits for the next stream; for ever if nothing is accepted.
 pub(super) async fn next(incoming: &mut Option<Incoming>) -> Option<Stream> {
     match incoming {
         Some(incoming) => incoming.next().await,
@@ -120,7 +121,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Asks for the reservations that are lacking.
+    /// Asks relays for reservations that are missing.
     pub(super) fn hold_relays(&mut self) {
         if !self.needs_relays() {
             return;
@@ -131,8 +132,8 @@ where
                 .connections
                 .values()
                 .filter(|c| c.path.kind < PathKind::Relayed);
-            let connection = direct.min_by_key(|c| (!c.dialled, c.rtt))?;
-            let address = match connection.dialled {
+            let connection = direct.min_by_key(|c| (!c.dialed, c.rtt))?;
+            let address = match connection.dialed {
                 true => connection.path.address.clone(),
                 false => hop
                     .iter()
@@ -153,8 +154,9 @@ where
         }
     }
 
-    /// A node that everybody reaches needs none. Everybody gets out to TCP port 443 and has IPv4: an address like that will do, any other leaves some
-    /// behind who reach us through a relay only.
+    /// Returns true if this node needs relays. A node at a public IPv4 address with TCP port 443 needs none, because
+    /// every network lets that port out and has IPv4. With any other address, some peers can reach the node only
+    /// through a relay.
     fn needs_relays(&self) -> bool {
         let for_all = |address: &Multiaddr| {
             socket(address)
@@ -163,7 +165,7 @@ where
         self.relaying.mode != RelayServer::Always && !self.reachable_at().iter().any(for_all)
     }
 
-    /// Whether more relays should be found than are known.
+    /// Returns true if more relays should be found than are known.
     pub(super) fn lacks_relays(&self) -> bool {
         self.needs_relays() && self.relaying.relays.lacks()
     }
@@ -187,13 +189,13 @@ where
         let grant = match result {
             Ok(grant) => grant,
             Err(error) => {
-                tracing::debug!(%relay, %error, "a relay holds no place for us");
+                tracing::debug!(%relay, %error, "a relay granted no reservation");
                 return self.lose_relay(&relay);
             }
         };
         let addresses = self.circuit_addresses(relay, &grant);
         if addresses.is_empty() {
-            tracing::debug!(%relay, "a relay names no address at which others could reach it");
+            tracing::debug!(%relay, "a relay names no address at which other peers could reach it");
             return self.lose_relay(&relay);
         }
         let now = Instant::now();
@@ -206,12 +208,13 @@ where
         };
         self.update_kept(relay);
         if before.is_empty() {
-            tracing::info!(%relay, "a relay holds a place for this node");
+            tracing::info!(%relay, "a relay holds a reservation for this node");
         }
         self.tell_addresses();
     }
 
-    /// Where others reach us through `relay`: at the addresses that it names, as far as they make sense, and where we reach it.
+    /// Returns this node's addresses through `relay`: at the relay's valid addresses, and at those where this node
+    /// reaches it.
     fn circuit_addresses(&self, relay: PeerId, grant: &Grant) -> Vec<Multiaddr> {
         let connections = self.peers.get(&relay).into_iter();
         let connections = connections.flat_map(|peer| peer.connections.values());
@@ -221,8 +224,8 @@ where
         let Some(seen) = direct.first() else {
             return Vec::new();
         };
-        let dialled = direct.iter().filter(|c| c.dialled);
-        let dialled = dialled.map(|c| split_peer_id(c.path.address.clone()).0);
+        let dialed = direct.iter().filter(|c| c.dialed);
+        let dialed = dialed.map(|c| split_peer_id(c.path.address.clone()).0);
         let named = grant.addresses.iter().filter(|address| {
             let place = match first_ip(address) {
                 Some(ip) => is_public(&ip) || dialable_from(&seen.path.address, address),
@@ -230,7 +233,7 @@ where
             };
             place && !is_relayed(address)
         });
-        let mut all: Vec<_> = dialled.chain(named.cloned()).collect();
+        let mut all: Vec<_> = dialed.chain(named.cloned()).collect();
         let mut known = HashSet::new();
         all.retain(|address| known.insert(address.clone()));
         all.truncate(MAX_ADDRESSES);
@@ -243,14 +246,14 @@ where
             .collect()
     }
 
-    /// The reservation is gone, or was not granted.
+    /// Records that a reservation has ended or was not granted.
     pub(super) fn lose_relay(&mut self, relay: &PeerId) {
         let Some(addresses) = self.relaying.relays.lost(relay, Instant::now()) else {
             return;
         };
         self.update_kept(*relay);
         if !addresses.is_empty() {
-            tracing::info!(%relay, "a relay holds no place for this node any more");
+            tracing::info!(%relay, "a relay holds no reservation for this node any more");
         }
         self.tell_addresses();
         self.hold_relays();
@@ -262,15 +265,15 @@ where
         }
     }
 
-    /// Somebody here dials through a relay.
+    /// Handles a dial through a relay.
     pub(super) fn on_circuit_wanted(&mut self, request: DialRequest) {
         let relay = request.relay;
         if self.peers.get(&relay).is_some_and(Peer::is_direct) {
             return self.open_circuit(request);
         }
-        let dialled = match request.address.is_empty() {
+        let dialed = match request.address.is_empty() {
             true => Err(OpenError::NotConnected(relay).to_string()),
-            // An address that was given for the destination is given for its relay.
+            // If the user gave the destination's address, the relay's address counts as given too.
             false => self
                 .dial(
                     relay,
@@ -281,7 +284,7 @@ where
                 )
                 .map_err(|error| error.to_string()),
         };
-        match dialled {
+        match dialed {
             Ok(()) => self
                 .relaying
                 .waiting
@@ -289,24 +292,24 @@ where
                 .or_default()
                 .push(request),
             Err(error) => {
-                // Whoever asked may be gone.
+                // The caller may be gone.
                 let _ = request.reply.send(Err(io::Error::other(error)));
             }
         }
     }
 
-    /// There is a direct connection to `relay` now.
+    /// Opens the circuits that waited for a direct connection to `relay`.
     pub(super) fn open_circuits(&mut self, relay: &PeerId) {
         for request in self.relaying.waiting.remove(relay).unwrap_or_default() {
             self.open_circuit(request);
         }
     }
 
-    /// No connection to `relay` came about.
+    /// Refuses the circuits that waited for a connection to `relay`, because none was opened.
     pub(super) fn refuse_circuits(&mut self, relay: &PeerId, error: &str) {
         for request in self.relaying.waiting.remove(relay).unwrap_or_default() {
             let error = io::Error::other(format!("cannot reach the relay: {error}"));
-            // Whoever asked may be gone.
+            // The caller may be gone.
             let _ = request.reply.send(Err(error));
         }
     }
@@ -314,7 +317,7 @@ where
     fn open_circuit(&mut self, request: DialRequest) {
         let (reply, answer) = oneshot::channel();
         let streams = &mut self.swarm.behaviour_mut().streams;
-        // Models may pass through it.
+        // The circuit may carry models.
         streams.open(request.relay, HOP, Class::Bulk, reply);
         span::spawn(request.relay, async move {
             let result = async {
@@ -328,16 +331,16 @@ where
                 Ok(stream)
             };
             let result = result.await;
-            // Whoever asked may be gone.
+            // The caller may be gone.
             let _ = request.reply.send(result);
         });
     }
 
-    /// A relay offers a circuit that somebody has asked for.
+    /// Accepts a circuit that a relay offers for another peer.
     pub(super) fn on_circuit_offered(&mut self, mut stream: Stream) {
         let relay = stream.peer();
         if stream.path().kind == PathKind::Relayed || !self.relaying.relays.knows(&relay) {
-            // Dropped, and so reset: it is not one of ours.
+            // Dropped, and so reset: this node has no reservation on that relay.
             return;
         }
         let address = split_peer_id(stream.path().address.clone()).0;
@@ -351,21 +354,21 @@ where
                         stream,
                     };
                     if arrivals.try_send(arrival).is_err() {
-                        tracing::debug!(%relay, "refused: too many circuits arrive");
+                        tracing::debug!(%relay, "circuit refused: too many arrive at once");
                     }
                 }
-                Err(error) => tracing::debug!(%relay, %error, "a circuit did not arrive"),
+                Err(error) => tracing::debug!(%relay, %error, "incoming circuit failed"),
             }
         });
     }
 
-    /// Serves as a relay if told to, or if strangers reach us; stops if they do not any more.
+    /// Starts or stops serving as a relay, according to the configuration and to whether unknown peers reach this node.
     pub(super) fn update_relay_server(&mut self) {
         let serve = self.is_relay();
         if serve == self.relaying.hops.is_some() {
             return;
         }
-        // What is not accepted is not advertised either.
+        // A protocol that is not accepted is not advertised either.
         self.relaying.hops = match serve {
             true => self.protocols.accept(HOP).ok(),
             false => None,
@@ -377,20 +380,21 @@ where
         match self.relaying.mode {
             RelayServer::Always => true,
             RelayServer::Never => false,
-            // A forwarded port is somebody's home: that alone is no offer to relay.
+            // A forwarded port may be at someone's home, and is no offer to relay.
             RelayServer::Auto => {
                 !self.addressing.public.is_empty() || !self.addressing.configured.is_empty()
             }
         }
     }
 
-    /// A request to this node as a relay.
+    /// Handles a request to this node as a relay.
     pub(super) fn on_hop(&mut self, stream: Stream) {
         let addresses = self.relay_addresses();
         self.relaying.server.serve(stream, addresses);
     }
 
-    /// What reservations here name. One that strangers reach at one port is taken to be reached at the others.
+    /// Returns the addresses that reservations on this node name. If unknown peers reach one port of an IP address, its
+    /// other ports are taken to be reachable too.
     fn relay_addresses(&self) -> Vec<Multiaddr> {
         let reachable = self.reachable_at();
         let reached: HashSet<IpAddr> = reachable.iter().filter_map(first_ip).collect();
@@ -406,34 +410,34 @@ where
         let direct = |peer| self.peers.get(peer).is_some_and(Peer::is_direct);
         match need {
             Need::Keep(peer) if direct(&peer) => self.update_kept(peer),
-            // It went away in the meantime.
+            // The peer has disconnected in the meantime.
             Need::Keep(peer) => self.relaying.server.disconnected(&peer),
             Need::Open(peer, reply) => {
                 if direct(&peer) {
                     let streams = &mut self.swarm.behaviour_mut().streams;
                     streams.open(peer, STOP, Class::Bulk, reply);
                 } else {
-                    // Whoever asked may be gone.
+                    // The caller may be gone.
                     let _ = reply.send(Err(OpenError::NotConnected(peer)));
                 }
             }
         }
     }
 
-    /// There is no direct connection to `peer` any more.
+    /// Handles the loss of the last direct connection to `peer`.
     pub(super) fn on_direct_lost(&mut self, peer: &PeerId) {
         self.relaying.server.disconnected(peer);
         self.update_kept(*peer);
         self.lose_relay(peer);
     }
 
-    /// A connection is kept while either side holds a reservation on the other.
+    /// Keeps connections to `peer` open while either side holds a reservation on the other.
     fn update_kept(&mut self, peer: PeerId) {
         let kept = self.relaying.ties(&peer);
         self.swarm.behaviour_mut().streams.keep(peer, kept);
     }
 
-    /// Reservations here that were not renewed.
+    /// Removes reservations on this node that were not renewed.
     pub(super) fn expire_reservations(&mut self) {
         for peer in self.relaying.server.expire() {
             self.update_kept(peer);
@@ -448,12 +452,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_that_nobody_asked_to_relay_gives_little() {
+    fn a_node_that_was_not_told_to_relay_has_small_limits() {
         let mut config = Config::new(Keypair::generate_ed25519());
         assert_eq!(limits(&config), modest());
         assert!(modest().daily_bytes <= 10 << 30 && modest().rate <= 1 << 20);
-        // Limits that the operator sets are used as they are, and so are the default limits once the operator turns
-        // relaying on.
+        // Limits set by the operator are used unchanged. So are the default limits if the operator turns relaying on.
         config.relay_limits.rate = 7;
         assert_eq!(limits(&config).rate, 7);
         assert_eq!(limits(&config).circuits, RelayLimits::default().circuits);

@@ -1,4 +1,4 @@
-//! What the driver tells of itself: peers and their paths, limits and their use, reachability.
+//! The driver's reports: peers and their paths, limits and their use, reachability.
 
 use std::{
     convert::Infallible,
@@ -18,7 +18,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// The connected peers.
+    /// Returns the connected peers.
     pub(super) fn peer_infos(&self) -> Vec<PeerInfo> {
         self.peers
             .iter()
@@ -37,7 +37,7 @@ where
             .collect()
     }
 
-    /// The connections to a peer, best first.
+    /// Returns the connections to a peer, best first.
     fn paths(&self, id: &PeerId, peer: &Peer) -> Vec<PathInfo> {
         let streams = &self.swarm.behaviour().streams;
         let mut paths: Vec<_> = peer
@@ -98,7 +98,7 @@ where
         ));
         all.extend(self.relaying.server.limits());
         all.extend(self.gate.limits(Instant::now()));
-        all.extend(self.dialling.names.limits(Instant::now()));
+        all.extend(self.dialing.names.limits(Instant::now()));
         all
     }
 

@@ -1,4 +1,4 @@
-//! The swarm as the driver builds it: its behaviours and its transport.
+//! The swarm that the driver builds: its behaviours and its transport.
 
 use std::{convert::Infallible, num::NonZeroU8, time::Duration};
 
@@ -20,13 +20,14 @@ use crate::{
     transport::{self, lane, quic::Sockets, tls::Tls, websocket::Door},
 };
 
-/// A connection that nothing uses is closed after this. Long enough that a mesh of a few nodes stays connected between look-ups.
+/// Time after which an unused connection is closed. It is long enough that a mesh of a few nodes stays connected
+/// between lookups.
 const IDLE: Duration = Duration::from_secs(300);
 
 /// Streams that a peer may be negotiating on a connection.
 const MAX_NEGOTIATING: usize = 64;
 
-/// Addresses of a peer dialled at a time: a dead one does not hold up those after it.
+/// Addresses of a peer dialed at a time, so that a dead address does not delay those after it.
 const CONCURRENT_ADDRESSES: u8 = 16;
 
 /// The behaviours of a node.
@@ -63,9 +64,9 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> Behaviour<E> {
         let identify = identify::Config::new("/weft/1".to_owned(), config.key.public())
             .with_agent_version(config.agent.clone())
             .with_push_listen_addr_updates(true)
-            // What strangers are told is among the external addresses.
+            // Addresses for unknown peers are among the external addresses.
             .with_hide_listen_addrs(true)
-            // Its cache would tell the other behaviours of an address only once, however often the peer comes back.
+            // With a cache, the other behaviours would learn an address only once, even if the peer reconnects.
             .with_cache_size(0);
         let streams =
             streams::Behaviour::new(protocols, budget.limits.streams, budget.memory.clone());
@@ -82,18 +83,18 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> Behaviour<E> {
     }
 }
 
-/// What the transport shares with the driver.
+/// Parts that the transport shares with the driver.
 pub(super) struct SharedParts {
     pub(super) tls: Tls,
     pub(super) sockets: Sockets,
     pub(super) access: access::Shared,
     pub(super) gate: Gate,
     pub(super) circuits: Circuits,
-    /// Where lanes go that arrive; `None`: none are taken.
+    /// Receiver of incoming lanes; `None`: lanes are not accepted.
     pub(super) lanes: Option<lane::Arrivals>,
 }
 
-/// Makes the swarm; it listens on circuits only.
+/// Makes the swarm. It listens only on circuits.
 pub(super) fn build<E: NetworkBehaviour<ToSwarm = Infallible>>(
     config: &Config,
     budget: &Budget,
@@ -105,7 +106,7 @@ pub(super) fn build<E: NetworkBehaviour<ToSwarm = Infallible>>(
         tls: shared.tls,
         certificate: config.certificate.as_ref(),
         sockets: shared.sockets,
-        dialled: shared.gate.dialled(),
+        dialed: shared.gate.dialed(),
         access: shared.access.clone(),
         gate: shared.gate,
         door: Door {
@@ -119,7 +120,7 @@ pub(super) fn build<E: NetworkBehaviour<ToSwarm = Infallible>>(
     let swarm_config = libp2p::swarm::Config::with_tokio_executor()
         .with_idle_connection_timeout(IDLE)
         .with_dial_concurrency_factor(NonZeroU8::new(CONCURRENT_ADDRESSES).expect("not zero"))
-        // One protocol is asked for at a time: no need to wait for the answer before using the stream.
+        // A stream negotiates one protocol, so the dialer need not wait for the answer before using the stream.
         .with_substream_upgrade_protocol_override(Version::V1Lazy)
         .with_max_negotiating_inbound_streams(MAX_NEGOTIATING);
     let mut swarm = Swarm::new(

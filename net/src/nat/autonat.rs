@@ -1,10 +1,11 @@
-//! AutoNAT v2 (<https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md>): asking others whether they reach us at an address, and
-//! answering that for others.
+//! AutoNAT v2 (<https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md>): asks servers whether they reach
+//! this node at an address, and answers such questions for other nodes.
 //!
-//! libp2p's own server dials whatever it is told, private addresses among them, as often as it is asked; its client never asks again. Here the server
-//! dials public addresses only, within rates in all, of one peer and of one network; and what the client has learnt is asked again ([`Verdicts`]).
+//! libp2p's own server dials any address that it is asked to dial, even a private one, as often as it is asked; its
+//! client never asks again. This server dials only public addresses, within rates in total, per peer and per network.
+//! This client repeats its questions ([`Verdicts`]).
 //!
-//! The exchanges and the bookkeeping are here, without dialling: that is the driver's.
+//! This module has the exchanges and the bookkeeping. The driver dials.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -26,42 +27,43 @@ use crate::{
     AutonatLimits, Transport,
     address::{is_public, network, socket},
     exchange::{self, ExchangeError, within},
-    policy::gate::dialled::Dialled,
+    policy::gate::dialed::Dialed,
 };
 
-/// From a client to a server.
+/// The protocol from a client to a server.
 pub(crate) const DIAL_REQUEST: StreamProtocol =
     StreamProtocol::new("/libp2p/autonat/2/dial-request");
 
-/// From a server to a client, on the connection that it has dialled.
+/// The protocol from a server to a client, on the connection that the server has dialed.
 pub(crate) const DIAL_BACK: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-back");
 
-/// Bytes in a message.
+/// Largest message, in bytes.
 const MAX_MESSAGE: usize = 8 * 1024;
 
-/// How long the other side may take for a message.
+/// Time that the remote end may take for a message.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long the whole of an exchange may take at the client: the server's dial is part of it.
+/// Time that a whole exchange may take at the client; it includes the server's dial.
 const EXCHANGE: Duration = Duration::from_secs(30);
 
-/// How long a server may take to dial.
+/// Time that a server may take to dial.
 pub(crate) const DIAL: Duration = Duration::from_secs(10);
 
-/// Addresses read from a request.
+/// Most addresses read from a request.
 const MAX_ADDRESSES: usize = 16;
 
-/// What a client has to send before an address is dialled where it is not seen itself: more than the dial sends there, so that nobody has us
-/// multiply what he sends to a third party. The least and the most, between which the amount is drawn.
+/// Bytes that a client has to send before the server dials an address at which it does not see the client. They are
+/// more than the dial sends there, so that no client can use this node to amplify traffic to a third party. The amount
+/// is drawn between these two.
 const DATA: (u64, u64) = (30_000, 100_000);
 
-/// The most that a client sends on demand. A little more than a server may ask for.
+/// Most bytes that a client sends on demand: a little more than a server may ask for.
 const MAX_DATA: u64 = 120_000;
 
-/// Bytes of it in a message.
+/// Bytes of this data in one message.
 const DATA_CHUNK: usize = 4096;
 
-/// Why nothing is known.
+/// The reason that an exchange had no result.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AutonatError {
     #[error(transparent)]
@@ -88,7 +90,8 @@ where
     Ok(within(PATIENCE, exchange::send(stream, &message, MAX_MESSAGE)).await?)
 }
 
-/// Asks a server whether it reaches `address`. `true`: it says so, which counts only if its dial has come ([`answer`]).
+/// Asks a server whether it reaches `address`. A result of `true` is the server's claim; it counts only if the server's
+/// dial has arrived ([`answer`]).
 pub(crate) async fn ask<S>(
     mut stream: S,
     address: &Multiaddr,
@@ -143,18 +146,19 @@ where
     Ok(())
 }
 
-/// What a client wants to have dialled.
+/// An address that a client asks the server to dial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) address: Multiaddr,
     index: u32,
     pub(crate) nonce: u64,
-    /// The client is not seen there.
+    /// True if the server does not see the client at this address, so that the client has to send data first.
     elsewhere: bool,
 }
 
-/// The server's part until it dials: reads the request, and takes what it is sent in advance. `from`: where the client is seen; `mine`: where we are, to ourselves and to
-/// others. `Ok(None)`: refused, and said so.
+/// Runs the server's part until it dials: reads the request, and the data that the client has to send first. `from` is
+/// the IP address of the client; `mine` are the IP addresses of this node, as seen by itself and by others. Returns
+/// `Ok(None)` if the request was refused; the client has been told.
 pub(crate) async fn receive<S>(
     stream: &mut S,
     from: IpAddr,
@@ -189,7 +193,7 @@ where
             let Msg::DataResponse(response) = next(stream).await? else {
                 return Err(AutonatError::Malformed);
             };
-            // An empty one would have us wait without end.
+            // An empty message would make the server wait without end.
             if response.data.is_empty() || response.data.len() > DATA_CHUNK {
                 return Err(AutonatError::Malformed);
             }
@@ -199,7 +203,8 @@ where
     Ok(Some(wanted))
 }
 
-/// The first address that may be dialled: public, and not where we are ourselves, because what is tried within a network says nothing about it from outside.
+/// Returns the first address that may be dialed. It is public, and at none of this node's own IP addresses: a dial
+/// within a network does not show whether the address is reachable from outside.
 fn choose(request: &AutonatDialRequest, from: IpAddr, mine: &HashSet<IpAddr>) -> Option<Wanted> {
     let addresses = request.addrs.iter().take(MAX_ADDRESSES).enumerate();
     addresses
@@ -217,17 +222,18 @@ fn choose(request: &AutonatDialRequest, from: IpAddr, mine: &HashSet<IpAddr>) ->
         .next()
 }
 
-/// The server's answer, once it has dialled. `dialled`: a connection came about; `told`: the nonce went through as well.
+/// Sends the server's answer after the dial. `dialed`: a connection was opened; `nonce_sent`: the nonce was delivered
+/// as well.
 pub(crate) async fn respond<S>(
     stream: &mut S,
     wanted: &Wanted,
-    dialled: bool,
+    dialed: bool,
     told: bool,
 ) -> Result<(), AutonatError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let status = match (dialled, told) {
+    let status = match (dialed, told) {
         (true, true) => AutonatDialStatus::Ok,
         (true, false) => AutonatDialStatus::DialBackError,
         (false, _) => AutonatDialStatus::DialError,
@@ -242,7 +248,7 @@ where
     Ok(())
 }
 
-/// At the server: refuses a request that is over a limit.
+/// Refuses a request, at the server, because a limit is reached.
 pub(crate) async fn reject<S>(stream: &mut S) -> Result<(), AutonatError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -256,7 +262,7 @@ where
     Ok(())
 }
 
-/// At the server, on the connection that it has dialled: proves that it came from us.
+/// Sends the nonce, at the server, on the connection that it has dialed. It proves that the dial came from this server.
 pub(crate) async fn call<S>(mut stream: S, nonce: u64) -> Result<(), AutonatError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -269,7 +275,8 @@ where
     Ok(within(PATIENCE, exchange).await?)
 }
 
-/// At the client: the nonce that a server's dial brings. The answer follows when it is one of ours ([`acknowledge`]).
+/// Reads the nonce, at the client, from a connection that a server dialed. If it is a nonce of this client,
+/// [`acknowledge`] follows.
 pub(crate) async fn answer<S>(stream: &mut S) -> Result<u64, AutonatError>
 where
     S: AsyncRead + Unpin,
@@ -278,7 +285,7 @@ where
     Ok(message.nonce)
 }
 
-/// The nonce was ours.
+/// Confirms to the server that the nonce was this client's.
 pub(crate) async fn acknowledge<S>(mut stream: S) -> Result<(), AutonatError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -292,11 +299,11 @@ where
     Ok(within(PATIENCE, exchange).await?)
 }
 
-/// What serving others may come to.
+/// Limits on dials for clients.
 #[derive(Debug)]
 pub(crate) struct Bounds {
     limits: AutonatLimits,
-    /// Who was served in the last minute, from which network, and when.
+    /// Clients served in the last minute, with their network and the time.
     served: VecDeque<(PeerId, IpAddr, Instant)>,
     under_way: usize,
     refused: u64,
@@ -314,7 +321,7 @@ impl Bounds {
         }
     }
 
-    /// Whether to serve `peer`, which is at `from`; [`ended`](Self::ended) must follow if so.
+    /// Returns true if `peer`, at the IP address `from`, may be served; then [`ended`](Self::ended) must follow.
     pub(crate) fn begin(&mut self, peer: PeerId, from: IpAddr, now: Instant) -> bool {
         while self
             .served
@@ -339,7 +346,7 @@ impl Bounds {
         allowed
     }
 
-    /// Served in the last minute, under way now, and refused since the start.
+    /// Returns the numbers of requests served in the last minute, under way now, and refused since the start.
     pub(crate) fn used(&self, now: Instant) -> (usize, usize, u64) {
         let lately = self
             .served
@@ -362,9 +369,9 @@ impl Bounds {
 pub(crate) struct DialQuestion {
     pub(crate) at: SocketAddr,
     pub(crate) transport: Transport,
-    /// The address is one of our interfaces'.
+    /// True if the address is one of this node's interfaces.
     pub(crate) own: bool,
-    /// No NAT is before it, or a gateway forwards it for everybody.
+    /// True if there is no NAT before the address, or a gateway forwards it for all senders.
     pub(crate) open: bool,
     /// Time of the question.
     pub(crate) since: Instant,
@@ -383,22 +390,23 @@ pub(crate) struct Inbound {
 /// The kind of dial-back that a server made, by its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Back {
-    /// From a machine that this node has sent to: a NAT or firewall may have taken it for the answer.
+    /// From an IP address to which this node has sent packets: a NAT or firewall may have taken the dial for an answer.
     Contact,
-    /// From such a machine, but from a port to which nothing was sent, and to an address with no NAT before it.
+    /// From such an IP address, but from a port to which nothing was sent, and to an address with no NAT before it.
     Open,
-    /// From a machine to which this node has sent nothing: any stranger gets in. Or openly, from a server that the user
-    /// chose.
+    /// From an IP address to which this node has sent nothing, so any peer gets in. Or as in [`Open`](Self::Open), from
+    /// a server that the user chose.
     Proven,
 }
 
 impl DialQuestion {
-    /// Returns how the server came back if it did so on this connection. `None`: the connection proves nothing. The
-    /// server knows the nonce from the request, so it can say it on any stream. `chosen`: the user named the server.
+    /// Returns the kind of dial-back if the server made it by this connection. Returns `None` if the connection proves
+    /// nothing: the server knows the nonce from the request, so it can send the nonce on any stream. `chosen`: the user
+    /// named the server.
     pub(crate) fn answered_by(
         &self,
         connection: &Inbound,
-        dialled: &Dialled,
+        dialed: &Dialed,
         chosen: bool,
         now: Instant,
     ) -> Option<Back> {
@@ -406,16 +414,16 @@ impl DialQuestion {
         let at = canonical(self.at);
         let there = match self.own {
             true => local == at,
-            // Through a NAT, the port may be another. It does not lead to a public address of ours.
+            // Behind a NAT the local port may differ. A NAT does not forward to a public address of this node.
             false => local.is_ipv4() == at.is_ipv4() && !is_public(&local.ip()),
         };
         let after = connection.since >= self.since;
         if !there || !after || connection.transport != self.transport || !is_public(&from.ip()) {
             return None;
         }
-        Some(if !dialled.contains(from.ip(), now) {
+        Some(if !dialed.contains(from.ip(), now) {
             Back::Proven
-        } else if self.open && !dialled.contains_socket(from, now) {
+        } else if self.open && !dialed.contains_socket(from, now) {
             match chosen {
                 true => Back::Proven,
                 false => Back::Open,
@@ -426,20 +434,21 @@ impl DialQuestion {
     }
 }
 
-/// Without an IPv4 address that an IPv6 address may be hiding.
+/// Returns the socket address with an IPv4-mapped IPv6 address replaced by the IPv4 address.
 fn canonical(at: SocketAddr) -> SocketAddr {
     SocketAddr::new(at.ip().to_canonical(), at.port())
 }
 
-/// How well an address of ours is known.
+/// How far an address of this node is known to be reachable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verdict {
-    /// A stranger has reached it; or, with no NAT before it, a server that the user chose, or two servers in different
-    /// networks, each from a port to which nothing was sent.
+    /// A peer to which this node has sent nothing has reached it. If there is no NAT before the address, dial-backs
+    /// from ports to which nothing was sent count too: one by a server that the user chose, or two by servers in
+    /// different networks.
     Reached,
-    /// Only peers that we have sent to reach it: a NAT or firewall lets their answers in.
+    /// Only peers to which this node has sent packets reach it: a NAT or firewall lets their answers in.
     ByContacts,
-    /// Two servers in different places have tried in vain.
+    /// Two servers with different IP addresses failed to reach it.
     Unreachable,
 }
 
@@ -453,27 +462,27 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// When an address that was reached is tried again.
+/// Pause before an address that was reached is checked again.
 const AGAIN: Duration = Duration::from_secs(600);
 
-/// The first and the longest pause before another try of one that was not.
+/// The first and the longest pause before an address that was not reached is checked again.
 const RETRY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(1800));
 
-/// Places that have to have tried in vain.
+/// Number of servers with different IP addresses that must have failed.
 const IN_VAIN: usize = 2;
 
-/// Networks of servers that must have come back where each of them alone may have got in as a contact.
+/// Number of networks from which servers must have come back, if each of them alone may have got in as a contact.
 const OPEN: usize = 2;
 
-/// Addresses whose verdicts are kept.
+/// Most addresses whose verdicts are kept.
 const MAX_KNOWN: usize = 32;
 
 #[derive(Debug)]
 struct Known {
     verdict: Option<Verdict>,
-    /// Servers' places that have tried in vain since the last time that one did not.
+    /// IP addresses of servers that have failed since the last success.
     in_vain: HashSet<IpAddr>,
-    /// Networks from which contacts came back as no firewall that counts ports lets in.
+    /// Networks from which contacts made a dial-back that a port-dependent firewall would not let in.
     open: HashSet<IpAddr>,
     next: Instant,
     pause: Duration,
@@ -488,20 +497,20 @@ pub(crate) struct Tried {
 }
 
 impl Tried {
-    /// Returns true if a server at this IP address is among them.
+    /// Returns true if the server at this IP address need not be asked.
     pub(crate) fn covers(&self, place: &IpAddr) -> bool {
         self.in_vain.contains(place) || self.open.contains(&network(*place))
     }
 }
 
-/// What is known of each address of ours, and when to ask again. A state machine without I/O.
+/// The verdict on each address of this node, and the time to ask again. A state machine without I/O.
 #[derive(Debug, Default)]
 pub(crate) struct Verdicts {
     known: HashMap<Multiaddr, Known>,
 }
 
 impl Verdicts {
-    /// The addresses among `candidates` to ask about now, and forgets all that are not among them.
+    /// Returns the addresses among `candidates` to ask about now, and forgets all addresses not among them.
     pub(crate) fn due(&mut self, candidates: &[Multiaddr], now: Instant) -> Vec<Multiaddr> {
         self.known
             .retain(|address, known| known.asking || candidates.contains(address));
@@ -532,15 +541,15 @@ impl Verdicts {
         known.unwrap_or_default()
     }
 
-    /// A server is being asked about `address`; [`told`](Self::told) must follow.
+    /// Records that a server is being asked about `address`; [`record`](Self::record) must follow.
     pub(crate) fn ask(&mut self, address: &Multiaddr) {
         if let Some(known) = self.known.get_mut(address) {
             known.asking = true;
         }
     }
 
-    /// Records what the server at `place` found: how it came back, and from which IP address, or `None` if it tried in
-    /// vain. Returns true if the verdict has changed.
+    /// Records the result of the server at IP address `server`: the kind of dial-back and its source, or `None` if the
+    /// server failed to reach the address. Returns true if the verdict has changed.
     pub(crate) fn told(
         &mut self,
         address: &Multiaddr,
@@ -560,14 +569,14 @@ impl Verdicts {
                 if back == Back::Open && known.verdict != Some(Verdict::Reached) {
                     known.open.insert(network(from));
                 }
-                // A contact says nothing against a stranger that got in.
+                // A dial-back from a contact does not contradict an earlier one from an unknown peer.
                 let before = known.verdict == Some(Verdict::Reached);
                 if before || back == Back::Proven || known.open.len() >= OPEN {
                     known.open.clear();
                     Some(Verdict::Reached)
                 } else {
                     if back == Back::Open {
-                        // A server in another network is asked soon.
+                        // Ask a server in another network soon.
                         known.next = now;
                     }
                     Some(Verdict::ByContacts)
@@ -576,7 +585,7 @@ impl Verdicts {
             None => {
                 known.in_vain.insert(place);
                 if known.in_vain.len() < IN_VAIN {
-                    // Somebody else is asked soon.
+                    // Ask another server soon.
                     known.next = now;
                     known.verdict
                 } else {
@@ -591,7 +600,7 @@ impl Verdicts {
         std::mem::replace(&mut known.verdict, verdict) != verdict
     }
 
-    /// Nobody could be asked, or the one asked did not answer.
+    /// Postpones the question: no server could be asked, or the server did not answer.
     pub(crate) fn put_off(&mut self, address: &Multiaddr, now: Instant) {
         if let Some(known) = self.known.get_mut(address) {
             known.asking = false;
@@ -599,7 +608,7 @@ impl Verdicts {
         }
     }
 
-    /// The network is another one: what was known may not hold any more.
+    /// Checks all addresses again soon, because the network has changed and verdicts may no longer hold.
     pub(crate) fn ask_again(&mut self, now: Instant) {
         for known in self.known.values_mut() {
             known.next = known.next.min(now);

@@ -1,7 +1,7 @@
-//! Reaching nodes behind NATs: what others see of this node, which of its addresses they reach, ports that the gateway
-//! forwards, and hole punching with the search for a port.
+//! Reaching nodes behind NATs: how other peers see this node, which of its addresses they reach, port mappings, and
+//! hole punching with its search for a port.
 //!
-//! Exchanges and bookkeeping only; the driver decides when, and dials.
+//! This module has exchanges and bookkeeping only; the driver decides when to use them, and dials.
 
 pub(crate) mod autonat;
 pub(crate) mod port_mapping;

@@ -1,7 +1,7 @@
-//! Ports that the gateway of our network forwards to us: PCP, NAT-PMP and UPnP, by the `portmapper` crate.
+//! Ports that the gateway of this node's network forwards to it: PCP, NAT-PMP and UPnP, by the `portmapper` crate.
 //!
-//! That crate tries once, and believes in what it got until half of the lease is over. A gateway that comes later, restarts, or changes with the
-//! network is found here by asking again.
+//! The crate asks once, and trusts its mapping until half of the lease is over. This module asks again, so that it
+//! finds a gateway that appears later, restarts, or changes with the network.
 
 use std::{
     net::{SocketAddr, SocketAddrV4},
@@ -18,25 +18,26 @@ use tokio::{
 
 use crate::Transport;
 
-/// How often a gateway that gave nothing is asked again.
+/// Pause before a gateway that gave no mapping is asked again.
 const AGAIN: Duration = Duration::from_secs(120);
 
-/// How long the crate has to send the release of a mapping, which nothing tells the end of: a packet or two to the next router.
+/// Time that the crate has to send the release of a mapping: a packet or two to the next router. The crate does not
+/// report when it is sent.
 const RELEASE: Duration = Duration::from_millis(200);
 
-/// What became of the port of a transport: where it is reached from outside, or that it is not any more.
+/// The current mapping of a transport's port: its external address, or `None` if it is not mapped any more.
 pub(crate) type Mapped = (Transport, Option<SocketAddr>);
 
 /// Keeps one port mapped, until dropped or [released](Self::release).
 #[derive(Debug)]
 pub(crate) struct PortMapping {
-    /// Changes with our network; its end is that of the mapping.
+    /// Signals a change of this node's network. Dropping it ends the mapping.
     changes: watch::Sender<()>,
     task: JoinHandle<()>,
 }
 
 impl PortMapping {
-    /// Keeps `port` of `transport` mapped, and says to `told` what becomes of it.
+    /// Keeps `port` of `transport` mapped, and sends each change of the mapping to `updates`.
     pub(crate) fn start(
         transport: Transport,
         port: NonZeroU16,
@@ -49,15 +50,15 @@ impl PortMapping {
         }
     }
 
-    /// Our network is another one now, perhaps with another gateway.
+    /// Reports that this node's network has changed, perhaps with another gateway.
     pub(crate) fn network_changed(&self) {
         self.changes.send_replace(());
     }
 
-    /// Has the gateway forget it.
+    /// Makes the gateway remove the mapping.
     pub(crate) async fn release(self) {
         drop(self.changes);
-        // It takes as long as it takes to send, and ends by itself.
+        // The task ends by itself after the release has been sent.
         let _ = self.task.await;
     }
 }
@@ -72,7 +73,7 @@ async fn keep(
     let client = Client::new(Config {
         enable_upnp: true,
         enable_pcp: true,
-        // It releases TCP mappings as if they were UDP's.
+        // The crate's NAT-PMP client releases TCP mappings as UDP mappings.
         enable_nat_pmp: !tcp,
         protocol: if tcp { Protocol::Tcp } else { Protocol::Udp },
     });
@@ -121,8 +122,8 @@ async fn keep(
     }
 }
 
-/// Asks which protocols the gateway speaks: without this, only UPnP is tried. That there is no gateway is no error. `false` if the mapping is not wanted
-/// any more.
+/// Finds out which protocols the gateway speaks; without this, the crate tries only UPnP. Finding no gateway is not an
+/// error. Returns false if the mapping is no longer wanted.
 async fn probe(client: &Client, changes: &watch::Receiver<()>) -> bool {
     let mut changes = changes.clone();
     let ended = async { while changes.changed().await.is_ok() {} };

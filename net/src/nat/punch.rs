@@ -1,10 +1,12 @@
-//! Opening a direct connection where both sides are behind NATs: the exchange over the relayed one, and when to try again.
+//! Hole punching: the exchange over a relayed connection that opens a direct connection between two nodes behind NATs,
+//! and the schedule of attempts.
 //!
-//! The idea is DCUtR's: over the relayed connection both sides learn where the other may be reached, agree on an instant, and dial at once, so
-//! that each one's packets open its own NAT for the other's. It differs in what is dialled: the raw observations of [`Reach`](crate::nat::reach),
-//! the addresses of our interfaces if they are public, and the private ones only while no peer from outside our own
-//! networks has been met; TCP and QUIC
-//! together; an ordinary dial is part of every attempt, so that a side that is reachable is reached whichever side began.
+//! The idea is DCUtR's. Over the relayed connection both sides learn the other's addresses, agree on a moment, and dial
+//! at once, so that each side's packets open its own NAT for the other side. It differs from DCUtR in what is dialed.
+//! Candidates are the raw observations of [`Reach`](crate::nat::reach), and public addresses of this node's interfaces.
+//! Private addresses are included only while no peer from outside this node's networks has been met. TCP and QUIC are
+//! dialed together. An ordinary dial is part of every attempt, so that a reachable side is reached no matter which side
+//! began.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,49 +26,49 @@ use crate::{
     nat::search::{self, SearchToken},
 };
 
-/// The protocol's name.
+/// Name of the protocol.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/punch/1");
 
-/// Bytes in a message.
+/// Largest message, in bytes.
 const MAX_MESSAGE: usize = 4096;
 
-/// Addresses in a message.
+/// Most addresses in a message.
 pub(crate) const MAX_ADDRESSES: usize = 16;
 
-/// Of these, IP addresses of one family that are dialled, and ports at one for each transport.
+/// Most IP addresses of one family that are dialed, and most ports at each for one transport.
 const MAX_PLACES: usize = 2;
 const MAX_PORTS: usize = 3;
 
-/// How long the other side may take for a message.
+/// Time that the remote end may take for an exchange.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long an attempt takes to show: from the exchange to a connection.
+/// Time from the exchange within which an attempt has to lead to a connection.
 pub(crate) const ATTEMPT: Duration = Duration::from_secs(3);
 
-/// How long dialling has before a search begins.
+/// Time that dialing has before a search begins.
 pub(crate) const HEAD_START: Duration = Duration::from_millis(600);
 
-/// Candidates that change make the attempts begin anew: this often at first, while they become known, and then once in this time. Behind a symmetric
-/// NAT every new peer sees a new port.
+/// Changed candidates restart the attempts. This happens at once for the first four changes, while the candidates
+/// become known, and then at most once in this time. Behind a symmetric NAT every new peer sees a new port.
 const RESETS: u32 = 4;
 const RESET_AGAIN: Duration = Duration::from_secs(30);
 
 /// The first and the longest pause between attempts.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Where this side may be reached.
+/// The addresses at which this side may be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Candidates {
     pub(crate) addresses: Vec<Multiaddr>,
-    /// The mesh is our own networks: private addresses are told and dialled. Outside, whatever the other side says of
-    /// where it is, they are not: it may say what it likes. Two nodes behind one NAT find each other by mDNS.
+    /// True while the mesh is within this node's own networks. Only then private addresses are sent and dialed,
+    /// whatever the remote peer claims about its addresses. Two nodes behind one NAT find each other by mDNS.
     pub(crate) near: bool,
-    /// How the NAT maps our QUIC port on IPv4.
+    /// How the NAT maps this node's QUIC port on IPv4.
     pub(crate) udp: UdpMapping,
 }
 
 impl Candidates {
-    /// Returns true if the same is told, in any order.
+    /// Returns true if both have the same addresses in any order, and the same mapping.
     fn is_like(&self, other: &Self) -> bool {
         let sorted = |all: &[Multiaddr]| {
             let mut all: Vec<_> = all.iter().map(Multiaddr::to_vec).collect();
@@ -78,23 +80,23 @@ impl Candidates {
     }
 }
 
-/// A search for a port, to be begun if dialling does not do.
+/// A search for a port, to be begun if dialing fails.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Search {
-    /// By opening many ports, because ours are never the same.
+    /// Opens many ports, because the NAT of this side maps each destination to another port.
     OpenMany {
         targets: Vec<SocketAddr>,
         token: SearchToken,
     },
-    /// By trying many of the other side's.
+    /// Tries many ports of the remote side.
     TryMany {
-        /// Address at which the other side was last seen.
+        /// Address at which the remote side was last seen.
         target: SocketAddr,
         token: SearchToken,
     },
 }
 
-/// What an exchange came to: what to dial, in which role, and when.
+/// The result of an exchange: what to dial, in which role, and when.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) addresses: Vec<Multiaddr>,
@@ -104,16 +106,16 @@ pub(crate) struct Plan {
     pub(crate) search: Option<Search>,
 }
 
-/// Why an exchange failed.
+/// The reason that an exchange failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PunchError {
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
-    #[error("the other side names no address that can be dialled from here")]
+    #[error("the other side names no address that can be dialed from here")]
     NoAddress,
 }
 
-/// The side that dialled the relayed connection.
+/// Runs the exchange on the side that dialed the relayed connection.
 pub(crate) async fn initiate<S>(mut stream: S, mine: &Candidates) -> Result<Plan, PunchError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -130,7 +132,7 @@ where
         let answer: PunchAnswer = exchange::receive(&mut stream, MAX_MESSAGE).await?;
         let round_trip = begin.elapsed();
         let theirs = decode(&answer.addresses);
-        // All that is told was told at once.
+        // The offer already held all addresses.
         let go = PunchGo::default();
         exchange::send(&mut stream, &go, MAX_MESSAGE).await?;
         let addresses = dialable(theirs, mine.near)?;
@@ -144,7 +146,7 @@ where
     within(PATIENCE, exchange).await
 }
 
-/// The other side.
+/// Runs the exchange on the side that accepted the relayed connection.
 pub(crate) async fn respond<S>(mut stream: S, mine: &Candidates) -> Result<Plan, PunchError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -160,7 +162,7 @@ where
         let go: PunchGo = exchange::receive(&mut stream, MAX_MESSAGE).await?;
         theirs.extend(decode(&go.addresses));
         let addresses = dialable(theirs, mine.near)?;
-        // Without a token there is nothing to search with.
+        // Without a token no search is possible.
         let token = SearchToken::try_from(offer.token.as_ref()).ok();
         Ok(Plan {
             search: token
@@ -181,7 +183,7 @@ fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
         .collect()
 }
 
-/// The addresses among them that a socket can be opened to.
+/// Returns the addresses that are plain sockets.
 fn decode(addresses: &[Bytes]) -> Vec<Multiaddr> {
     addresses
         .iter()
@@ -191,8 +193,9 @@ fn decode(addresses: &[Bytes]) -> Vec<Multiaddr> {
         .collect()
 }
 
-/// What of the other side's addresses leads to it from here. A stranger's private addresses would lead to a neighbour of ours; and public ones may be somebody else's, so
-/// there are not to be many.
+/// Returns those of the remote side's addresses that may lead to it from here. Private addresses could lead to a
+/// neighbour of this node, and are dialed only in a mesh of its own networks. Public addresses could belong to a third
+/// party, so their number is limited.
 fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchError> {
     let mut seen = HashSet::new();
     let mut places: HashMap<(bool, bool), HashSet<IpAddr>> = HashMap::new();
@@ -203,8 +206,8 @@ fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchE
         };
         let kind = (at.is_ipv4(), is_public(&at.ip()));
         let places = places.entry(kind).or_default();
-        // Of private ones the gate takes as many that can lead there: here, bridges of containers would hide the
-        // others.
+        // Private IP addresses are not limited here, because container bridges could displace the others. The address
+        // gate limits them, after it has sorted out the ones that cannot lead to the peer.
         let most = match kind.1 {
             true => MAX_PLACES,
             false => MAX_ADDRESSES,
@@ -230,7 +233,7 @@ fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchE
     Ok(all)
 }
 
-/// The search that leads from here to the other side, if one can.
+/// Returns the search that can find the remote side from here, if any.
 fn search_for(
     mine: UdpMapping,
     theirs: UdpMapping,
@@ -255,8 +258,8 @@ fn search_for(
     }
 }
 
-/// Splits by transport, and private from public: each part is a dial of its own, so that none waits for another, and none ends because at a
-/// private address somebody else answered.
+/// Splits addresses by transport, and public from private ones. Each part is dialed by itself. So no part waits for
+/// another, and none fails because another peer answers at a private address.
 pub(crate) fn parts(addresses: &[Multiaddr]) -> Vec<(Transport, Vec<Multiaddr>)> {
     let kinds = [Transport::Quic, Transport::Tcp]
         .into_iter()
@@ -273,13 +276,13 @@ pub(crate) fn parts(addresses: &[Multiaddr]) -> Vec<(Transport, Vec<Multiaddr>)>
         .collect()
 }
 
-/// When to try to punch to one peer.
+/// The schedule of hole punching with one peer.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     next: Instant,
     pause: Duration,
     running: bool,
-    /// When candidates that changed last made it begin anew, and how often they have.
+    /// Time of the last restart because of changed candidates.
     reset: Instant,
     resets: u32,
     candidates: Candidates,
@@ -297,7 +300,7 @@ impl Schedule {
         }
     }
 
-    /// Whether to try now, with these candidates. New ones are a reason to begin anew.
+    /// Returns true if an attempt is due with these candidates. Changed candidates restart the schedule.
     pub(crate) fn is_due(&mut self, candidates: &Candidates, now: Instant) -> bool {
         if candidates.addresses.is_empty() {
             return false;
@@ -313,17 +316,17 @@ impl Schedule {
         !self.running && self.next <= now
     }
 
-    /// An exchange begins; [`exchanged`](Self::exchanged) must follow.
+    /// Records that an exchange begins; [`exchanged`](Self::exchanged) must follow.
     pub(crate) fn begin(&mut self) {
         self.running = true;
     }
 
-    /// Whether an exchange is under way.
+    /// Returns true while an exchange is under way.
     pub(crate) fn is_running(&self) -> bool {
         self.running
     }
 
-    /// The exchange is over, and what follows takes as long as `attempt` to show.
+    /// Records the end of an exchange; the attempt that follows takes up to `attempt`.
     pub(crate) fn exchanged(&mut self, attempt: Duration, now: Instant) {
         self.running = false;
         self.next = now + attempt + self.pause;
@@ -355,7 +358,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_sides_learn_what_the_other_tells() {
+    async fn both_sides_learn_the_addresses_of_the_other() {
         let one = candidates(&["/ip4/1.1.1.1/tcp/1", "/ip4/1.1.1.1/udp/1/quic-v1"]);
         let other = candidates(&["/ip4/2.2.2.2/tcp/2"]);
         let [at_one, at_other] = exchange(&one, &other).await.map(Result::unwrap);
@@ -371,7 +374,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn in_a_mesh_of_our_own_networks_private_addresses_are_dialled() {
+    async fn in_a_mesh_of_our_own_networks_private_addresses_are_dialed() {
         let near = |address: &str| Candidates {
             near: true,
             ..candidates(&[address])
@@ -383,8 +386,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_peer_that_claims_our_public_address_has_no_private_address_dialled() {
-        // At 6.6.6.6 in truth.
+    async fn a_peer_that_claims_our_public_address_has_no_private_address_dialed() {
+        // The peer is really at 6.6.6.6.
         let liar = candidates(&[
             "/ip4/1.1.1.1/tcp/1",
             "/ip4/127.0.0.1/tcp/6379",
@@ -398,7 +401,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bridges_of_containers_do_not_hide_the_address_on_a_network_of_ours() {
+    async fn container_bridges_do_not_displace_the_address_on_our_network() {
         let near = |all: &[&str]| Candidates {
             near: true,
             ..candidates(all)
@@ -411,12 +414,12 @@ mod tests {
             "/ip4/192.168.77.2/tcp/1",
         ]);
         let [at_one, _] = exchange(&one, &other).await.map(Result::unwrap);
-        // The gate takes two that can lead there.
+        // The address gate admits two of them.
         assert_eq!(at_one.addresses, other.addresses);
     }
 
     #[tokio::test]
-    async fn addresses_that_lead_to_our_neighbours_are_not_dialled() {
+    async fn addresses_that_lead_to_our_neighbours_are_not_dialed() {
         let one = candidates(&["/ip4/1.1.1.1/tcp/1"]);
         let liar = candidates(&[
             "/ip4/10.0.0.7/tcp/1",
@@ -464,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_from_a_peer_is_bounded() {
+    fn the_number_of_addresses_taken_from_a_peer_is_bounded() {
         let many: Vec<Multiaddr> = (1..100)
             .map(|port| format!("/ip4/1.1.1.1/tcp/{port}").parse().unwrap())
             .collect();
@@ -478,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn attempts_are_paced_and_new_candidates_begin_anew() {
+    fn attempts_have_growing_pauses_and_new_candidates_restart_them() {
         let mut now = Instant::now();
         let mut schedule = Schedule::new(now);
         assert!(!schedule.is_due(&Candidates::default(), now));
@@ -495,7 +498,7 @@ mod tests {
         schedule.begin();
         schedule.exchanged(ATTEMPT, now);
         assert!(!schedule.is_due(&mine, now));
-        // Somebody who tells of another port each time does not keep us at it.
+        // A peer that reports another port each time does not keep this node punching.
         let other = |port: u32| candidates(&[&format!("/ip4/1.1.1.1/tcp/{port}")]);
         for port in 2..=RESETS {
             assert!(schedule.is_due(&other(port), now));

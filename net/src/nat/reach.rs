@@ -1,8 +1,8 @@
-//! What others see of us: our addresses from outside, and what kind of mapping the NAT before us makes.
+//! This node's addresses as other peers see them, and how its NAT maps ports.
 //!
-//! A state machine without I/O. Every peer that we reach from our listening port tells where it sees us (identify). libp2p replaces
-//! an observed port that it does not know by the listening port; here the observation is kept as it is, because the unknown port
-//! is what the NAT has mapped.
+//! A state machine without I/O. Every peer that this node dials from its listening port reports the address at which it
+//! sees the node (identify). libp2p replaces an observed port that it does not know by the listening port. Here the
+//! observation is kept unchanged, because the unknown port is the NAT mapping.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,18 +18,18 @@ use crate::{
     address::{is_public, network},
 };
 
-/// Observations kept; beyond, the oldest goes.
+/// Most observations kept; beyond it the oldest is dropped.
 const MAX_OBSERVATIONS: usize = 64;
 
-/// Addresses per transport that are given to a peer.
+/// Most addresses per transport that are given to a peer.
 const MAX_CANDIDATES: usize = 4;
 
-/// How the NAT before us maps a port (RFC 4787, section 4.1).
+/// How the NAT of this node maps a port (RFC 4787, section 4.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mapping {
-    /// Fewer than two observers in different places have told.
+    /// Fewer than two observers with different IP addresses have reported.
     Unknown,
-    /// What others see is an address of our own: there is no NAT.
+    /// Observers see an address of this node itself: there is no NAT.
     None,
     /// The same port for every destination.
     EndpointIndependent,
@@ -48,16 +48,16 @@ impl fmt::Display for Mapping {
     }
 }
 
-/// What a NAT or firewall lets in to a port from which something was sent (RFC 4787, section 5).
+/// The senders whose packets a NAT or firewall lets in to a port that has sent packets (RFC 4787, section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Filtering {
-    /// Nobody has tried yet.
+    /// No peer has tried yet.
     Unknown,
-    /// Everybody.
+    /// All senders.
     EndpointIndependent,
-    /// Whoever is at an IP address that was sent to.
+    /// Senders at an IP address to which packets were sent.
     AddressDependent,
-    /// Only answers.
+    /// Only senders of answers.
     AddressAndPortDependent,
 }
 
@@ -74,24 +74,25 @@ impl fmt::Display for Filtering {
 
 #[derive(Debug, Clone, Copy)]
 struct Observation {
-    /// Where the observer is: two at one address are one witness.
+    /// IP address of the observer; observers at one address count as one.
     observer: IpAddr,
     seen: SocketAddr,
     at: Instant,
-    /// One that we chose, such as a configured relay.
+    /// True if this node chose the observer, such as a configured relay.
     trusted: bool,
-    /// The observer is gone; kept until somebody else tells.
+    /// True once the observer is disconnected; the observation is kept until there is another one.
     stale: bool,
 }
 
-/// Where others see us.
+/// The addresses at which other peers see this node.
 #[derive(Debug, Default)]
 pub(crate) struct Reach {
     observations: HashMap<(PeerId, Transport, bool), Observation>,
 }
 
 impl Reach {
-    /// `peer`, which is at `observer`, sees our listening port of `transport` as `seen`; whether that is new. `trusted`: a peer that we chose.
+    /// Records that `peer`, at the IP address `observer`, sees the listening port of `transport` as `seen`. Returns
+    /// true if the address is new. `trusted`: this node chose the peer.
     pub(crate) fn observe(
         &mut self,
         peer: PeerId,
@@ -102,7 +103,7 @@ impl Reach {
     ) -> bool {
         let observer = observer.to_canonical();
         let seen = SocketAddr::new(seen.ip().to_canonical(), seen.port());
-        // Nobody sees a private address from outside the network that it is on.
+        // No observer outside a private network can see an address on it.
         if scope(&seen.ip()) < scope(&observer) {
             return false;
         }
@@ -131,7 +132,8 @@ impl Reach {
         new
     }
 
-    /// The observation to forget: the oldest from the network that has most of those that were not chosen.
+    /// Returns the observation to drop: the oldest one from the network with most observations by peers that were not
+    /// chosen.
     fn surplus(&self) -> Option<(PeerId, Transport, bool)> {
         let mut by_network: HashMap<IpAddr, usize> = HashMap::new();
         for observation in self.observations.values().filter(|o| !o.trusted) {
@@ -145,8 +147,8 @@ impl Reach {
         worst.map(|(key, _)| *key)
     }
 
-    /// What `peer` told is out of date: its connections are gone. The last witness is kept until there is another: an old address is better
-    /// than none.
+    /// Marks the observations of `peer` as out of date, because its connections are closed. The last observation is
+    /// kept until there is another, because an old address is better than none.
     pub(crate) fn forget(&mut self, peer: &PeerId) {
         let others: Vec<_> = self
             .observations
@@ -162,8 +164,8 @@ impl Reach {
         });
     }
 
-    /// The IP addresses that others see us at, if one that we chose or two in different places say so: one liar must not make a stranger look like
-    /// a neighbour.
+    /// Returns the IP addresses at which this node is seen, if a chosen observer reports them, or two observers with
+    /// different IP addresses. One observer that lies must not make an unknown peer look like a neighbour.
     pub(crate) fn seen_at(&self) -> HashSet<IpAddr> {
         let all = self.observations.values();
         all.filter(|o| {
@@ -177,8 +179,8 @@ impl Reach {
         .collect()
     }
 
-    /// Returns the addresses at which we may be reached from outside: those seen from most networks first, then the
-    /// latest. Many identities in one network are one witness.
+    /// Returns the addresses at which this node may be reached from outside. Those seen from most networks come first,
+    /// then the latest. All identities in one network count as one observer.
     pub(crate) fn candidates(&self, transport: Transport) -> Vec<SocketAddr> {
         let mut by_address: HashMap<SocketAddr, (HashSet<IpAddr>, Instant)> = HashMap::new();
         for ((_, known, _), observation) in &self.observations {
@@ -196,7 +198,8 @@ impl Reach {
         all.into_iter().map(|(address, _)| address).collect()
     }
 
-    /// How the NAT maps the listening port of `transport` (IPv4), if `own` are the addresses of our interfaces.
+    /// Returns how the NAT maps the listening port of `transport` (IPv4); `own` are the addresses of this node's
+    /// interfaces.
     pub(crate) fn mapping(&self, transport: Transport, own: &[IpAddr]) -> Mapping {
         let mut seen: Vec<_> = self
             .observations
@@ -204,7 +207,7 @@ impl Reach {
             .filter(|((_, known, v6), o)| *known == transport && !v6 && is_public(&o.observer))
             .map(|(_, observation)| observation)
             .collect();
-        // What strangers say counts only while there are not enough of the others.
+        // Reports by peers that were not chosen count only while there are too few others.
         let trusted = seen.iter().filter(|o| o.trusted).map(|o| o.observer);
         if trusted.collect::<HashSet<_>>().len() > 1 {
             seen.retain(|o| o.trusted);
@@ -230,7 +233,7 @@ impl Reach {
     }
 }
 
-/// How far an address can be seen: on this machine, on its network, everywhere.
+/// Returns how far an address can be seen: 0 on this machine, 1 on its network, 2 everywhere.
 fn scope(ip: &IpAddr) -> u8 {
     match ip {
         ip if ip.is_loopback() => 0,
@@ -256,12 +259,12 @@ mod tests {
     }
 
     #[test]
-    fn the_mapping_is_told_by_observers_in_different_places() {
+    fn the_mapping_is_known_from_observers_at_different_addresses() {
         let own = ["10.0.0.2".parse().unwrap()];
         let mapping = |observations: &[(&str, &str)]| reach(observations).mapping(Quic, &own);
         assert_eq!(mapping(&[]), Mapping::Unknown);
         assert_eq!(mapping(&[("1.1.1.1", "9.9.9.9:5")]), Mapping::Unknown);
-        // The same place twice: a NAT may map by destination address only.
+        // Two observers at one address: a NAT may map by destination address only.
         assert_eq!(
             mapping(&[("1.1.1.1", "9.9.9.9:5"), ("1.1.1.1", "9.9.9.9:5")]),
             Mapping::Unknown
@@ -285,7 +288,7 @@ mod tests {
         let all: Vec<_> = all.iter().map(|(at, seen)| (at.as_str(), *seen)).collect();
         let first = reach(&all).candidates(Quic)[0];
         assert_eq!(first, "9.9.9.9:5".parse().unwrap());
-        // Nor do they drive the others out.
+        // Nor do they displace the observations of others.
         let flood = (0..2 * MAX_OBSERVATIONS).map(|n| (format!("6.6.6.{}", n % 250), "7.7.7.7:1"));
         let flood: Vec<_> = flood.collect();
         let all = [("1.1.1.1", "9.9.9.9:5"), ("2.2.2.2", "9.9.9.9:5")];
@@ -313,10 +316,10 @@ mod tests {
         let nine = "9.9.9.9".parse().unwrap();
         assert_eq!(reach.seen_at(), HashSet::from([nine]));
         assert_eq!(reach.mapping(Quic, &own), Mapping::EndpointIndependent);
-        // Two strangers in different places are believed.
+        // Two peers with different addresses are believed.
         observe(&mut reach, "7.7.7.7", false, "6.6.6.6:7");
         assert_eq!(reach.seen_at().len(), 2);
-        // Who is gone is believed until somebody else tells.
+        // A disconnected observer is believed until another one reports.
         let peers: Vec<_> = reach.observations.keys().map(|(peer, ..)| *peer).collect();
         for peer in peers.iter().filter(|peer| **peer != last) {
             reach.forget(peer);
@@ -328,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn the_address_that_most_see_comes_first() {
+    fn the_address_that_most_observers_see_comes_first() {
         let reach = reach(&[
             ("1.1.1.1", "9.9.9.9:7"),
             ("2.2.2.2", "9.9.9.9:5"),
@@ -340,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_observers_tell_is_bounded() {
+    fn the_number_of_observations_is_bounded() {
         let mut reach = Reach::default();
         for port in 1..1000 {
             let seen = SocketAddr::new([9, 9, 9, 9].into(), port);

@@ -1,10 +1,10 @@
-//! The search for a port, where one side's NAT maps every destination to another port ("symmetric") and the other's lets in only the address and
-//! port that was sent to.
+//! The search for a port. It is used if one side's NAT maps every destination to another port ("symmetric"), and the
+//! other side's NAT lets in only the address and port to which packets were sent.
 //!
-//! Neither side can name the port that the other has to send to, so both try many: one opens many ports, the other sends to many. With 256 open
-//! ports out of 64,512, half of all searches succeed within 174 packets, and all but three in ten thousand within 2,048: the birthday
-//! paradox, as used in this way by D. Anderson, "How NAT traversal works" (2020). Ports next to the last known one come first,
-//! because many NATs count up.
+//! Neither side can name the port that the other has to send to, so both try many: one opens many ports, the other
+//! sends to many. With 256 open ports out of 64,512, half of all searches succeed within 174 packets, and all but three
+//! in ten thousand within 2,048. This is the birthday paradox, as D. Anderson used it in "How NAT traversal works"
+//! (2020). Ports next to the last known one come first, because many NATs count up.
 
 use std::{
     collections::HashSet,
@@ -18,60 +18,62 @@ use tokio::time::{sleep, timeout};
 
 use crate::policy::gate::{Effort, Target};
 
-/// Sockets that the side with many mappings opens, if it may open so many files.
+/// Sockets that the side with many mappings opens, if the file limit allows it.
 pub(crate) const SOCKETS: usize = 256;
 
-/// Searches that open many sockets, under way at a time.
+/// Most searches that open many sockets, under way at a time.
 pub(crate) const MAX_OPEN_MANY: usize = 2;
 
 /// Ports that the other side tries.
 const PORTS: usize = 2048;
 
-/// Of these, next to the last known one.
+/// Ports next to the last known one that are tried first.
 const NEIGHBOURS: u16 = 64;
 
-/// Packets sent at a time, and the pause after them: 500 a second.
+/// Packets sent at a time, and the pause after them: 500 packets per second.
 const BURST: usize = 5;
 const PACE: Duration = Duration::from_millis(10);
 
-/// How often the many sockets send, in case a packet is lost, and the pause between: at most 1,536 packets to two addresses.
+/// Number of times that each socket sends, in case a packet is lost, and the pause between them. In total, at most
+/// 1,536 packets go to two addresses.
 const ROUNDS: usize = 3;
 const ROUND: Duration = Duration::from_millis(1500);
 
-/// How long a search may take.
+/// Longest duration of a search.
 pub(crate) const LIMIT: Duration = Duration::from_secs(6);
 
-/// Addresses of the other side to which the many sockets send.
+/// Most addresses of the remote side to which the many sockets send.
 const MAX_TARGETS: usize = 2;
 
-/// Ports below are never given out by NATs.
+/// Lowest port that NATs give out.
 const FIRST_PORT: u16 = 1024;
 
 /// Ports that each side uses in a [`Small`](Effort::Small) search: two in three such searches succeed.
 const SMALL: usize = 256;
 
-/// What tells the packets of one search from others.
+/// Random bytes that tell the packets of one search from others.
 pub(crate) type SearchToken = [u8; 16];
 
-/// Random bytes for a new search.
+/// Returns random bytes for a new search.
 pub(crate) fn token() -> io::Result<SearchToken> {
     let mut token = [0; 16];
     getrandom::fill(&mut token).map_err(io::Error::other)?;
     Ok(token)
 }
 
-/// A packet that QUIC ignores: its fixed bit is not set, and it is too short to be answered with a reset.
+/// Returns a packet that QUIC ignores: its fixed bit is not set, and it is too short to be answered with a reset.
 fn probe(token: &SearchToken) -> [u8; 17] {
     let mut probe = [0; 17];
     probe[1..].copy_from_slice(token);
     probe
 }
 
-/// The side whose NAT has a mapping for every destination: opens many ports towards `targets` and waits for a packet to come in on one. Returns
-/// that socket and where the packet came from. It opens `most_sockets` at most.
+/// Runs the search on the side whose NAT has a mapping for every destination. Opens up to `most_sockets` ports towards
+/// `targets` and waits for a packet on one of them. Returns that socket and the source of the packet.
 ///
 /// # Errors
-/// If nothing came in time, or no sockets could be opened.
+///
+/// Fails if no packet came in time, or no sockets could be opened.
 pub(crate) async fn open_many(
     targets: &[Target],
     token: &SearchToken,
@@ -88,7 +90,7 @@ pub(crate) async fn open_many(
     for _ in 0..most_sockets.min(SOCKETS) {
         match tokio::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await {
             Ok(socket) => sockets.push(socket),
-            // Fewer make it slower, not impossible.
+            // Fewer sockets make the search slower, not impossible.
             Err(error) if sockets.is_empty() => return Err(error),
             Err(_) => break,
         }
@@ -100,7 +102,7 @@ pub(crate) async fn open_many(
             }
             for (n, socket) in sockets.iter().enumerate() {
                 for target in &targets {
-                    // A packet that is not sent is as one that is lost.
+                    // A packet that cannot be sent counts as lost.
                     let _ = socket.try_send_to(&probe, *target);
                 }
                 if n % BURST == 0 {
@@ -124,7 +126,7 @@ pub(crate) async fn open_many(
     Ok((sockets.swap_remove(n).into_std()?, from))
 }
 
-/// Waits for the other side's packet on one socket.
+/// Waits for the remote side's packet on one socket.
 async fn receive(
     n: usize,
     socket: &tokio::net::UdpSocket,
@@ -140,17 +142,18 @@ async fn receive(
                     return (n, from);
                 }
             }
-            // A refusal by a router on the way, say: others may get through.
+            // The error may come from one router's refusal; other packets may get through.
             Err(_) => sleep(PACE).await,
         }
     }
 }
 
-/// The other side: sends to many ports at the IP address of `target`, where the other side was last seen, from
-/// `socket`, on which it expects the connection.
+/// Runs the search on the other side. Sends from `socket` to many ports at the IP address of `target`, where the remote
+/// side was last seen. The connection is expected on `socket`.
 ///
 /// # Errors
-/// If there is no randomness.
+///
+/// Fails if the system has no randomness.
 pub(crate) async fn try_many(
     socket: &UdpSocket,
     target: Target,
@@ -166,7 +169,7 @@ pub(crate) async fn try_many(
     let ports = ports(last)?;
     for burst in ports[..most].chunks(BURST) {
         for port in burst {
-            // A packet that is not sent is as one that is lost.
+            // A packet that cannot be sent counts as lost.
             let _ = socket.send_to(&probe, (target, *port));
         }
         sleep(PACE).await;
@@ -174,7 +177,7 @@ pub(crate) async fn try_many(
     Ok(())
 }
 
-/// The ports to try, each once.
+/// Returns the ports to try, each once.
 fn ports(last: u16) -> io::Result<Vec<u16>> {
     let neighbours = (1..=NEIGHBOURS).filter_map(|step| last.checked_add(step));
     let mut ports: Vec<u16> = neighbours.filter(|port| *port >= FIRST_PORT).collect();
@@ -197,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_tried_once_and_the_next_ones_first() {
+    fn each_port_is_tried_once_and_the_next_ports_first() {
         for last in [0, 1, 5000, u16::MAX - 3, u16::MAX] {
             let ports = ports(last).unwrap();
             assert_eq!(ports.len(), PORTS);
@@ -208,7 +211,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_packet_with_the_token_ends_the_search_and_no_other() {
+    async fn only_a_packet_with_the_token_ends_the_search() {
         let token = token().unwrap();
         let other = UdpSocket::bind("127.0.0.1:0").unwrap();
         let at = other.local_addr().unwrap();

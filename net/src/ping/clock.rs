@@ -1,12 +1,12 @@
-//! Comparing this machine's clock with those of its peers.
+//! Comparison of this machine's clock with those of its peers.
 //!
-//! Records end by the clock: a machine whose clock is hours off states what all others take for expired, and takes for
-//! expired what they state. So each peer is asked for its time in a ping when it connects, and now and then. A peer can
-//! lie. So what counts is the median over several networks, where all peers of one public network have one voice, and a
-//! stranger alone has none.
+//! Records expire by the clock. If a machine's clock is hours off, other nodes take its records for expired, and it
+//! takes theirs for expired. So each peer is asked for its time in a ping when it connects, and again from time to
+//! time. A peer can lie. Therefore the result is the median over several networks: all peers of one public network
+//! together count once, and a single unknown peer does not count.
 //!
-//! This is a state machine without I/O: both clocks, the one that is compared and the one that only counts on, come in
-//! as arguments.
+//! This is a state machine without I/O. Both clocks, the one that is compared and the monotonic one, are passed in as
+//! arguments.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,35 +18,35 @@ use libp2p::{Multiaddr, PeerId};
 
 use crate::{address::PeerNetwork, is_outside, is_relayed};
 
-/// The least difference that is told. Clocks that are set over the network agree within a second; records tolerate ten
-/// minutes.
+/// Smallest difference that is reported. Clocks that are set over the network agree within a second; records tolerate
+/// ten minutes.
 pub(crate) const TOLERANCE: Duration = Duration::from_secs(120);
 
-/// Peers whose clocks are known at a time: more would tell no more.
+/// Most peers whose clocks are known at a time. More would not improve the result.
 const MAX_READINGS: usize = 16;
 
-/// Peers of one voice that are asked.
+/// Most peers of one voice that are asked.
 const MAX_OF_VOICE: usize = 2;
 
-/// The interval after which a peer is asked again.
+/// Interval after which a peer is asked again.
 const AGAIN: Duration = Duration::from_secs(600);
 
-/// If the two clocks of this machine come apart by this much, it was suspended, or its clock was set: what was read
-/// before says nothing any more. Also the most by which the setting of a clock in small steps falsifies a reading.
+/// If this machine's two clocks drift apart by this much, the machine was suspended or its clock was set, and earlier
+/// readings are invalid. It is also the most by which setting a clock in small steps falsifies a reading.
 const JUMP: Duration = Duration::from_secs(30);
 
-/// No clock that is right shows an earlier time: 2025, in seconds since 1970. It is before the first release.
+/// A correct clock shows no earlier time: 2025, in seconds since 1970. It is before the first release.
 const MADE: Duration = Duration::from_secs(1_735_689_600);
 
-/// This machine's clock is off.
+/// The difference between this machine's clock and others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClockDifference {
-    /// By so much.
+    /// Size of the difference.
     pub by: Duration,
-    /// It is ahead of the others, not behind them.
+    /// True if this machine's clock is ahead of the others, false if it is behind them.
     pub is_ahead: bool,
-    /// Peers whose clocks were compared; 0 if the clock shows a year in which there was no Weft.
+    /// Number of peers whose clocks were compared; 0 if the clock shows a year before Weft existed.
     pub peers: usize,
 }
 
@@ -66,7 +66,7 @@ impl ClockDifference {
 impl fmt::Display for ClockDifference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.peers == 0 {
-            return f.write_str("this machine's clock shows a year in which there was no Weft");
+            return f.write_str("this machine's clock shows a year before Weft existed");
         }
         let seconds = self.by.as_secs();
         let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
@@ -91,13 +91,13 @@ impl fmt::Display for ClockDifference {
 pub(crate) struct Reading {
     /// The peer's clock, in milliseconds since 1970.
     pub(crate) theirs: u64,
-    /// This machine's clocks at that moment.
+    /// This machine's clock at that moment.
     pub(crate) ours: SystemTime,
     pub(crate) at: Instant,
 }
 
 impl Reading {
-    /// Returns by how many milliseconds this machine's clock is ahead; `None` if one of its clocks has jumped since.
+    /// Returns the milliseconds by which this machine's clock is ahead; `None` if one of its clocks has jumped since.
     fn ahead(&self, clock: SystemTime, now: Instant) -> Option<i128> {
         let passed = now.saturating_duration_since(self.at).as_millis() as i128;
         let by_clock = since_1970(clock) - since_1970(self.ours);
@@ -107,7 +107,7 @@ impl Reading {
     }
 }
 
-/// Milliseconds since 1970, negative before.
+/// Returns the milliseconds since 1970, negative before.
 fn since_1970(time: SystemTime) -> i128 {
     match time.duration_since(UNIX_EPOCH) {
         Ok(since) => since.as_millis() as i128,
@@ -115,17 +115,17 @@ fn since_1970(time: SystemTime) -> i128 {
     }
 }
 
-/// This machine's clock in milliseconds since 1970, for others to read; 0 before.
+/// Returns this machine's clock in milliseconds since 1970, for peers to read; 0 before 1970.
 pub(crate) fn now_millis() -> u64 {
     u64::try_from(since_1970(SystemTime::now())).unwrap_or(0)
 }
 
-/// Peers that speak with one voice.
+/// Peers that count once together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Voice {
-    /// All of one network of strangers.
+    /// All peers of one public network.
     Network(PeerNetwork),
-    /// One in a network of our own is no stranger.
+    /// One peer in a network of this node's own.
     Near(PeerId),
 }
 
@@ -138,13 +138,13 @@ impl Voice {
     }
 }
 
-/// The peers' clocks.
+/// The clocks of peers.
 #[derive(Debug)]
 pub(crate) struct Clocks {
     readings: HashMap<PeerId, (Voice, Reading)>,
-    /// Peers that were asked, and when; some do not answer, because they are of an earlier version.
+    /// Peers that were asked, with the time. Some do not answer, because their version is older.
     asked: HashMap<PeerId, Instant>,
-    /// This machine's clocks at the last look.
+    /// This machine's clocks at the last call of [`look`](Self::look).
     looked: (SystemTime, Instant),
 }
 
@@ -157,7 +157,7 @@ impl Clocks {
         }
     }
 
-    /// Returns true if a peer that is connected at this address is to be asked now; the caller asks it.
+    /// Returns true if the caller should now ask the peer that is connected at this address.
     pub(crate) fn ask(&mut self, peer: PeerId, at: &Multiaddr, now: Instant) -> bool {
         let voice = Voice::of(peer, at);
         let lately = |asked: &Instant| now < *asked + AGAIN;
@@ -174,19 +174,19 @@ impl Clocks {
     }
 
     pub(crate) fn answered(&mut self, peer: PeerId, at: &Multiaddr, reading: Reading) {
-        // It may have gone meanwhile.
+        // The peer may have disconnected meanwhile.
         if self.asked.contains_key(&peer) {
             self.readings.insert(peer, (Voice::of(peer, at), reading));
         }
     }
 
-    /// A peer is connected no more.
+    /// Forgets a peer that is disconnected.
     pub(crate) fn forget(&mut self, peer: &PeerId) {
         self.asked.remove(peer);
         self.readings.remove(peer);
     }
 
-    /// Notices that a clock has jumped; then all are to be asked again. To be called every few seconds.
+    /// Detects that a clock has jumped; then all peers are asked again. Must be called every few seconds.
     pub(crate) fn look(&mut self, clock: SystemTime, now: Instant) {
         let (clock_before, before) = self.looked;
         self.looked = (clock, now);
@@ -198,7 +198,7 @@ impl Clocks {
         }
     }
 
-    /// Returns how this machine's clock compares with those of its peers; `None` if there are too few to tell.
+    /// Returns how this machine's clock compares with those of its peers; `None` if there are too few of them.
     pub(crate) fn difference(&self, clock: SystemTime, now: Instant) -> Option<ClockDifference> {
         if let Some(by) = (UNIX_EPOCH + MADE)
             .duration_since(clock)
@@ -233,8 +233,8 @@ impl Clocks {
     }
 }
 
-/// The median; of two in the middle the one that is nearer to nothing, and nothing if they are on different sides, so
-/// that half of the voices cannot make out that a clock is wrong.
+/// Returns the median. Of two middle values it is the one nearer to zero, and zero if they have different signs, so
+/// that half of the voices cannot make a clock appear wrong.
 fn median(mut values: Vec<i128>) -> Option<i128> {
     values.sort_unstable();
     let middle = values.len() / 2;
@@ -269,7 +269,7 @@ mod tests {
             Self { clocks, clock, now }
         }
 
-        /// A peer at this address whose clock is ahead of ours by so many seconds.
+        /// Adds a peer at this address whose clock is ahead of this machine's by this many seconds.
         fn peer(&mut self, at: &str, ahead: i128) -> bool {
             let (peer, at) = (PeerId::random(), at.parse().unwrap());
             let asked = self.clocks.ask(peer, &at, self.now);
@@ -291,11 +291,11 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_is_off_is_told_from_those_of_several_networks() {
+    fn a_wrong_clock_is_detected_from_peers_in_several_networks() {
         let mut mesh = Mesh::new();
         assert_eq!(mesh.seconds(), None);
         mesh.peer("/ip4/8.8.1.1/tcp/1", -36_000);
-        // One stranger says nothing.
+        // A single unknown peer does not count.
         assert_eq!(mesh.seconds(), None);
         mesh.peer("/ip4/8.8.2.1/tcp/1", -36_001);
         mesh.peer("/ip6/2600::1/tcp/1", -35_999);
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn one_machine_of_our_own_network_is_enough() {
+    fn one_peer_of_our_own_network_is_enough() {
         let mut mesh = Mesh::new();
         mesh.peer("/ip4/192.168.1.2/tcp/1", 7200);
         assert_eq!(mesh.seconds(), Some(-7200));
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_before_a_suspension_or_before_the_clock_was_set_does_not_count() {
+    fn readings_before_a_suspension_or_a_clock_change_do_not_count() {
         let mut mesh = Mesh::new();
         mesh.peer("/ip4/192.168.1.2/tcp/1", 7200);
         // Ten minutes later it is the same.
@@ -341,7 +341,7 @@ mod tests {
         mesh.clock += 600 * Duration::from_secs(1);
         mesh.clocks.look(mesh.clock, mesh.now);
         assert_eq!(mesh.seconds(), Some(-7200));
-        // The clock that only counts on stands still while the machine is suspended.
+        // The monotonic clock stands still while the machine is suspended.
         mesh.clock += 8 * HOUR;
         assert_eq!(mesh.seconds(), None);
         mesh.clocks.look(mesh.clock, mesh.now);
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_before_the_first_release_is_wrong_although_there_is_nobody_to_compare_with() {
+    fn a_clock_before_the_first_release_is_wrong_without_any_peer() {
         let mut mesh = Mesh::new();
         for clock in [UNIX_EPOCH - HOUR, UNIX_EPOCH, UNIX_EPOCH + MADE - HOUR] {
             mesh.clock = clock;

@@ -1,4 +1,4 @@
-//! Round trips, measured over a stream of our own.
+//! Round-trip times, measured over a stream of Weft's own protocol.
 
 pub(crate) mod clock;
 
@@ -18,38 +18,39 @@ use crate::{
     ping::clock::{Reading, now_millis},
 };
 
-/// How long a ping may take.
+/// Time that a ping may take.
 pub(crate) const PING: Duration = Duration::from_secs(10);
 
-/// Bytes that come back as they are. Not libp2p's ping: that has one stream a connection, and a second one would end it.
+/// The protocol for pings, whose bytes come back unchanged. libp2p's ping is not used, because it has one stream per
+/// connection, and a second stream would end it.
 pub(crate) const PING_PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/ping/1");
 
-/// Bytes in a ping.
+/// Size of a ping, in bytes.
 const PING_SIZE: usize = 32;
 
-/// Asks for the peer's clock, before the eight bytes for it.
+/// The bytes that ask for the peer's clock; eight bytes for the clock follow.
 const ASKS_CLOCK: [u8; 8] = *b"weftclk?";
 
-/// The offset of the clock in a ping.
+/// Offset of the clock in a ping.
 const CLOCK_AT: usize = PING_SIZE - 8;
 
-/// Pings that a stream may carry.
+/// Most pings that a stream may carry.
 const MAX_PINGS: usize = 1024;
 
-/// Why a ping came to nothing.
+/// The reason that a ping failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PingError {
-    /// No stream.
+    /// No stream could be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// The connection failed.
     #[error("the connection failed: {0}")]
     Io(#[from] io::Error),
-    /// Something else came back than was sent.
-    #[error("the peer answered with other bytes")]
+    /// The answer differs from the ping.
+    #[error("the answer differs from the ping")]
     Mismatch,
-    /// No answer.
+    /// No answer came in time.
     #[error("no answer within {} s", PING.as_secs())]
     TimedOut,
 }
@@ -58,13 +59,14 @@ pub enum PingError {
 #[derive(Debug)]
 pub(crate) struct Echo {
     pub(crate) rtt: Duration,
-    /// The peer's clock half a round trip ago, if it says so.
+    /// The peer's clock half a round trip ago, if the peer reports it.
     pub(crate) reading: Option<Reading>,
 }
 
-/// Sends 32 bytes and waits for them: 16 that tell this ping from others, eight that ask for the peer's clock, and
-/// eight zeros in place of which the peer may send its clock, in milliseconds since 1970, little-endian. A peer of an
-/// earlier version sends everything back as it is; one that asks for no clock gets everything back as it was.
+/// Sends a ping of 32 bytes and waits for the answer. The ping has 16 bytes that identify it, eight that ask for the
+/// peer's clock, and eight zeros. The peer may replace the zeros by its clock, in milliseconds since 1970,
+/// little-endian. A peer of an older version sends all bytes back unchanged, and a ping that does not ask for the clock
+/// comes back unchanged.
 pub(crate) async fn echo(stream: &mut Stream) -> Result<Echo, PingError> {
     // Not a secret.
     let seed = SystemTime::now()
@@ -87,7 +89,7 @@ pub(crate) async fn echo(stream: &mut Stream) -> Result<Echo, PingError> {
     Ok(Echo { rtt, reading })
 }
 
-/// A ping that asks for the clock.
+/// Makes a ping that asks for the clock.
 pub(crate) fn question(seed: [u8; 16]) -> [u8; PING_SIZE] {
     let mut ping = [0; PING_SIZE];
     ping[..16].copy_from_slice(&seed);
@@ -95,7 +97,7 @@ pub(crate) fn question(seed: [u8; 16]) -> [u8; PING_SIZE] {
     ping
 }
 
-/// The peer's clock in an answer to a ping, in milliseconds since 1970, if it says so.
+/// Returns the peer's clock from the answer to a ping, in milliseconds since 1970, if the peer reports it.
 pub(crate) fn told(
     sent: &[u8; PING_SIZE],
     back: &[u8; PING_SIZE],
@@ -107,7 +109,7 @@ pub(crate) fn told(
     Ok(theirs.map(u64::from_le_bytes).filter(|millis| *millis != 0))
 }
 
-/// Sends everything back, with this machine's clock if that is asked for, until the peer ends or falls silent.
+/// Answers pings, with this machine's clock if asked for, until the peer ends the stream or stops sending.
 pub(crate) async fn answer_pings(mut stream: Stream) -> io::Result<()> {
     let mut ping = [0; PING_SIZE];
     for _ in 0..MAX_PINGS {
@@ -119,7 +121,7 @@ pub(crate) async fn answer_pings(mut stream: Stream) -> io::Result<()> {
     Ok(())
 }
 
-/// Puts the clock into an answer if the ping asks for it.
+/// Writes the clock into an answer if the ping asks for it.
 pub(crate) fn add_clock(ping: &mut [u8; PING_SIZE], millis: u64) {
     if ping[CLOCK_AT - ASKS_CLOCK.len()..CLOCK_AT] == ASKS_CLOCK && ping[CLOCK_AT..] == [0; 8] {
         ping[CLOCK_AT..].copy_from_slice(&millis.to_le_bytes());
@@ -139,7 +141,7 @@ mod tests {
         add_clock(&mut answer, 1_800_000_000_000);
         assert_eq!(answer[..CLOCK_AT], asks[..CLOCK_AT]);
         assert_eq!(answer[CLOCK_AT..], 1_800_000_000_000_u64.to_le_bytes());
-        // That of an earlier version: 16 bytes, and zeros. And any other.
+        // A ping of an older version: 16 bytes, and zeros. Then any other bytes.
         let mut old = [0; PING_SIZE];
         old[..16].fill(9);
         for ping in [old, [1; PING_SIZE]] {

@@ -1,4 +1,4 @@
-//! Whom a node has to do with at all: lists of peers and networks that are let in, or kept out.
+//! Allow and block lists: the peers and networks that may connect to this node, or that it may dial.
 
 use std::{
     convert::Infallible,
@@ -25,21 +25,21 @@ use crate::{
     address::{first_ip, is_relayed, starts_with_name},
 };
 
-/// A peer, or the peers on a network.
+/// A peer, or a network of peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Rule {
-    /// One peer, wherever it is and however it comes.
+    /// One peer, at any address and over any path.
     Peer(PeerId),
-    /// Who connects from there, without a relay in between.
+    /// Peers that connect directly from this network. Relayed connections never match.
     Network {
-        /// An address in it.
+        /// First address of the network.
         ip: IpAddr,
-        /// How many of its bits all addresses share.
+        /// Length of the network's prefix, in bits.
         prefix: u8,
     },
 }
 
-/// Text that is no [`Rule`].
+/// The text is not a [`Rule`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0} is neither a PeerId nor a network such as 192.0.2.0/24, 2001:db8::/32 or 192.0.2.7")]
 pub struct ParseRuleError(String);
@@ -66,7 +66,7 @@ impl FromStr for Rule {
         if prefix > bits {
             return Err(wrong());
         }
-        // The rest of the address says nothing, and one network is to be one rule.
+        // Clear the bits after the prefix, so that one network is always one rule.
         let rest = u128::MAX.checked_shr(prefix.into()).unwrap_or_default();
         let ip = match ip {
             IpAddr::V4(_) => IpAddr::V4((((number(&ip) & !rest) >> 96) as u32).into()),
@@ -89,7 +89,7 @@ fn bits(ip: &IpAddr) -> u8 {
     if ip.is_ipv4() { 32 } else { 128 }
 }
 
-/// As a number whose highest bit is the address's first.
+/// Returns the address as a number whose highest bit is the first bit of the address.
 fn number(ip: &IpAddr) -> u128 {
     match ip {
         IpAddr::V4(ip) => u128::from(u32::from(*ip)) << 96,
@@ -98,7 +98,7 @@ fn number(ip: &IpAddr) -> u128 {
 }
 
 impl Rule {
-    /// Returns true for a network that `ip` lies in.
+    /// Returns true if the rule is a network that contains `ip`.
     pub(crate) fn contains(&self, ip: &IpAddr) -> bool {
         self.holds_for(None, Some(ip))
     }
@@ -122,18 +122,19 @@ impl Rule {
     }
 }
 
-/// Who may connect to this node, and whom it connects to. Who is blocked is kept out in any case; if anybody is allowed, everybody else is kept out
-/// too.
+/// Allow and block lists for connections in both directions. The block list always wins. If the allow list has an
+/// entry, only peers on it are admitted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Access {
-    /// Nobody but these, unless it is empty.
+    /// Rules that admit peers; if empty, all peers are admitted.
     pub allow: Vec<Rule>,
-    /// None of these.
+    /// Rules that keep peers out, even if they are allowed.
     pub block: Vec<Rule>,
 }
 
 impl Access {
-    /// What is known of a connection before the handshake is its address alone.
+    /// Returns true if the lists admit a connection. Before the handshake only its address is known, and `peer` is
+    /// `None`.
     pub(crate) fn admits(&self, peer: Option<&PeerId>, ip: Option<&IpAddr>) -> bool {
         let holds = |rule: &Rule| rule.holds_for(peer, ip);
         if self.block.iter().any(holds) {
@@ -146,7 +147,8 @@ impl Access {
 }
 
 impl Access {
-    /// Returns true if a peer may be dialled, as far as its identity tells. Its address shows later, and may let it in.
+    /// Returns true if a peer may be dialed, judged by its identity alone. Its address, known later, may still match a
+    /// network on the allow list.
     fn may_dial(&self, peer: &PeerId) -> bool {
         let rule = Rule::Peer(*peer);
         let only_peers =
@@ -155,12 +157,12 @@ impl Access {
     }
 }
 
-/// The lists keep it out.
+/// The lists do not admit this peer or address.
 #[derive(Debug, thiserror::Error)]
 #[error("kept out by the lists of whom to allow and block")]
 pub(crate) struct KeptOut;
 
-/// The lists, for all who have to hold to them. Cheap to clone; all clones are one.
+/// The lists, shared by all components that apply them. Clones share one state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Shared(Arc<RwLock<Arc<Access>>>);
 
@@ -180,7 +182,7 @@ impl Shared {
     }
 }
 
-/// Where a direct connection comes from or leads to.
+/// Returns the remote IP address of a direct connection.
 fn ip(address: &Multiaddr) -> Option<IpAddr> {
     match is_relayed(address) {
         true => None,
@@ -188,7 +190,8 @@ fn ip(address: &Multiaddr) -> Option<IpAddr> {
     }
 }
 
-/// Keeps connections to the lists. Where a dial leads, the transport looks at: it alone knows what a name stands for.
+/// Closes and refuses connections that the lists do not admit. Dials by name are checked by the transport, which
+/// resolves the name.
 #[derive(Debug, Default)]
 pub(crate) struct Behaviour {
     access: Shared,
@@ -209,7 +212,7 @@ impl Behaviour {
         self.access.get()
     }
 
-    /// From now on; connections that are open and should not be are closed.
+    /// Replaces the lists and closes open connections that they do not admit.
     pub(crate) fn set(&mut self, access: Access) {
         self.access.set(access);
         let access = self.access.get();
@@ -285,7 +288,7 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        // Where a name leads, the transport tells in a moment: only then, what is said of networks can be decided.
+        // The transport resolves the name soon; only then can rules for networks be checked.
         let access = self.access.get();
         let by_network = |rule: &Rule| matches!(rule, Rule::Network { .. });
         let later = starts_with_name(address)
@@ -392,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_blocked_is_kept_out_and_so_is_who_is_not_allowed() {
+    fn blocked_peers_and_peers_not_allowed_are_kept_out() {
         let (good, bad) = (PeerId::random(), PeerId::random());
         let mut access = Access {
             block: vec![Rule::Peer(bad), rule("192.0.2.0/24"), rule("2001:db8::/32")],
@@ -406,7 +409,7 @@ mod tests {
         let relay = format!("/ip4/192.0.2.1/tcp/1/p2p/{bad}/p2p-circuit");
         assert!(admits(&access, Some(&good), &relay));
         access.allow = vec![rule("10.0.0.0/8"), Rule::Peer(good)];
-        // Who it is shows only later.
+        // The identity is known only after the handshake.
         assert!(admits(&access, None, "/ip4/192.0.3.1/tcp/1"));
         assert!(admits(&access, Some(&good), "/ip4/192.0.3.1/tcp/1"));
         let other = PeerId::random();
@@ -414,7 +417,7 @@ mod tests {
         assert!(admits(&access, Some(&other), "/ip4/10.9.9.9/tcp/1"));
         assert!(!admits(&access, Some(&bad), "/ip4/10.9.9.9/tcp/1"));
         assert!(access.may_dial(&other) && !access.may_dial(&bad));
-        // A closed network dials its members only.
+        // A node that allows only listed peers dials only those.
         access.allow = vec![Rule::Peer(good)];
         assert!(access.may_dial(&good) && !access.may_dial(&other));
         access.allow = vec![rule("10.0.0.0/8")];

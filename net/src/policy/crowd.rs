@@ -1,14 +1,14 @@
-//! Connections that are open: how many, from where, and which goes when there are too many.
+//! Limits on open connections, and the choice of a connection to close when a limit is reached.
 //!
-//! libp2p limits connections in all and by peer. A stranger who makes a new key for every connection is one peer each
-//! time, and one who holds all connections keeps everybody else out for good. So connections that others open are
-//! counted by place as well ([`Place`]: addresses, networks, relays), and a node that is full closes, for a newcomer
-//! from elsewhere, the least useful connection of the place that has most.
+//! libp2p limits connections in total and per peer. That does not stop an attacker who makes a new key for every
+//! connection: each connection is then another peer, and together they keep honest peers out. So incoming connections
+//! are also counted by network group ([`Place`]: addresses, networks, relays). A full node makes room for a newcomer
+//! from another network group: it closes the least useful connection of the group that has most.
 //!
-//! [`Crowd`] keeps the counts and decides; it has neither sockets nor a clock of its own. [`Behaviour`] tells it what
-//! the swarm does. Connections in the handshake are counted in [`pending`](crate::policy::pending).
+//! [`ConnectionManager`] keeps the counts and decides; it has no sockets and no clock of its own. [`Behaviour`] reports
+//! the swarm's connections to it. Connections in the handshake are counted in [`pending`](crate::policy::pending).
 //!
-//! Nobody comes in while the node is short of memory.
+//! No connection is admitted while the node is short of memory.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -37,15 +37,15 @@ use crate::{
     },
 };
 
-/// Connections being closed to make room. They end within three seconds (`muxer.rs`), so that a flood of newcomers
-/// cannot have the node hold many more than its limit.
+/// Most connections being closed to make room at a time. Each ends within three seconds (`muxer.rs`). The limit keeps a
+/// flood of newcomers from making the node hold many more connections than its limit.
 const MAX_LEAVING: usize = 32;
 
-/// A connection on which nothing of ours has moved for this long makes room for any newcomer: it would be closed by now
-/// if its peer did not hold a stream open on it.
+/// Time without traffic of Weft's protocols after which a connection makes room for any newcomer. Such a connection
+/// would be closed already if its peer did not keep a stream open on it.
 const IDLE: Duration = Duration::from_secs(300);
 
-/// Why a connection is refused.
+/// The limit that a connection was refused for.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Crowded {
     #[error("too many connections in the handshake from {0}")]
@@ -69,28 +69,29 @@ pub(crate) enum Crowded {
 /// The use of a connection to this node, as far as the driver sees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Worth {
-    /// A bootstrap node, a relay that holds a reservation for us, or in the DHT's routing table.
+    /// True for a bootstrap node, a relay that holds a reservation for this node, and a node in the DHT's routing
+    /// table.
     pub(crate) needed: bool,
-    /// Kept open for a reservation.
+    /// True if the connection is kept open for a reservation.
     pub(crate) kept: bool,
-    /// The last time at which bytes of our protocols moved on it.
+    /// Time at which bytes of Weft's protocols last moved on the connection.
     pub(crate) moved: Option<Instant>,
-    /// Streams of our protocols on it.
+    /// Number of open streams of Weft's protocols.
     pub(crate) streams: usize,
 }
 
 #[derive(Debug)]
 struct Open {
     peer: PeerId,
-    /// Of a connection that the other side has opened.
+    /// Network group of an incoming connection; `None` for an outgoing one.
     place: Option<Place>,
     since: Instant,
     worth: Worth,
-    /// It is being closed, and counts no more.
+    /// True while the connection is being closed; it no longer counts.
     leaving: bool,
 }
 
-/// The open connections. Cheap to clone; all clones are one.
+/// Counts open connections and closes the least useful one when a limit is reached. Clones share one state.
 #[derive(Debug, Clone)]
 pub(crate) struct Crowd {
     limits: Bounds,
@@ -110,11 +111,11 @@ struct Bounds {
 #[derive(Debug, Default)]
 struct State {
     open: HashMap<ConnectionId, Open>,
-    dialling: HashSet<ConnectionId>,
+    dialing: HashSet<ConnectionId>,
     by_group: ByGroup,
     by_peer: HashMap<PeerId, usize>,
     incoming: usize,
-    /// Open ones that count.
+    /// Open connections that count.
     all: usize,
     to_close: VecDeque<(PeerId, ConnectionId)>,
     waker: Option<Waker>,
@@ -151,7 +152,7 @@ impl Crowd {
         }
     }
 
-    /// Checks that a connection from `place` could be opened. Called before the handshake, which costs more.
+    /// Checks that a connection from `group` could be opened. Called before the handshake, which costs more.
     pub(crate) fn admit(&self, place: Place) -> Result<(), Crowded> {
         self.memory.spare()?;
         let mut state = self.state();
@@ -159,8 +160,8 @@ impl Crowd {
         room.map(drop).inspect_err(|refused| state.count(refused))
     }
 
-    /// Returns true if [`admit`](Self::admit) would succeed now and no other connection would have to go. Nothing is
-    /// counted, and no connection is looked at: this is asked for each packet of anybody.
+    /// Returns true if [`admit`](Self::admit) would succeed now without closing another connection. It counts nothing
+    /// and looks at no connection, because it is called for every packet, whoever sent it.
     pub(crate) fn has_free_room(&self, place: Place) -> bool {
         let state = self.state();
         !self.memory.is_short()
@@ -169,7 +170,7 @@ impl Crowd {
             && !state.is_full_at(&self.limits, place)
     }
 
-    /// Counts a connection that `peer` has opened. Another may be closed for it.
+    /// Counts a connection that `peer` has opened. Another connection may be closed to make room for it.
     fn enter(
         &self,
         id: ConnectionId,
@@ -182,21 +183,21 @@ impl Crowd {
         entered.inspect_err(|refused| state.count(refused))
     }
 
-    /// The use of a connection has changed.
+    /// Updates the use of a connection.
     pub(crate) fn rate(&self, id: ConnectionId, worth: Worth) {
         if let Some(open) = self.state().open.get_mut(&id) {
             open.worth = worth;
         }
     }
 
-    /// Returns true if so many connections are open that it matters which of them are useful.
+    /// Returns true if three quarters of a limit are reached, so that the driver has to rate connections.
     pub(crate) fn is_dense(&self) -> bool {
         let state = self.state();
         4 * state.incoming >= 3 * self.limits.incoming || 4 * state.all >= 3 * self.limits.all
     }
 
-    /// Closes connections that others have opened, `most` at most: each time the least useful one of the place that
-    /// costs most, in connections and streams.
+    /// Closes up to `most` incoming connections and returns how many it closed. Each time it closes the least useful
+    /// connection of the network group that costs most, in connections and streams.
     pub(crate) fn shed(&self, most: usize) -> usize {
         let mut state = self.state();
         for closed in 0..most {
@@ -209,7 +210,7 @@ impl Crowd {
         most
     }
 
-    /// Every limit, and its use.
+    /// Returns all limits with their use.
     pub(crate) fn limits(&self) -> Vec<LimitUse> {
         let state = self.state();
         let refused = &state.refused;
@@ -225,7 +226,7 @@ impl Crowd {
             ),
             LimitUse::of(
                 "connections_pending_outgoing",
-                state.dialling.len(),
+                state.dialing.len(),
                 limits.outgoing_pending,
                 refused.outgoing,
             ),
@@ -259,18 +260,18 @@ impl State {
             Crowded::Place(_) => &mut self.refused.place,
             Crowded::Peer => &mut self.refused.peer,
             Crowded::Outgoing => &mut self.refused.outgoing,
-            // Counted where they are refused.
+            // The component that refuses these counts them.
             Crowded::Handshakes(_) | Crowded::AllHandshakes | Crowded::Memory(_) => return,
         } += 1;
     }
 
-    /// Returns true if the place, or a network around it, has all connections that it may have.
+    /// Returns true if the network group, or a network around it, has reached its limit.
     fn is_full_at(&self, limits: &Bounds, place: Place) -> bool {
         let mut groups = place.groups();
         groups.any(|(group, part)| self.by_group.of(group) >= limits.at(part))
     }
 
-    /// The connection that would have to go for one from `place`, if any.
+    /// Returns the connection that would have to be closed for a newcomer from `group`, if any.
     fn room(
         &self,
         limits: &Bounds,
@@ -299,7 +300,7 @@ impl State {
         {
             return Ok(Some(id));
         }
-        // Nobody has more than the newcomer would: what has been of no use for long goes.
+        // No group has more than the newcomer's would have: close the connection that has been idle longest.
         let idle = self.candidates().filter(|(_, _, open)| {
             let last = open.worth.moved.unwrap_or(open.since);
             !open.worth.needed && !open.worth.kept && now.duration_since(last) >= IDLE
@@ -355,7 +356,7 @@ impl State {
     }
 
     fn remove(&mut self, id: ConnectionId) {
-        self.dialling.remove(&id);
+        self.dialing.remove(&id);
         if let Some(open) = self.open.remove(&id)
             && !open.leaving
         {
@@ -377,7 +378,7 @@ impl State {
         }
     }
 
-    /// The connections that others have opened, and the place of each.
+    /// Iterates over incoming connections with the network group of each.
     fn candidates(&self) -> impl Iterator<Item = (ConnectionId, Place, &Open)> {
         self.open
             .iter()
@@ -385,7 +386,8 @@ impl State {
             .filter_map(|(id, open)| Some((*id, open.place?, open)))
     }
 
-    /// Of the place that costs most, the least useful connection, and the cost of the place against what it may have.
+    /// Finds the network group that costs most for its limit. Returns its cost relative to the limit, and its least
+    /// useful connection.
     fn costliest(
         &self,
         cost: impl Fn(&Open) -> usize,
@@ -416,10 +418,10 @@ impl State {
     }
 }
 
-/// Makes parts comparable: divisible by each of them.
+/// Common multiple of the parts, so that counts divided by different parts can be compared.
 const NORMAL: usize = 12;
 
-/// Tells the crowd of connections, and closes those that make room.
+/// Reports connections to the connection manager, and closes those that make room.
 #[derive(Debug)]
 pub(crate) struct Behaviour(Crowd);
 
@@ -454,11 +456,11 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         let mut state = self.0.state();
-        if state.dialling.len() >= self.0.limits.outgoing_pending {
+        if state.dialing.len() >= self.0.limits.outgoing_pending {
             state.count(&Crowded::Outgoing);
             return Err(ConnectionDenied::new(Crowded::Outgoing));
         }
-        state.dialling.insert(id);
+        state.dialing.insert(id);
         Ok(Vec::new())
     }
 
@@ -471,7 +473,7 @@ impl NetworkBehaviour for Behaviour {
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
         let mut state = self.0.state();
-        state.dialling.remove(&id);
+        state.dialing.remove(&id);
         let refused = match () {
             () if count(&state.by_peer, &peer) >= self.0.limits.per_peer => Crowded::Peer,
             () if state.all >= self.0.limits.all => Crowded::All,
@@ -488,7 +490,7 @@ impl NetworkBehaviour for Behaviour {
         let mut state = self.0.state();
         match event {
             FromSwarm::ConnectionEstablished(ConnectionEstablished { connection_id, .. }) => {
-                state.dialling.remove(&connection_id);
+                state.dialing.remove(&connection_id);
             }
             FromSwarm::ConnectionClosed(closed) => state.remove(closed.connection_id),
             FromSwarm::ListenFailure(failure) => state.remove(failure.connection_id),
@@ -518,7 +520,7 @@ impl NetworkBehaviour for Behaviour {
 }
 
 impl State {
-    /// The other end of a connection is elsewhere: it counts there now, if there is room.
+    /// Counts a connection under the new address of its remote end; closes it if there is no room there.
     fn moved(&mut self, limits: &Bounds, id: ConnectionId, path: &Path) {
         let place = Place::of(path);
         let known = self.open.get(&id).filter(|open| !open.leaving);

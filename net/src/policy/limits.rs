@@ -1,4 +1,4 @@
-//! What strangers can make a node hold, and what they do.
+//! Limits on what unknown peers can make a node hold, and their use.
 
 use std::{
     sync::{
@@ -8,39 +8,40 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Limits on the resources that strangers can make this node hold. If this process may open too few files for them, the
-/// numbers of connections and lanes are lowered at the start
+/// Limits on the resources that unknown peers can make this node hold. If this process may open too few files for them,
+/// the limits on connections and lanes are lowered at the start
 /// ([`Network::lowered_limits`](crate::Network::lowered_limits)).
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections in the handshake, opened by others: half of them TCP, a quarter QUIC, a quarter through relays. Of
-    /// one IPv4 address or IPv6 /64, 16 at most. When there are too many, those that have sent nothing make room. At
-    /// most 32 QUIC connections have senders who have not shown that they receive at their address; they count towards
+    /// Incoming connections in the handshake: half of them TCP, a quarter QUIC, a quarter through relays. One IPv4
+    /// address or IPv6 /64 has at most 16. When there are too many, connections that have sent nothing make room. At
+    /// most 32 QUIC connections have senders that have not shown that they receive at their address; they count towards
     /// no address.
     pub pending_incoming: u32,
-    /// Connections in the handshake, opened by this node, for whatever reason.
+    /// Outgoing connections in the handshake.
     pub pending_outgoing: u32,
-    /// Connections opened by others. When there are so many, the least useful one of the place that has most makes room
-    /// for one from elsewhere.
+    /// Incoming connections. When the limit is reached, the least useful connection of the network group that has most
+    /// makes room for one from another group.
     pub established_incoming: u32,
-    /// Connections in all.
+    /// Connections in total.
     pub established: u32,
     /// Connections with one peer. Above one, because both sides may dial, over several transports.
     pub per_peer: u32,
-    /// Connections opened by others from one IPv4 address or one IPv6 /64. Wide enough for a carrier's customers, who
-    /// share an address. A /56 of IPv6 has half as many more; a /24 of IPv4, a /48 of IPv6 and a relay have twice as
-    /// many; a private address and this machine have six times as many, because a whole site may stand behind one.
+    /// Incoming connections from one IPv4 address or one IPv6 /64. The default leaves room for a carrier's customers,
+    /// who share an address. An IPv6 /56 has half as many more. An IPv4 /24, an IPv6 /48 and a relay have twice as
+    /// many. A private address and this machine have six times as many, because a whole site may be behind one.
     pub per_address: u32,
-    /// Streams that a peer may have open to our own protocols on one connection.
+    /// Streams of Weft's protocols that a peer may have open on one connection.
     pub streams: usize,
-    /// Lanes in all: TCP connections that carry one stream each. 0: bulk shares connections with everything else.
+    /// Lanes in total: TCP connections that carry one stream each. 0: bulk streams share connections with all other
+    /// streams.
     pub lanes: usize,
-    /// Lanes of one peer.
+    /// Lanes with one peer.
     pub lanes_per_peer: usize,
-    /// Resident memory of the process, in bytes, beyond which others can open no connections and no streams. `None`: not looked at, because the process does
-    /// other things as well.
+    /// Resident memory of the process, in bytes, above which no incoming connection or stream is accepted. `None`: not
+    /// checked, because the process does other things as well.
     pub memory: Option<u64>,
-    /// How often this node dials for others, to tell them whether they can be reached.
+    /// Limits on dials for other nodes that ask whether they are reachable.
     pub autonat: AutonatLimits,
 }
 
@@ -62,16 +63,16 @@ impl Default for Limits {
     }
 }
 
-/// How often this node dials for others to tell them whether they can be reached. 0: not at all.
+/// Limits on dials for other nodes that ask whether they are reachable. 0: none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AutonatLimits {
-    /// In a minute, in all.
+    /// Dials per minute, in total.
     pub per_minute: usize,
-    /// In a minute, for one peer.
+    /// Dials per minute for one peer.
     pub per_minute_per_peer: usize,
-    /// In a minute, for one IPv4 network of 24 bits or IPv6 network of 48.
+    /// Dials per minute for one IPv4 /24 or IPv6 /48.
     pub per_minute_per_network: usize,
-    /// At a time.
+    /// Dials at a time.
     pub concurrent: usize,
 }
 
@@ -86,21 +87,21 @@ impl Default for AutonatLimits {
     }
 }
 
-/// A limit, and what it comes to.
+/// A limit and its use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LimitUse {
-    /// The limit's name: words with underscores between them. It does not change from version to version.
+    /// Name of the limit: words joined by underscores. It does not change between versions.
     pub name: &'static str,
-    /// What is used of it now. Of a limit that holds for each of several (peers, connections), the most that one of them uses.
+    /// Current use. For a limit per peer or per connection, the largest use by one of them.
     pub used: u64,
-    /// `None`: unlimited.
+    /// The limit; `None`: unlimited.
     pub limit: Option<u64>,
-    /// What was refused because of it since the start.
+    /// Refusals because of the limit since the start.
     pub refused: u64,
 }
 
 impl LimitUse {
-    /// Returns a limit with its use. Numbers of members and bytes in memory are at most [`usize::MAX`].
+    /// Returns a limit with its use. Counts and bytes in memory are at most [`usize::MAX`].
     pub fn of(name: &'static str, used: usize, limit: usize, refused: u64) -> Self {
         Self {
             name,
@@ -110,7 +111,7 @@ impl LimitUse {
         }
     }
 
-    /// Returns a row for what is refused or replaced by a rule that has no number.
+    /// Returns a row for a rule without a number that refuses or replaces.
     pub fn refusals(name: &'static str, refused: u64) -> Self {
         Self {
             name,
@@ -121,10 +122,10 @@ impl LimitUse {
     }
 }
 
-/// How long a measurement of memory is good for.
+/// Time for which a measurement of memory stays valid.
 const FRESH: Duration = Duration::from_millis(100);
 
-/// Watches over [`Limits::memory`]. Cheap to clone; all clones are one.
+/// Checks [`Limits::memory`]. Clones share one state.
 #[derive(Debug, Clone)]
 pub(crate) struct Memory(Arc<Watched>);
 
@@ -135,7 +136,7 @@ struct Watched {
     refused: AtomicU64,
 }
 
-/// There is too little memory left.
+/// The process is above its memory limit.
 #[derive(Debug, thiserror::Error)]
 #[error("this node is short of memory")]
 pub(crate) struct Short;
@@ -149,7 +150,7 @@ impl Memory {
         }))
     }
 
-    /// Resident bytes of this process; 0 where the system does not tell.
+    /// Returns the resident bytes of this process; 0 if the system does not report them.
     fn used(&self) -> u64 {
         let mut measured = self
             .0
@@ -167,7 +168,7 @@ impl Memory {
         }
     }
 
-    /// Whether something more may be held for others.
+    /// Checks that the process is below its memory limit; counts a refusal if it is not.
     pub(crate) fn spare(&self) -> Result<(), Short> {
         if self.is_short() {
             self.0.refused.fetch_add(1, Ordering::Relaxed);

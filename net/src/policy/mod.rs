@@ -1,7 +1,8 @@
-//! Limits on what strangers can make this node hold or do: who may connect, how many connections, streams and bytes
-//! each place gets, and which destinations may be dialled.
+//! Limits on what unknown peers can make this node hold or do: which peers may connect, how many connections, streams
+//! and bytes each network group gets, and which destinations may be dialed.
 //!
-//! Nothing here does I/O beyond DNS. The transport, the streams and the relay ask before they take anything.
+//! Nothing here does I/O beyond DNS. The transport, the streams and the relay ask these limits before they take on
+//! work.
 
 pub(crate) mod access;
 pub(crate) mod crowd;

@@ -1,16 +1,17 @@
-//! Connections in the handshake that others have opened: how many, from where, and which goes when there are too many.
+//! Limits on incoming connections in the handshake, and the choice of a connection to end when a limit is reached.
 //!
-//! A stranger opens sockets at no cost, so that a bound alone would let it keep everybody else out. Three rules keep
-//! the door open:
+//! Opening sockets costs an attacker nothing, so a simple limit would let one attacker keep all other peers out. Three
+//! rules prevent that:
 //!
 //! - TCP, QUIC and relays have a share each.
 //! - The source address of a first QUIC packet can be forged. Until the sender has shown that it receives there, its
-//!   connection counts towards no place, so that forged packets do not use up what a place may have. Such connections
-//!   have a small bound of their own and make room for any other; beyond it the sender is asked to show it first.
-//! - One place has [`PER_PLACE`] at most. A newcomer from there replaces the oldest one from there that has sent
+//!   connection counts towards no network group, so that forged packets do not use up a group's limit. Such connections
+//!   have a small limit of their own and make room for any other. Beyond that limit the sender first has to show that
+//!   it receives at its address.
+//! - One site has at most [`PER_SITE`]. A newcomer from there replaces the oldest connection from there that has sent
 //!   nothing.
-//! - When a share is full, the newcomer replaces the oldest one that has sent nothing, of the place that has most; if
-//!   all have sent something, the oldest of a place that has more than the newcomer's.
+//! - When a share is full, the newcomer replaces the oldest silent connection of the network group that has most. If
+//!   all have sent something, it replaces the oldest connection of a group that has more than the newcomer's.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -36,16 +37,16 @@ use crate::{
     },
 };
 
-/// Connections in the handshake from one public IPv4 address or one IPv6 /64. A node opens two or three at a time (TCP,
-/// QUIC, a lane); a carrier's customers share an address. Wider places have more, as [`shares`] says.
+/// Most connections in the handshake from one public IPv4 address or IPv6 /64. A node opens two or three at a time
+/// (TCP, QUIC, a lane), and customers of a carrier share an address. Wider networks have more, see [`shares`].
 const PER_PLACE: usize = 16;
 
-/// QUIC connections in the handshake whose senders have not shown that they receive at the address they send from.
-/// Each costs a TLS handshake and ten seconds of memory, so that few are enough; a sender beyond them pays one more
-/// round trip, for the answer to a Retry packet (RFC 9000, section 8.1.2).
+/// Most QUIC connections in the handshake whose senders have not shown that they receive at their address. Each costs a
+/// TLS handshake and ten seconds of memory, so the limit is low. A sender beyond it needs one more round trip, to
+/// answer a Retry packet (RFC 9000, section 8.1.2).
 const MAX_UNPROVEN: usize = 32;
 
-/// The carrier of a connection in the handshake. Each has a share of its own.
+/// The carrier of a connection in the handshake. Each carrier has its own share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Carrier {
     Tcp,
@@ -53,7 +54,7 @@ pub(crate) enum Carrier {
     Relay,
 }
 
-/// Counts connections in the handshake. Cheap to clone; all clones are one.
+/// Counts connections in the handshake. Clones share one state.
 #[derive(Debug, Clone)]
 pub(crate) struct Pending {
     all: usize,
@@ -65,26 +66,26 @@ pub(crate) struct Pending {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// In the order in which they came.
+    /// Connections in the handshake, in order of arrival.
     entries: BTreeMap<u64, Entry>,
     by_group: HashMap<Group, usize>,
     refused: u64,
     refused_at_place: u64,
-    /// Senders that were asked to show that they receive at their address.
+    /// Number of senders asked to show that they receive at their address.
     asked_to_prove: u64,
 }
 
 #[derive(Debug)]
 struct Entry {
     carrier: Carrier,
-    /// `None`: its address is not proven, and counts for nothing.
+    /// `None` while the address is not proven; the connection then counts towards no group.
     place: Option<Place>,
     spoke: bool,
     /// Dropped with the entry, which ends the connection.
     _held: oneshot::Sender<Infallible>,
 }
 
-/// A connection in the handshake. It counts until this is dropped.
+/// A connection in the handshake. It counts until this value is dropped.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pending: Pending,
@@ -92,13 +93,14 @@ pub(crate) struct Ticket {
     replaced: oneshot::Receiver<Infallible>,
 }
 
-/// The connection had to make room for another.
+/// The connection had to make room for another one.
 #[derive(Debug, thiserror::Error)]
 #[error("replaced by a newer connection: too many are in the handshake")]
 pub(crate) struct Replaced;
 
 impl Pending {
-    /// At most `all`: half of them TCP, a quarter QUIC, a quarter through relays. `crowd` knows the open ones.
+    /// Makes the limits for `all` connections in the handshake: half of them TCP, a quarter QUIC, a quarter through
+    /// relays. `manager` counts the open connections.
     pub(crate) fn new(all: u32, crowd: Crowd) -> Self {
         Self {
             all: all as usize,
@@ -108,7 +110,7 @@ impl Pending {
         }
     }
 
-    /// One address may hold so many.
+    /// Sets the limit of one site.
     #[cfg(test)]
     pub(crate) fn with_per_place(self, per_place: usize) -> Self {
         Self { per_place, ..self }
@@ -121,10 +123,11 @@ impl Pending {
         }
     }
 
-    /// Lets a connection begin its handshake. Another one may have to end for it.
+    /// Admits a connection to the handshake. Another connection may be ended to make room for it.
     ///
     /// # Errors
-    /// [`Crowded`] if it is refused; that is counted.
+    ///
+    /// Returns [`AtLimit`] if the connection is refused, and counts the refusal.
     pub(crate) fn enter(&self, carrier: Carrier, place: Place) -> Result<Ticket, Crowded> {
         self.crowd.admit(place)?;
         let mut state = self.state();
@@ -133,11 +136,11 @@ impl Pending {
         Ok(self.insert(&mut state, carrier, Some(place)))
     }
 
-    /// Lets a QUIC connection begin its handshake although its sender, who seems to be at `place`, has not shown that
-    /// it receives there. It counts towards no place.
+    /// Admits a QUIC connection to the handshake although its sender has not shown that it receives at `group`, its
+    /// apparent network group. The connection counts towards no group.
     ///
-    /// Returns `None` if the sender has to show it first: there are too many such connections, or none from `place`
-    /// would be admitted now without ending another. A refusal would take the sender's word for where it is.
+    /// Returns `None` if the sender has to show it first: there are too many such connections, or the group has no free
+    /// room. Refusing instead would trust the claimed source address.
     pub(crate) fn enter_unproven(&self, place: Place) -> Option<Ticket> {
         let mut state = self.state();
         let quic = |entry: &&Entry| entry.carrier == Carrier::Quic;
@@ -161,7 +164,7 @@ impl Pending {
         let entry = Entry {
             carrier,
             place,
-            // A proven QUIC address is an answer to a packet of ours; a relay's peer has been through its relay.
+            // A proven QUIC sender has answered a packet of this node; a relayed peer has passed its relay.
             spoke: carrier != Carrier::Tcp && place.is_some(),
             _held: held,
         };
@@ -176,7 +179,7 @@ impl Pending {
         }
     }
 
-    /// The limits: in all, of one place, and of those that may be anywhere.
+    /// Returns the limits: in total, per address, and for unproven senders.
     pub(crate) fn limits(&self) -> [LimitUse; 3] {
         let state = self.state();
         let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
@@ -215,7 +218,7 @@ impl Pending {
     }
 }
 
-/// Connections that a group may have in the handshake.
+/// Returns how many connections a scope may have in the handshake.
 fn limit(per_place: usize, part: usize) -> usize {
     per_place * part / SITE
 }
@@ -233,7 +236,7 @@ impl State {
         self.entries.values().filter(|e| e.place.is_none()).count()
     }
 
-    /// The connections of a place against what it may have: the widest of its groups decides.
+    /// Returns the connections of a network group relative to its limit; the fullest of its scopes decides.
     fn pressure(&self, place: Place, more: usize) -> usize {
         let of = |(group, part)| (shares::count(&self.by_group, &group) + more) * NORMAL / part;
         place.groups().map(of).max().unwrap_or_default()
@@ -268,7 +271,7 @@ impl State {
         let candidates = candidates.filter_map(|(id, entry)| {
             let pressure = entry.place.map_or(0, |place| self.pressure(place, 0));
             let may_go = !entry.spoke || pressure > newcomer;
-            // The oldest of those that are equal.
+            // Of equal candidates, the oldest.
             may_go.then_some((!entry.spoke, pressure, std::cmp::Reverse(*id)))
         });
         let (.., std::cmp::Reverse(id)) = candidates.max().ok_or(Crowded::AllHandshakes)?;
@@ -277,21 +280,22 @@ impl State {
     }
 }
 
-/// Makes parts comparable: divisible by each of them.
+/// Common multiple of the parts, so that counts divided by different parts can be compared.
 const NORMAL: usize = 12;
 
 impl Ticket {
-    /// The other end has sent something.
+    /// Records that the remote end has sent something.
     pub(crate) fn spoke(&self) {
         if let Some(entry) = self.pending.state().entries.get_mut(&self.id) {
             entry.spoke = true;
         }
     }
 
-    /// The connection comes from elsewhere than it seemed: through a proxy.
+    /// Moves the connection to the network group of its real source, which a proxy reported.
     ///
     /// # Errors
-    /// [`Crowded`] if there is no room for it there.
+    ///
+    /// Returns [`AtLimit`] if there is no room for it there.
     pub(crate) fn came_from(self, place: Place) -> Result<Self, Crowded> {
         let pending = self.pending.clone();
         pending.crowd.admit(place)?;
@@ -303,10 +307,11 @@ impl Ticket {
         Ok(moved)
     }
 
-    /// Does a part of the handshake, unless the connection has to make room for another.
+    /// Does a part of the handshake, unless the connection has to make room for another one.
     ///
     /// # Errors
-    /// That of `work`, or [`Replaced`].
+    ///
+    /// Returns the error of `work`, or [`Replaced`].
     pub(crate) async fn guard<T>(
         &mut self,
         work: impl Future<Output = io::Result<T>>,
@@ -319,7 +324,7 @@ impl Ticket {
     }
 }
 
-/// A transport for relayed connections. Those that come in are counted while they are in the handshake.
+/// A transport for relayed connections. It counts incoming ones while they are in the handshake.
 #[derive(Debug)]
 pub(crate) struct Counted<T> {
     inner: T,
@@ -395,7 +400,7 @@ where
                         send_back_addr,
                     }
                 }
-                event => event.map_upgrade(|_| unreachable!("only what comes in is upgraded")),
+                event => event.map_upgrade(|_| unreachable!("only incoming connections are upgraded")),
             });
         }
     }
@@ -440,7 +445,7 @@ mod tests {
         let enter = |ip| pending.enter(Carrier::Tcp, at(ip));
         let mut silent: Vec<_> = (0..64).map(|_| enter("203.0.113.1").unwrap()).collect();
         assert_eq!(open(&mut silent).await, PER_PLACE);
-        // An honest node behind the same address gets its turn, and keeps it.
+        // An honest node behind the same address is admitted, and stays.
         let mut honest = enter("203.0.113.1").unwrap();
         honest.spoke();
         silent.extend((0..64).map(|_| enter("203.0.113.1").unwrap()));
@@ -468,7 +473,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_those_that_have_sent_something_the_crowded_place_makes_room() {
+    async fn among_connections_that_have_sent_something_the_fullest_group_makes_room() {
         let pending = pending(32);
         let enter = |ip: &str| {
             let ticket = pending.enter(Carrier::Tcp, at(ip)).unwrap();
@@ -480,7 +485,7 @@ mod tests {
         let mut second = enter("192.0.2.1");
         assert!(is_open(&mut first).await && is_open(&mut second).await);
         assert_eq!(open(&mut attacker).await, 14);
-        // Nobody has more than a newcomer would: the door is full of different people.
+        // No group has more than a newcomer's would have: all connections are from different groups.
         drop(attacker);
         let _all: Vec<_> = (1..15).map(|n| enter(&format!("11.0.{n}.1"))).collect();
         let refused = pending.enter(Carrier::Tcp, at("11.0.99.1")).unwrap_err();
@@ -488,7 +493,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tcp_leaves_quic_its_share() {
+    async fn tcp_connections_do_not_use_the_share_of_quic() {
         let pending = pending(64);
         let tcp: Vec<_> = (0..64)
             .map(|n| {
@@ -511,12 +516,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn senders_that_have_not_shown_where_they_are_use_up_no_place_and_make_room_for_others() {
+    async fn unproven_senders_count_towards_no_group_and_make_room_for_others() {
         let pending = pending(64);
         let forged: Vec<_> = (0..100)
             .filter_map(|_| pending.enter_unproven(at("203.0.113.1")))
             .collect();
-        // The share of QUIC is less than the bound.
+        // The share of QUIC is smaller than the limit.
         assert_eq!(forged.len(), 16);
         let [_, place, unproven] = pending.limits();
         assert_eq!((place.used, unproven.used), (0, 16));
@@ -526,14 +531,15 @@ mod tests {
             .collect();
         assert_eq!(open(&mut proven).await, PER_PLACE);
         assert_eq!(pending.limits()[2].used, 0);
-        // The place is full now: nobody is refused for the address of somebody else, but asked to show its own.
+        // The group is full now. Other senders are not refused because of an address that may be forged, but asked to
+        // prove theirs.
         assert!(pending.enter_unproven(at("203.0.113.1")).is_none());
         drop((forged, proven));
         assert!(pending.state().entries.is_empty() && pending.state().by_group.is_empty());
     }
 
     #[tokio::test]
-    async fn places_for_senders_that_may_lie_are_bounded() {
+    async fn the_number_of_unproven_senders_is_bounded() {
         let pending = pending(1024);
         let enter =
             |n: u32| pending.enter_unproven(Place::of_ip(std::net::Ipv4Addr::from(n << 8).into()));

@@ -1,14 +1,14 @@
-//! Pools whose members are shared out by network place and by peer.
+//! Pools whose members are shared out by network group and by peer.
 //!
-//! A pool bounds work that peers make this node do: streams served, lanes, circuits. A bound in all, or for each peer,
-//! is not enough. Identities cost nothing, so one machine would take the whole pool with a new key for each member.
-//! Networks do cost something: [`Shares`] counts by [`Place`] as well.
+//! A pool limits work that peers make this node do: streams served, lanes, circuits. A limit in total or per peer is
+//! not enough: identities cost nothing, so one machine could take the whole pool with a new key for each member.
+//! Addresses in many networks do cost something, so [`Shares`] also counts by [`Place`].
 //!
-//! The bound on a place moves with the pool. One address may hold half as many members as are free, so that it gets a
-//! third of an empty pool by itself, the next one a third of what is left, and so on: ten networks that take all they
-//! can leave members of a pool of 128 free.
+//! The limit of a network group depends on how full the pool is. One address may hold half as many members as are free.
+//! So the first address gets a third of an empty pool, the next one a third of the rest, and so on. After ten networks
+//! have taken all they can, a pool of 128 still has free members.
 //!
-//! | members are counted by | at most, of those that are free | at most, of an empty pool |
+//! | members are counted by | at most, of the free members | at most, of an empty pool |
 //! |---|---|---|
 //! | one public IPv4 address, one IPv6 /64 | 1/2 | 1/3 |
 //! | one IPv6 /56 | 3/4 | 3/7 |
@@ -34,7 +34,7 @@ use crate::{
     address::{first_ip, is_public, site},
 };
 
-/// A network place: the part of the network that a connection comes from.
+/// A network group: the part of the network that a connection comes from. Limits hold for it as well as for a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Place(Kind);
 
@@ -44,17 +44,17 @@ enum Kind {
     Machine,
     /// An address of a private or link-local network.
     Private(IpAddr),
-    /// A public IPv4 address, or a public IPv6 network of 64 bits.
+    /// A public IPv4 address, or a public IPv6 /64.
     Public(IpAddr),
-    /// Behind this relay.
+    /// The peers behind this relay.
     Relay(PeerId),
-    /// Elsewhere: the address is a name, or of another kind.
+    /// The address is a name, or of an unknown kind.
     Unknown,
 }
 
 impl Place {
-    /// Returns the place that a connection comes from. Peers behind a relay are at the relay: it tells nothing reliable
-    /// of where they are.
+    /// Returns the network group of a path's remote end. Peers behind a relay are in the relay's group, because the
+    /// relay reports nothing reliable about their addresses.
     pub fn of(path: &Path) -> Self {
         match path.relay() {
             Some(relay) => Self::behind(relay),
@@ -62,7 +62,7 @@ impl Place {
         }
     }
 
-    /// Returns the place of an IP address.
+    /// Returns the network group of an IP address.
     pub fn of_ip(ip: IpAddr) -> Self {
         let ip = ip.to_canonical();
         Self(match ip {
@@ -72,7 +72,7 @@ impl Place {
         })
     }
 
-    /// Returns the place of a relay's clients.
+    /// Returns the network group of a relay's clients.
     pub(crate) fn behind(relay: PeerId) -> Self {
         Self(Kind::Relay(relay))
     }
@@ -81,8 +81,8 @@ impl Place {
         first_ip(address).map_or(Self(Kind::Unknown), Self::of_ip)
     }
 
-    /// Returns the name of the widest network that the place belongs to: an IPv4 /24, an IPv6 /48, a private address,
-    /// this machine, or the clients of a relay. Places of one network have the same name.
+    /// Returns the name of the widest network that contains the group: an IPv4 /24, an IPv6 /48, a private address,
+    /// this machine, or the clients of a relay. Groups in one network return the same name.
     pub fn network(self) -> String {
         match self.0 {
             Kind::Machine => "this machine".to_owned(),
@@ -94,8 +94,8 @@ impl Place {
         }
     }
 
-    /// The groups that the place belongs to, narrowest first, and the part of the free members that each may hold, in
-    /// quarters.
+    /// Returns the scopes that the group lies in, narrowest first. With each comes the part of the free members that it
+    /// may hold, in quarters.
     pub(crate) fn groups(self) -> impl Iterator<Item = (Group, usize)> + Clone {
         let groups = match self.0 {
             Kind::Machine => [Some((Group::Machine, NEAR)), None, None],
@@ -117,16 +117,16 @@ impl Place {
     }
 }
 
-/// The part of the free members that one group may hold, in quarters. A site is an IPv4 address or an IPv6 /64.
+/// The part of the free members that one site may hold, in quarters. A site is an IPv4 address or an IPv6 /64.
 pub(crate) const SITE: usize = 2;
 
-/// An IPv6 /56: a customer line at most providers. It may as well be four rented servers at a /64 each.
+/// The part of an IPv6 /56: a customer line at most providers, but also four rented servers with a /64 each.
 const CUSTOMER: usize = 3;
 
-/// An IPv4 /24 or IPv6 /48, which is what one customer of a hosting provider rents for little; and one relay.
+/// The part of an IPv4 /24 or IPv6 /48, which one customer of a hosting provider can rent cheaply; also of one relay.
 const WIDE: usize = 4;
 
-/// A private address, and this machine.
+/// The part of a private address, and of this machine.
 const NEAR: usize = 12;
 
 fn prefix_v4(ip: Ipv4Addr, bits: u32) -> Ipv4Addr {
@@ -137,7 +137,7 @@ fn prefix_v6(ip: Ipv6Addr, bits: u32) -> Ipv6Addr {
     Ipv6Addr::from(u128::from(ip) >> (128 - bits) << (128 - bits))
 }
 
-/// Places that are counted together.
+/// A set of network groups that are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Group {
     Machine,
@@ -148,7 +148,7 @@ pub(crate) enum Group {
 }
 
 impl Group {
-    /// Returns true if the group is one public IPv4 address or one IPv6 /64.
+    /// Returns true if the scope is one public IPv4 address or one IPv6 /64.
     pub(crate) fn is_site(self) -> bool {
         matches!(self, Self::Network(_, 32 | 64))
     }
@@ -166,16 +166,16 @@ impl fmt::Display for Place {
     }
 }
 
-/// Why a pool has no member left.
+/// The limit for which a pool refuses a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Full {
-    /// The peer holds as many as one peer may.
+    /// The peer holds as many members as one peer may.
     #[error("the peer has too many open")]
     Peer,
-    /// The place, or a network around it, holds as many as it may.
+    /// The network group, or a network around it, holds as many members as it may.
     #[error("too many are open from {0}")]
     Place(Place),
-    /// All are taken.
+    /// All members are taken.
     #[error("too many are open in all")]
     All,
 }
@@ -225,7 +225,7 @@ pub struct Permit {
 }
 
 impl Shares {
-    /// Makes a pool of `all` members, of which one peer holds `per_peer` at most.
+    /// Makes a pool of `all` members, of which one peer holds at most `per_peer`.
     pub fn new(all: usize, per_peer: usize) -> Self {
         Self {
             all,
@@ -234,10 +234,11 @@ impl Shares {
         }
     }
 
-    /// Takes a member for `peer`, which is at `place`: [`Place::of`] of a stream's path tells it.
+    /// Takes a member for `peer`, whose network group is `group`: [`Place::of`] the path of its stream.
     ///
     /// # Errors
-    /// [`Full`] says which limit the peer has met. The refusal is counted.
+    ///
+    /// [`Full`] names the limit that is reached. The refusal is counted.
     pub fn take(&self, peer: PeerId, place: Place) -> Result<Permit, Full> {
         let mut state = self.lock();
         if let Err(full) = self.check(&state, &peer, place) {
@@ -259,7 +260,7 @@ impl Shares {
         })
     }
 
-    /// Returns true if [`take`](Self::take) would succeed now. Nothing is counted.
+    /// Returns true if [`take`](Self::take) would succeed now. Counts nothing.
     pub fn has(&self, peer: &PeerId, place: Place) -> bool {
         self.check(&self.lock(), peer, place).is_ok()
     }
@@ -280,23 +281,23 @@ impl Shares {
         }
     }
 
-    /// Members that are taken now.
+    /// Returns the number of members that are taken now.
     pub fn used(&self) -> usize {
         self.lock().used
     }
 
-    /// Members that there are.
+    /// Returns the number of members in the pool.
     pub fn all(&self) -> usize {
         self.all
     }
 
-    /// Members that one peer may hold.
+    /// Returns the number of members that one peer may hold.
     pub fn per_peer(&self) -> usize {
         self.per_peer
     }
 
-    /// The three limits of the pool, under these names: in all, of one place, of one peer. The limit of one place is
-    /// that of a public address in an empty pool; its use is the largest of any public address.
+    /// Returns the pool's three limits under these names: in total, per network group, per peer. The second row shows
+    /// the limit of a public address in an empty pool, and the largest use by one public address.
     pub fn limits(
         &self,
         all: &'static str,
@@ -332,7 +333,7 @@ impl Shares {
 }
 
 impl Permit {
-    /// The place that it was taken for.
+    /// Returns the network group that the member was taken for.
     pub fn place(&self) -> Place {
         self.place
     }
@@ -347,7 +348,7 @@ impl Drop for Permit {
     }
 }
 
-/// Counts by group of places: one at a place counts in every group that the place belongs to.
+/// Counts by scope: one member of a network group counts in every scope that the group lies in.
 #[derive(Debug, Default)]
 pub(crate) struct ByGroup(HashMap<Group, usize>);
 
@@ -372,7 +373,7 @@ impl ByGroup {
         count(&self.0, &group)
     }
 
-    /// The most that one public IPv4 address or one IPv6 /64 has.
+    /// Returns the most that one public IPv4 address or one IPv6 /64 has.
     pub(crate) fn most_of_site(&self) -> usize {
         let of_sites = self.0.iter().filter(|(group, _)| group.is_site());
         of_sites.map(|(_, used)| *used).max().unwrap_or_default()
@@ -393,7 +394,7 @@ pub(crate) fn count<K: Eq + Hash>(counts: &HashMap<K, usize>, key: &K) -> usize 
     counts.get(key).copied().unwrap_or_default()
 }
 
-/// Counts one less; what has none is forgotten.
+/// Decreases a count by one, and removes it at zero.
 pub(crate) fn release<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
     if let Entry::Occupied(mut count) = counts.entry(key) {
         *count.get_mut() = count.get().saturating_sub(1);
@@ -404,8 +405,8 @@ pub(crate) fn release<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
 }
 
 impl Place {
-    /// Returns the names of the public networks around the place, narrowest first, or of the relay that it is behind:
-    /// for pools that count something else than members. Private networks and this machine have none.
+    /// Returns the names of the public networks around the group, narrowest first, or of its relay. It is for pools
+    /// that count something other than members. Private networks and this machine return no name.
     pub fn networks(self) -> impl Iterator<Item = String> {
         self.groups().filter_map(|(group, _)| match group {
             Group::Network(_, 0) | Group::Machine | Group::Unknown => None,
@@ -425,7 +426,7 @@ mod tests {
         Place::of_ip(ip.parse().unwrap())
     }
 
-    /// Members that one place gets by itself, with as many identities as it likes.
+    /// Returns the members that one network group gets by itself, with any number of identities.
     fn filled(shares: &Shares, place: impl Fn(u8) -> Place) -> Vec<Permit> {
         let take = |n: usize| shares.take(PeerId::random(), place(n as u8)).ok();
         (0..4 * shares.all()).filter_map(take).collect()
@@ -454,13 +455,13 @@ mod tests {
         let v6 = filled(&shares, |n| at(&format!("2001:db8:0:{n:x}::1")));
         assert!(v6.len() <= 48, "{}", v6.len());
         drop(v6);
-        // A customer's line: 256 networks of 64 bits.
+        // A customer's line: 256 /64 networks.
         let line = filled(&shares, |n| at(&format!("2001:db8:0:1{n:02x}::1")));
         assert!(line.len() <= 96 * 3 / 7, "{}", line.len());
     }
 
     #[test]
-    fn a_newcomer_finds_a_member_free_though_eight_networks_take_all_they_can() {
+    fn a_newcomer_finds_a_free_member_after_eight_networks_took_all_they_could() {
         let shares = Shares::new(128, 8);
         let held: Vec<_> = (0..8)
             .flat_map(|n| filled(&shares, |_| at(&format!("203.0.{n}.1"))))
@@ -470,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn one_peer_is_held_to_its_share_wherever_it_is() {
+    fn one_peer_is_held_to_its_share_from_any_network() {
         let shares = Shares::new(128, 2);
         let peer = PeerId::random();
         let _first = shares.take(peer, at("203.0.113.1")).unwrap();
@@ -492,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_behind_one_relay_share_the_place_of_the_relay() {
+    fn peers_behind_one_relay_are_one_network_group() {
         let relay = PeerId::random();
         let address: Multiaddr = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
         let relayed = address
@@ -504,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_pool_serves_a_place_at_least_once() {
+    fn a_small_pool_serves_each_network_group_at_least_once() {
         let shares = Shares::new(1, 1);
         let permit = shares.take(PeerId::random(), at("203.0.113.1")).unwrap();
         assert_eq!(
@@ -519,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv4_address_written_as_ipv6_is_the_same_place() {
+    fn an_ipv4_mapped_address_is_in_the_same_network_group() {
         assert_eq!(at("::ffff:203.0.113.1"), at("203.0.113.1"));
         assert_eq!(at("2001:db8::1"), at("2001:db8::2"));
     }

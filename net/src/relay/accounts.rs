@@ -1,4 +1,4 @@
-//! What relaying is counted by: bytes a second and bytes a day, in all and of each peer.
+//! Accounts of relayed traffic: bytes per second and bytes per day, in total and per peer.
 
 use std::{
     sync::{Arc, Mutex},
@@ -7,10 +7,10 @@ use std::{
 
 use tokio::time::Instant;
 
-/// The day of a daily limit: it begins with the first byte after the last one has ended.
+/// Length of a day of a daily limit. A day begins with the first byte after the last day has ended.
 pub(super) const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Bytes that may pass at once before a rate holds them back, in time at that rate.
+/// Bytes that may pass at once before a rate delays them, as time at that rate.
 const BURST: Duration = Duration::from_millis(250);
 
 /// The circuits and bytes of one peer.
@@ -29,7 +29,7 @@ pub(super) struct Day {
 }
 
 impl Day {
-    /// Counts `bytes`, unless that would be more than `limit`.
+    /// Counts `bytes` and returns true, unless the day's total would exceed `limit`.
     pub(super) fn count(&mut self, bytes: u64, limit: u64, now: Instant) -> bool {
         if self.began.is_none_or(|began| now >= began + DAY) {
             *self = Self {
@@ -45,7 +45,7 @@ impl Day {
     }
 }
 
-/// So many bytes a second, shared by those that wait in the order in which they came.
+/// A rate in bytes per second, shared by all that wait in the order in which they came.
 #[derive(Debug)]
 pub(super) struct Rate {
     per_second: u64,
@@ -60,7 +60,7 @@ impl Rate {
         }
     }
 
-    /// Takes the next `bytes`; when they may pass.
+    /// Takes the next `bytes`, and returns the time at which they may pass.
     pub(super) fn take(&self, bytes: usize, now: Instant) -> Instant {
         if self.per_second == 0 {
             return now;

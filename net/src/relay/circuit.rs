@@ -1,8 +1,10 @@
-//! Circuits through relays (libp2p's circuit relay v2, <https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md>): the exchanges, and the
-//! transport that makes connections of circuits.
+//! Circuits through relays (libp2p's circuit relay v2,
+//! <https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md>): the exchanges, and the transport that turns
+//! circuits into connections.
 //!
-//! libp2p's own client ties a reservation to a listener that must not be removed at the wrong time, believes whatever expiry and addresses a relay
-//! names, and can be made to panic by it. Here a reservation is a plain exchange over a [`Stream`], and what the relay says is bounded.
+//! libp2p's own client ties a reservation to a listener that must not be removed at the wrong time. It trusts any
+//! expiry and addresses that a relay names, and a relay can make it panic. Here a reservation is a plain exchange over
+//! a [`Stream`], and limits apply to everything the relay sends.
 
 use std::{
     io,
@@ -33,64 +35,65 @@ use crate::{
     exchange::{self, ExchangeError, within},
 };
 
-/// From a client to its relay.
+/// The protocol from a client to its relay.
 pub(crate) const HOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
 
-/// From a relay to the end of a circuit.
+/// The protocol from a relay to the end of a circuit.
 pub(crate) const STOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/stop");
 
-/// Bytes in a message.
+/// Largest message, in bytes.
 pub(crate) const MAX_MESSAGE: usize = 4096;
 
-/// How long an exchange may take.
+/// Time that an exchange may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A relay may name any end for a reservation, by its own clock. The least keeps a relay that names the past from being
-/// asked without end; one that the user has not named is asked no more often than each two minutes (`reservations.rs`). The
-/// most is what libp2p's relays grant by default: if this machine's clock is behind, an end seems farther off than it
-/// is, and a renewal that comes too soon costs one request an hour.
+/// The least and the most time that a reservation is taken to hold. A relay may name any expiry, by its own clock. The
+/// least keeps a node from asking without end if the relay names a time in the past; a relay that the user has not
+/// named is asked at most every two minutes (`reservations.rs`). The most is what libp2p's relays grant by default. If
+/// this machine's clock is slow, an expiry seems farther off than it is; a renewal that comes too soon costs one
+/// request per hour.
 const HOLDS: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3600));
 
-/// Addresses taken from a relay.
+/// Most addresses taken from a relay.
 const MAX_ADDRESSES: usize = 8;
 
-/// Circuits that have arrived and wait for the transport.
+/// Most incoming circuits that wait for the transport.
 const ARRIVALS: usize = 64;
 
-/// Dials through relays that wait for the driver.
+/// Most dials through relays that wait for the driver.
 const REQUESTS: usize = 256;
 
-/// Why a circuit or a reservation did not come about.
+/// The reason that a circuit or a reservation failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CircuitError {
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
     #[error("the relay refused: {}", reason(*.0))]
     Refused(CircuitStatus),
-    #[error("the answer is not one to what was asked")]
+    #[error("the relay's answer does not match the request")]
     Malformed,
 }
 
 fn reason(status: CircuitStatus) -> &'static str {
     match status {
-        CircuitStatus::ReservationRefused => "it takes no more reservations",
+        CircuitStatus::ReservationRefused => "it accepts no more reservations",
         CircuitStatus::ResourceLimitExceeded => "its limits are reached",
-        CircuitStatus::PermissionDenied => "it does not relay for us",
+        CircuitStatus::PermissionDenied => "it does not relay for this node",
         CircuitStatus::ConnectionFailed => "it cannot reach the peer",
         CircuitStatus::NoReservation => "the peer holds no reservation there",
         CircuitStatus::MalformedMessage | CircuitStatus::UnexpectedMessage => {
-            "it did not understand"
+            "it did not understand the request"
         }
         CircuitStatus::Unused | CircuitStatus::Ok => "it gave no reason",
     }
 }
 
-/// What a relay has granted.
+/// A reservation that a relay has granted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Grant {
-    /// How long it holds.
+    /// Time for which the reservation holds.
     pub(crate) holds: Duration,
-    /// The relay's addresses, without peer; unchecked.
+    /// The relay's addresses, without its PeerId; unverified.
     pub(crate) addresses: Vec<Multiaddr>,
 }
 
@@ -119,7 +122,7 @@ where
     })
 }
 
-/// Asks a relay for a circuit to `destination`; from then on, `stream` leads there.
+/// Asks a relay for a circuit to `destination`. Afterwards `stream` leads there.
 pub(crate) async fn connect<S>(stream: &mut S, destination: PeerId) -> Result<(), CircuitError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -145,7 +148,8 @@ where
     }
 }
 
-/// At the relay: offers a circuit from `source` to the peer at the end of `stream`; from then on, `stream` leads there.
+/// Offers a circuit from `source`, at the relay, to the peer at the end of `stream`. Afterwards `stream` leads to that
+/// peer.
 pub(crate) async fn offer<S>(
     stream: &mut S,
     source: PeerId,
@@ -172,7 +176,8 @@ where
     .await
 }
 
-/// At the end of a circuit: takes it; who says to be at its beginning. Whether that is so, the handshake that follows shows.
+/// Accepts a circuit at its end. Returns the peer that claims to be at its beginning; the handshake that follows
+/// verifies it.
 pub(crate) async fn accept<S>(stream: &mut S) -> Result<PeerId, CircuitError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -205,31 +210,32 @@ fn peer(id: PeerId) -> CircuitPeer {
     }
 }
 
-/// The peer that a message names.
+/// Returns the peer that a message names.
 pub(crate) fn peer_id(peer: &CircuitPeer) -> Option<PeerId> {
     PeerId::from_bytes(peer.id()).ok()
 }
 
-/// Asks the driver for a stream that leads to `destination`.
+/// A request to the driver for a stream that leads to `destination`.
 #[derive(Debug)]
 pub(crate) struct DialRequest {
     pub(crate) relay: PeerId,
-    /// The relay's; empty if it has to be connected already.
+    /// Address of the relay; empty if the relay must already be connected.
     pub(crate) address: Multiaddr,
     pub(crate) destination: PeerId,
     pub(crate) reply: oneshot::Sender<io::Result<Stream>>,
 }
 
-/// A circuit that leads to us.
+/// A circuit that leads to this node.
 #[derive(Debug)]
 pub(crate) struct CircuitArrival {
     pub(crate) source: PeerId,
-    /// The relay's address, with its peer.
+    /// Address of the relay, with its PeerId.
     pub(crate) relay: Multiaddr,
     pub(crate) stream: Stream,
 }
 
-/// The transport: circuits as connections that are still to be secured. Listens on `/p2p-circuit`, once; reservations are the driver's.
+/// The transport that turns circuits into connections that are still to be secured. It listens on `/p2p-circuit`, once.
+/// The driver holds reservations.
 #[derive(Debug)]
 pub(crate) struct Circuits {
     requests: mpsc::Sender<DialRequest>,
@@ -238,7 +244,7 @@ pub(crate) struct Circuits {
 }
 
 impl Circuits {
-    /// With what the driver needs of it.
+    /// Makes the transport, and the driver's ends of its channels.
     pub(crate) fn new() -> (
         Self,
         mpsc::Receiver<DialRequest>,
@@ -255,7 +261,7 @@ impl Circuits {
     }
 }
 
-/// The relay's address, the relay and the destination of an address through one relay.
+/// Splits an address through one relay into the relay's address, the relay and the destination.
 fn parse(address: &Multiaddr) -> Option<(Multiaddr, PeerId, PeerId)> {
     let mut parts = address.iter();
     let mut before = Multiaddr::empty();
@@ -340,7 +346,8 @@ impl Transport for Circuits {
             listener_id,
             upgrade: future::ready(Ok(arrival.stream.compat())),
             local_addr: through.clone(),
-            // In full, although the relay is in the other one too: js-libp2p is told it as what we observe, and reads no address without a place.
+            // The relay is repeated here, although `local_addr` has it too. js-libp2p receives this address as its
+            // observed one, and cannot read an address without a host.
             send_back_addr: through.with(Protocol::P2p(arrival.source)),
         })
     }
@@ -378,7 +385,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_relay_grants_is_bounded() {
+    async fn expiry_and_addresses_of_a_grant_are_limited() {
         for expire in [0, u64::MAX] {
             let grant = answered(granted(expire, Vec::new())).await.unwrap();
             assert!(grant.holds >= HOLDS.0 && grant.holds <= HOLDS.1);
@@ -392,7 +399,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refusal_is_told_from_nonsense() {
+    async fn a_refusal_is_distinguished_from_a_malformed_answer() {
         let refusal = HopMessage {
             r#type: Some(Hop::Status.into()),
             status: Some(CircuitStatus::ReservationRefused.into()),

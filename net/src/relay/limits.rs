@@ -2,33 +2,33 @@
 
 use std::time::Duration;
 
-/// What serving as a relay may cost.
+/// Limits on the resources that a node spends as a relay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayLimits {
     /// Peers that may hold a reservation. Each keeps a connection open.
     pub reservations: usize,
-    /// How long a reservation holds without being renewed.
+    /// Time for which a reservation holds without being renewed.
     pub reservation_duration: Duration,
-    /// Relayed connections at a time, in all.
+    /// Relayed connections at a time, in total.
     pub circuits: usize,
-    /// Relayed connections at a time, of one peer.
+    /// Relayed connections at a time, per peer.
     pub circuits_per_peer: usize,
-    /// How long a relayed connection may last.
+    /// Longest duration of a relayed connection.
     pub circuit_duration: Duration,
     /// Bytes that may pass through a relayed connection each way. 0: no limit.
     pub circuit_bytes: u64,
-    /// Bytes a second, of all relayed connections together. 0: no limit.
+    /// Bytes per second of all relayed connections together. 0: no limit.
     pub rate: u64,
-    /// Bytes a second, of all relayed connections of one peer. 0: no limit.
+    /// Bytes per second of all relayed connections of one peer. 0: no limit.
     pub rate_per_peer: u64,
-    /// Bytes a day, of all relayed connections together. 0: no limit.
+    /// Bytes per day of all relayed connections together. 0: no limit.
     pub daily_bytes: u64,
-    /// Bytes a day, of all relayed connections of one peer. 0: no limit.
+    /// Bytes per day of all relayed connections of one peer. 0: no limit.
     pub daily_bytes_per_peer: u64,
 }
 
 impl Default for RelayLimits {
-    /// Room for a model to move.
+    /// Returns limits that leave room for the transfer of a model.
     fn default() -> Self {
         Self {
             reservations: 512,
@@ -45,15 +45,15 @@ impl Default for RelayLimits {
     }
 }
 
-/// What serving as a relay comes to.
+/// Use of a node as a relay.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RelayUse {
-    /// Reservations held here.
+    /// Reservations that peers hold on this node.
     pub reservations: usize,
-    /// Relayed connections open.
+    /// Open relayed connections.
     pub circuits: usize,
     /// Bytes relayed since the start, both ways.
     pub bytes: u64,
-    /// Requests refused since the start, for whatever reason.
+    /// Requests refused since the start, for any reason.
     pub refused: u64,
 }

@@ -1,5 +1,5 @@
 //! Relays (libp2p's circuit relay v2): circuits as connections, the reservations that this node holds, and this node as
-//! a relay for others.
+//! a relay.
 
 mod accounts;
 pub(crate) mod circuit;

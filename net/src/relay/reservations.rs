@@ -1,6 +1,7 @@
-//! Relays for this node: which to hold reservations on.
+//! The relays on which this node holds reservations.
 //!
-//! [`Relays`] decides, without I/O, where to reserve and when to renew, and pauses longer after each failure.
+//! [`Relays`] decides, without I/O, on which relays to reserve and when to renew. After each failure of a relay its
+//! pause is longer.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,37 +13,38 @@ use libp2p::{Multiaddr, PeerId};
 
 use crate::address::{is_public, socket};
 
-/// Reservations to hold, so that the loss of one relay costs no reachability.
+/// Number of reservations to hold, so that the loss of one relay does not make the node unreachable.
 const HOLD: usize = 2;
 
 /// The first and the longest pause after a relay failed or refused.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
 
-/// A relay that was held for this long may be asked again at once when it is back.
+/// A relay whose reservation lasted this long may be asked again at once when it is back.
 const PROVEN: Duration = Duration::from_secs(60);
 
-/// A relay that the user has not named is asked for a renewal no more often than this, whatever end it names.
+/// Shortest time between renewals at a relay that the user has not named, whatever expiry the relay names.
 const RENEW: Duration = Duration::from_secs(120);
 
-/// Other addresses that a relay names have to be the same for this long before they replace those that others were
-/// told: each change is stated to the whole mesh. A renewal follows within this time.
+/// Time for which a relay has to name the same new addresses before they replace the advertised ones. Each change is
+/// advertised to the whole mesh. A renewal follows within this time.
 const SAME: Duration = Duration::from_secs(120);
 
-/// The least time between two such changes.
+/// Shortest time between two such changes.
 const CHANGE: Duration = Duration::from_secs(300);
 
-/// A relay that could be asked.
+/// A relay that could be asked for a reservation.
 #[derive(Debug, Clone)]
 pub(crate) struct Candidate {
     pub(crate) peer: PeerId,
-    /// Named by whoever runs this node: comes before all others.
+    /// True if the configuration names the relay; such relays come before all others.
     pub(crate) preferred: bool,
     pub(crate) rtt: Option<Duration>,
     pub(crate) address: Multiaddr,
 }
 
 impl Candidate {
-    /// Where it is. On a private network, nobody is somebody else.
+    /// Returns the public IP address of the relay. Relays on private networks have none, and are never taken for the
+    /// same relay.
     fn place(&self) -> Option<IpAddr> {
         let at = socket(&self.address)?.0;
         is_public(&at.ip()).then_some(at.ip())
@@ -54,18 +56,18 @@ struct Reservation {
     place: Option<IpAddr>,
     preferred: bool,
     since: Instant,
-    /// What others dial, and when to renew; `None` until it is granted.
+    /// Addresses through the relay, and the time to renew; `None` until granted.
     granted: Option<(Vec<Multiaddr>, Instant)>,
-    /// When its addresses last changed.
+    /// Time at which the addresses last changed.
     changed: Instant,
-    /// Other addresses that it names, and since when.
+    /// Other addresses that the relay names, and the time of the first mention.
     proposed: Option<(Vec<Multiaddr>, Instant)>,
-    /// A request is under way.
+    /// True while a request is under way.
     asking: bool,
 }
 
 impl Reservation {
-    /// The addresses that count after a grant that names `named`.
+    /// Returns the addresses to use after a grant that names the addresses `named`.
     fn settle(&mut self, named: Vec<Multiaddr>, now: Instant) -> Vec<Multiaddr> {
         let Some((known, _)) = &self.granted else {
             self.changed = now;
@@ -91,23 +93,23 @@ impl Reservation {
     }
 }
 
-/// Returns true if both are the same addresses, in any order.
+/// Returns true if both have the same addresses, in any order.
 fn is_same(one: &[Multiaddr], other: &[Multiaddr]) -> bool {
     let all = |of: &[Multiaddr]| of.iter().cloned().collect::<HashSet<_>>();
     all(one) == all(other)
 }
 
-/// The reservations we hold or have asked for.
+/// The reservations that this node holds or has asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     reservations: HashMap<PeerId, Reservation>,
-    /// When a relay that failed may be asked again, and the pause after the next failure.
+    /// Time at which a failed relay may be asked again, and the pause after its next failure.
     paused: HashMap<PeerId, (Instant, Duration)>,
 }
 
 impl Relays {
-    /// Which of `candidates` to ask now: preferred ones first, then those that others can reach, then the nearest; as many as are lacking, and of those
-    /// that are not preferred only one in a place.
+    /// Returns the candidates to ask now, as many as are missing. Preferred relays come first, then public ones, then
+    /// the nearest. Of relays that are not preferred, only one per IP address is asked.
     pub(crate) fn wanted(&self, mut candidates: Vec<Candidate>, now: Instant) -> Vec<Candidate> {
         candidates.retain(|candidate| {
             let asked = self.reservations.contains_key(&candidate.peer);
@@ -121,7 +123,7 @@ impl Relays {
         });
         let mut places: HashSet<_> = self.reservations.values().filter_map(|r| r.place).collect();
         let preferred = self.reservations.values().filter(|r| r.preferred).count();
-        // Those that are not preferred do not stand in the way of those that are.
+        // Reservations on relays that are not preferred do not keep preferred ones from being asked.
         let mut lacking = HOLD.saturating_sub(preferred);
         let mut lacking_others = HOLD.saturating_sub(self.reservations.len());
         candidates.retain(|candidate| {
@@ -142,7 +144,7 @@ impl Relays {
         candidates
     }
 
-    /// `relay` is being asked.
+    /// Records that `relay` is being asked.
     pub(crate) fn asked(&mut self, relay: &Candidate, now: Instant) {
         let reservation = Reservation {
             place: relay.place(),
@@ -156,8 +158,8 @@ impl Relays {
         self.reservations.insert(relay.peer, reservation);
     }
 
-    /// The reservation is granted, or renewed; the addresses that it had before. Other ones than before count once they
-    /// have been named for a while.
+    /// Records that the reservation was granted or renewed. Returns its previous addresses. New addresses are used once
+    /// the relay has named them for a while.
     pub(crate) fn granted(
         &mut self,
         relay: PeerId,
@@ -180,7 +182,7 @@ impl Relays {
         Some(before.map(|(addresses, _)| addresses).unwrap_or_default())
     }
 
-    /// The reservation failed or is lost; the addresses that it had, if there was one.
+    /// Records that the reservation failed or was lost. Returns its addresses, if there was a reservation.
     pub(crate) fn lost(&mut self, relay: &PeerId, now: Instant) -> Option<Vec<Multiaddr>> {
         let reservation = self.reservations.remove(relay)?;
         if reservation.granted.is_some() && now.duration_since(reservation.since) >= PROVEN {
@@ -197,14 +199,14 @@ impl Relays {
     }
 
     fn pause(&mut self, relay: PeerId, now: Instant) {
-        // What has long been over tells nothing; this also bounds the map by what can fail in the longest pause.
+        // Pauses that ended long ago are dropped. This limits the map to relays that failed within the longest pause.
         self.paused.retain(|_, (until, _)| *until + PAUSE.1 > now);
         let pause = self.paused.get(&relay).map_or(PAUSE.0, |(_, pause)| *pause);
         let next = (pause * 2).min(PAUSE.1);
         self.paused.insert(relay, (now + pause, next));
     }
 
-    /// Reservations to be renewed now; they count as being asked for.
+    /// Returns the relays whose reservations are to be renewed now, and marks them as being asked.
     pub(crate) fn due(&mut self, now: Instant) -> Vec<PeerId> {
         let mut due = Vec::new();
         for (relay, reservation) in &mut self.reservations {
@@ -220,12 +222,12 @@ impl Relays {
         due
     }
 
-    /// Whether there are fewer than there should be.
+    /// Returns true if there are fewer reservations than there should be.
     pub(crate) fn lacks(&self) -> bool {
         self.reservations.len() < HOLD
     }
 
-    /// What others dial to reach us through the relays that we hold.
+    /// Returns this node's addresses through the relays on which it holds reservations.
     pub(crate) fn addresses(&self) -> Vec<Multiaddr> {
         let granted = self
             .reservations
@@ -236,18 +238,18 @@ impl Relays {
             .collect()
     }
 
-    /// Whether we hold a reservation on `relay`, or have asked for one.
+    /// Returns true if this node holds a reservation on `relay`, or has asked for one.
     pub(crate) fn knows(&self, relay: &PeerId) -> bool {
         self.reservations.contains_key(relay)
     }
 
-    /// Whether `relay` grants us a reservation now.
+    /// Returns true if this node holds a reservation on `relay`.
     pub(crate) fn holds(&self, relay: &PeerId) -> bool {
         let reservation = self.reservations.get(relay);
         reservation.is_some_and(|reservation| reservation.granted.is_some())
     }
 
-    /// The relays that grant us a reservation now.
+    /// Returns the relays on which this node holds reservations.
     pub(crate) fn held(&self) -> Vec<PeerId> {
         let all = self.reservations.iter();
         all.filter(|(_, r)| r.granted.is_some())
@@ -298,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn configured_ones_come_first_whoever_was_there_before() {
+    fn configured_relays_come_first_whatever_reservations_exist() {
         let mut relays = Relays::default();
         let now = Instant::now();
         for other in [candidate(10), candidate(20)] {
@@ -314,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn one_place_is_asked_once_and_private_ones_come_last() {
+    fn one_ip_address_is_asked_once_and_private_ones_come_last() {
         let relays = Relays::default();
         let (one, two, far) = (candidate(10), candidate(10), candidate(90));
         let wanted = relays.wanted(vec![one.clone(), two, far.clone()], Instant::now());
@@ -326,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_refuses_or_drops_us_is_left_alone_for_longer_each_time() {
+    fn a_relay_that_refuses_or_drops_a_reservation_has_growing_pauses() {
         let mut relays = Relays::default();
         let mut now = Instant::now();
         let only = candidate(10);
@@ -369,21 +371,21 @@ mod tests {
             let now = begin + n as u32 * SAME;
             relays.granted(only.peer, named(n), HOUR, now);
             assert_eq!(relays.addresses(), named(0), "{n}");
-            // It is asked again soon, to see whether they stay.
+            // It is asked again soon, to see whether the addresses stay.
             assert_eq!(relays.due(now + SAME), [only.peer]);
         }
-        // Two in turn come to nothing either.
+        // Two sets of addresses in turn are not used either.
         for n in 100..200 {
             let now = begin + n as u32 * SAME;
             relays.granted(only.peer, named(n % 2 + 1), HOUR, now);
             assert_eq!(relays.addresses(), named(0), "{n}");
         }
-        // Those that stay do.
+        // Addresses that stay are used.
         let later = begin + 200 * SAME;
         relays.granted(only.peer, named(7), HOUR, later);
         relays.granted(only.peer, named(7), HOUR, later + SAME);
         assert_eq!(relays.addresses(), named(7));
-        // And not others right after them.
+        // Other addresses right after them are not.
         relays.granted(only.peer, named(8), HOUR, later + SAME);
         relays.granted(only.peer, named(8), HOUR, later + 2 * SAME);
         assert_eq!(relays.addresses(), named(7));

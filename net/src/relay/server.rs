@@ -1,7 +1,7 @@
-//! Relaying others' connections, within stated limits (circuit relay v2).
+//! The relay server: relays connections of other peers within configured limits (circuit relay v2).
 //!
-//! libp2p's relay limits the number of circuits and the bytes of each. What a machine on the internet has to bound is what all of them take
-//! together and what one peer takes: rates and bytes a day are limited as well.
+//! libp2p's relay limits the number of circuits and the bytes of each. A machine on the internet also has to limit the
+//! total of all circuits and the use by one peer, so rates and bytes per day are limited as well.
 
 use std::{
     collections::HashMap,
@@ -36,35 +36,35 @@ use crate::{
     span,
 };
 
-/// Requests being answered at a time, and of one peer.
+/// Most requests being answered at a time, in total and per peer.
 const MAX_REQUESTS: usize = 256;
 const MAX_REQUESTS_PER_PEER: usize = 8;
 
-/// How long a client may take to say what it wants, and a destination to answer.
+/// Time that a client has to send its request, and a destination to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes copied at a time.
 const CHUNK: usize = 64 * 1024;
 
-/// A circuit through which nothing passes for this long is ended: both ends of a living one ping each other.
+/// Time without traffic after which a circuit is ended. Both ends of a live circuit ping each other.
 const SILENT: Duration = Duration::from_secs(600);
 
-/// A circuit is idle if fewer bytes than these passed in each of its last two [`WINDOW`]s: pings on an unused
-/// connection are some 300 bytes each, four a minute.
+/// A circuit is idle if fewer bytes than this passed in each of its last two [`WINDOW`]s. Pings on an unused connection
+/// are about 300 bytes each, four per minute.
 const IDLE_BYTES: u64 = 16 * 1024;
 const WINDOW: Duration = Duration::from_secs(30);
 
-/// The part of a destination's circuits that one source peer, and one source address, may hold: a quarter. Otherwise
-/// one machine would take all of them, and keep everybody else from a node that is reached through relays only.
+/// One source peer, and one source address, may hold one in this many of a destination's circuits. Otherwise one
+/// machine could take all of them, and keep all other peers from a node that is reached only through relays.
 const SOURCE_SHARE: usize = 4;
 
-/// Addresses named in a reservation.
+/// Most addresses named in a reservation.
 const MAX_ADDRESSES: usize = 16;
 
-/// Peers whose bytes are counted.
+/// Most peers whose bytes are counted.
 const MAX_COUNTED: usize = 16_384;
 
-/// What was refused because of a limit.
+/// Numbers of refusals, by limit.
 #[derive(Debug, Default)]
 struct Refused {
     reservations: u64,
@@ -77,26 +77,26 @@ struct Refused {
     bytes_per_peer: u64,
 }
 
-/// What the server needs of the driver.
+/// A request of the server to the driver.
 #[derive(Debug)]
 pub(crate) enum Need {
-    /// The connection to this peer is to be kept: it holds a reservation.
+    /// Keep the connection to this peer, because it holds a reservation.
     Keep(PeerId),
-    /// A stream of the stop protocol over a direct connection.
+    /// Open a stream of the stop protocol over a direct connection.
     Open(PeerId, oneshot::Sender<Result<Stream, OpenError>>),
 }
 
-/// The server. Cheap to clone.
+/// The relay server. Clones share one state.
 #[derive(Debug, Clone)]
 pub(crate) struct Server {
     key: Keypair,
     limits: Arc<RelayLimits>,
     state: Arc<Mutex<State>>,
     requests: Shares,
-    /// Reservations, by the network of the peer that holds one.
+    /// Limits reservations per network group of the peers that hold them.
     reserved: Shares,
     needs: mpsc::Sender<Need>,
-    /// Of all circuits together.
+    /// Rate of all circuits together.
     rate: Arc<Rate>,
 }
 
@@ -104,7 +104,7 @@ pub(crate) struct Server {
 struct State {
     reservations: HashMap<PeerId, Reservation>,
     peers: HashMap<PeerId, Counted>,
-    /// Those that were asked for from a network.
+    /// Circuits by scope of the source's network group.
     networks: ByGroup,
     circuits: HashMap<u64, Held>,
     next: u64,
@@ -123,12 +123,12 @@ struct Reservation {
 #[derive(Debug)]
 struct Held {
     ends: [PeerId; 2],
-    /// The place of the source.
+    /// Network group of the source.
     place: Place,
     since: Instant,
-    /// The beginning of the current window, the bytes that passed in it, and in the one before.
+    /// Beginning of the current window, bytes that passed in it, and bytes in the window before.
     window: (Instant, u64, u64),
-    /// Dropped with it, which ends the circuit.
+    /// Dropped with this value, which ends the circuit.
     _held: oneshot::Sender<Infallible>,
 }
 
@@ -175,13 +175,13 @@ impl Held {
     }
 }
 
-/// A place among the circuits.
+/// A circuit that counts until this value is dropped.
 #[derive(Debug)]
 struct Circuit {
     server: Server,
     id: u64,
     ends: [PeerId; 2],
-    /// Resolves when another takes its place.
+    /// Resolves when the circuit has to make room for another.
     replaced: oneshot::Receiver<Infallible>,
     /// Bytes that have passed.
     moved: AtomicU64,
@@ -194,7 +194,7 @@ impl Drop for Circuit {
 }
 
 impl State {
-    /// Ends a circuit, and gives back what it holds.
+    /// Ends a circuit and releases its counts.
     fn end(&mut self, id: u64) {
         let Some(held) = self.circuits.remove(&id) else {
             return;
@@ -208,8 +208,9 @@ impl State {
         }
     }
 
-    /// Of some circuits, the one that goes for another from `place`: the longest idle one; or else, if a place has more
-    /// of them than the newcomer's would, the oldest from there.
+    /// Returns the circuit of those `among` that has to make room for one from `group`. This is the one that has been
+    /// idle longest. If none is idle, it is the oldest circuit of the network group that has most, if that is more than
+    /// the newcomer's group would have.
     fn to_replace(&self, among: impl Fn(&Held) -> bool, place: Place, now: Instant) -> Option<u64> {
         let candidates = || self.circuits.iter().filter(|(_, held)| among(held));
         let idle = candidates().filter(|(_, held)| held.is_idle(now));
@@ -230,7 +231,7 @@ impl State {
 }
 
 impl Server {
-    /// With what it needs of the driver.
+    /// Makes the server, and the driver's end of its channel.
     pub(crate) fn new(key: Keypair, limits: RelayLimits) -> (Self, mpsc::Receiver<Need>) {
         let (needs, needed) = mpsc::channel(MAX_REQUESTS);
         let server = Self {
@@ -245,7 +246,7 @@ impl Server {
         (server, needed)
     }
 
-    /// Every limit, and what it comes to.
+    /// Returns all limits with their use.
     pub(crate) fn limits(&self) -> Vec<LimitUse> {
         let state = lock(&self.state);
         let circuits = state.peers.values().map(|counted| counted.circuits);
@@ -260,7 +261,7 @@ impl Server {
         let [_, of_address, _] = self.reserved.limits("", "", "");
         let requests = self.requests.limits("", "", "");
         let some = |limit: u64| (limit != 0).then_some(limit);
-        // Bytes of a day are more than memory holds.
+        // The bytes of a day may exceed `usize`.
         let of_day = |name, used, limit, refused| LimitUse {
             name,
             used,
@@ -333,38 +334,38 @@ impl Server {
         }
     }
 
-    /// Whether `peer` holds a reservation.
+    /// Returns true if `peer` holds a reservation.
     pub(crate) fn holds(&self, peer: &PeerId) -> bool {
         lock(&self.state).reservations.contains_key(peer)
     }
 
-    /// There is no direct connection to the peer any more.
+    /// Ends the reservation of a peer without a direct connection.
     pub(crate) fn disconnected(&self, peer: &PeerId) {
         lock(&self.state).reservations.remove(peer);
     }
 
-    /// Reservations that were not renewed end; whose.
+    /// Ends reservations that were not renewed, and returns their peers.
     pub(crate) fn expire(&self) -> Vec<PeerId> {
         let now = Instant::now();
         let mut state = lock(&self.state);
         let reservations = &mut state.reservations;
         let expired = reservations.extract_if(|_, held| held.until <= now);
         let expired: Vec<_> = expired.map(|(peer, _)| peer).collect();
-        // Who has used up nothing worth remembering.
+        // Forget peers without circuits whose day is over.
         state.peers.retain(|_, counted| {
             counted.circuits > 0 || counted.day.began.is_some_and(|began| now < began + DAY)
         });
         expired
     }
 
-    /// Answers a request. `addresses`: where others reach us.
+    /// Answers a request. `addresses` are the addresses at which peers reach this node.
     pub(crate) fn serve(&self, stream: Stream, addresses: Vec<Multiaddr>) {
         let (server, client) = (self.clone(), stream.peer());
         let place = Place::of(stream.path());
         if stream.path().kind == PathKind::Relayed {
             return;
         }
-        // Dropped, and so reset, if there are too many.
+        // If there are too many, the stream is dropped, and so reset.
         let Ok(permit) = self.requests.take(client, place) else {
             return;
         };
@@ -375,7 +376,7 @@ impl Server {
                 Ok(None) => {}
                 Ok(Some((one, other, circuit))) => server.relay(one, other, circuit).await,
                 Err(error) => {
-                    tracing::debug!(%client, %error, "a request to relay came to nothing");
+                    tracing::debug!(%client, %error, "relay request failed");
                 }
             }
         });
@@ -383,7 +384,7 @@ impl Server {
 
     fn counted<'a>(&self, state: &'a mut State, peer: PeerId) -> Option<&'a mut Counted> {
         if state.peers.len() >= MAX_COUNTED && !state.peers.contains_key(&peer) {
-            // Whoever comes with many identities must not lock out the rest: the one that has moved least is forgotten.
+            // One client with many identities must not lock out others, so the peer that has moved least is forgotten.
             let idle = state.peers.iter();
             let idle = idle.filter(|(_, counted)| counted.circuits == 0);
             let least = *idle.min_by_key(|(_, counted)| counted.day.bytes)?.0;
@@ -396,12 +397,12 @@ impl Server {
         }))
     }
 
-    /// One site is not to have all circuits, however many peers it is.
+    /// Returns how many circuits one site may have, from any number of peers.
     fn per_network(&self) -> usize {
         (self.limits.circuits / 4).max(self.limits.circuits_per_peer)
     }
 
-    /// Circuits to one destination that one source peer, and one source address, may hold.
+    /// Returns how many circuits to one destination one source peer, or one source address, may hold.
     fn per_source(&self) -> usize {
         (self.limits.circuits_per_peer / SOURCE_SHARE).max(1)
     }
@@ -457,7 +458,7 @@ impl Server {
         match answered {
             Ok(Some((other, circuit))) => Ok(Some((stream, other, circuit))),
             Ok(None) => {
-                // Whether it still listens makes no difference.
+                // It does not matter if the client no longer listens.
                 let _ = stream.shutdown().await;
                 Ok(None)
             }
@@ -470,7 +471,7 @@ impl Server {
         status(reason)
     }
 
-    /// What a circuit is limited to, as clients are told.
+    /// Returns the limits of a circuit, as clients are told.
     fn limit(&self) -> Option<CircuitLimit> {
         Some(CircuitLimit {
             duration: u32::try_from(self.limits.circuit_duration.as_secs()).ok(),
@@ -499,7 +500,7 @@ impl Server {
                         state.reservations.insert(client, held);
                     }
                     Err(full) => {
-                        tracing::debug!(%client, %full, "a reservation is refused");
+                        tracing::debug!(%client, %full, "reservation refused");
                         state.refused.reservations += 1;
                         return Err(CircuitStatus::ReservationRefused);
                     }
@@ -554,13 +555,13 @@ impl Server {
         match circuit::offer(&mut stream, source, self.limit()).await {
             Ok(()) => Ok((stream, circuit)),
             Err(error) => {
-                tracing::debug!(%source, %destination, %error, "a circuit did not come about");
+                tracing::debug!(%source, %destination, %error, "cannot open a circuit");
                 Err(CircuitStatus::ConnectionFailed)
             }
         }
     }
 
-    /// Counts a circuit. Another one may have to end for it.
+    /// Counts a circuit. Another circuit may have to end to make room for it.
     fn circuit(
         &self,
         source: PeerId,
@@ -593,7 +594,7 @@ impl Server {
             state.refused.circuits_per_peer += 1;
             return Err(full);
         }
-        // Its share of what leads to the destination: an idle one of its own makes room.
+        // If the source has used its share of the destination's circuits, an idle circuit of its own makes room.
         let to_there = |held: &Held| held.ends[1] == destination;
         let most = self.per_source();
         let groups = here.map(|(group, part)| (CircuitSource::Group(group), most * part / SITE));
@@ -661,7 +662,7 @@ impl Server {
         })
     }
 
-    /// Passes bytes both ways, until both sides have ended, one fails, or a limit is reached.
+    /// Copies bytes both ways until both sides have ended, one fails, or a limit is reached.
     async fn relay(&self, one: Stream, other: Stream, mut circuit: Circuit) {
         let (_never, unused) = oneshot::channel();
         let replaced = std::mem::replace(&mut circuit.replaced, unused);
@@ -683,14 +684,14 @@ impl Server {
         tokio::select! {
             ended = timeout(self.limits.circuit_duration, both) => match ended {
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::debug!(%source, %destination, %error, "a circuit failed"),
-                Err(_) => tracing::debug!(%source, %destination, "a circuit's time is over"),
+                Ok(Err(error)) => tracing::debug!(%source, %destination, %error, "circuit failed"),
+                Err(_) => tracing::debug!(%source, %destination, "circuit ended: time limit reached"),
             },
             _ = replaced => {
-                tracing::debug!(%source, %destination, "a circuit made room for another");
+                tracing::debug!(%source, %destination, "circuit ended to make room for another");
             }
             () = falls_silent(&circuit.moved) => {
-                tracing::debug!(%source, %destination, "nothing has passed through a circuit for long");
+                tracing::debug!(%source, %destination, "circuit ended: no traffic");
             }
         }
     }
@@ -717,7 +718,7 @@ impl Server {
             circuit.moved.fetch_add(size as u64, Ordering::Relaxed);
             let over = self.limits.circuit_bytes != 0 && moved > self.limits.circuit_bytes;
             if over || !self.count(circuit, size as u64) {
-                return Err(io::Error::other("the limit of bytes is reached"));
+                return Err(io::Error::other("the byte limit is reached"));
             }
             let now = Instant::now();
             let free = rates.iter().map(|rate| rate.take(size, now)).max();
@@ -729,7 +730,7 @@ impl Server {
         }
     }
 
-    /// Counts bytes against the limits of the day.
+    /// Counts bytes against the daily limits.
     fn count(&self, circuit: &Circuit, bytes: u64) -> bool {
         let now = Instant::now();
         let mut state = lock(&self.state);
@@ -737,7 +738,7 @@ impl Server {
         state.used.bytes += bytes;
         match state.circuits.get_mut(&circuit.id) {
             Some(held) => held.passed(bytes, now),
-            // Another has taken its place.
+            // The circuit had to make room for another.
             None => return false,
         }
         let mut within = state.all.count(bytes, self.limits.daily_bytes, now);

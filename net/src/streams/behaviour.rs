@@ -1,4 +1,4 @@
-//! The behaviour: knows the connections, and routes requests for streams to one.
+//! The behaviour for streams: knows all connections, and opens each stream on the best one.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -30,14 +30,14 @@ use crate::{Path, PathKind, Transport, policy::limits::Memory};
 
 pub(super) type Reply = oneshot::Sender<Result<Stream, OpenError>>;
 
-/// A request to a connection: open a stream.
+/// A request to a connection to open a stream.
 #[derive(Debug)]
 pub(crate) struct Open {
     pub(super) protocol: StreamProtocol,
     pub(super) reply: Reply,
 }
 
-/// A connection goes over another path than it did.
+/// Reports that a connection has another path than before.
 #[derive(Debug)]
 pub(crate) struct Moved {
     pub(crate) peer: PeerId,
@@ -45,25 +45,26 @@ pub(crate) struct Moved {
     pub(crate) path: Path,
 }
 
-/// The behaviour: knows the connections, and routes requests to one.
+/// Knows all connections, and opens each stream on the best one.
 #[derive(Debug)]
 pub(crate) struct Behaviour {
     protocols: Protocols,
     connections: HashMap<PeerId, Vec<(ConnectionId, Path)>>,
-    /// Dead when the connection is; each stream on it is one holder more than its handler.
+    /// Traffic of each connection; dead once the connection is closed. Its handler holds one reference, each stream
+    /// another.
     traffic: HashMap<ConnectionId, Weak<Traffic>>,
     /// The nearest path to each peer.
     best: HashMap<PeerId, watch::Sender<PathKind>>,
-    /// Whether connections to a peer stay open unused.
+    /// True if connections to a peer stay open unused.
     kept: HashMap<PeerId, Arc<AtomicBool>>,
     requests: VecDeque<(PeerId, ConnectionId, Open)>,
     changed: VecDeque<Moved>,
-    /// Connections that no stream is to be opened on unless it is asked for.
+    /// Connections that are not paths to their peers; streams are opened on them only by explicit request.
     set_aside: HashSet<ConnectionId>,
-    /// Connections that may not work any more: any other is better.
+    /// Connections that may not work any more; all others are preferred.
     doubted: HashSet<ConnectionId>,
     waker: Option<Waker>,
-    /// Streams that a peer may have open on one connection.
+    /// Most streams that a peer may have open on one connection.
     max_inbound: usize,
     memory: Memory,
     refused: Arc<AtomicU64>,
@@ -88,30 +89,30 @@ impl Behaviour {
         }
     }
 
-    /// Streams that were refused because the peer had too many.
+    /// Returns the number of streams refused because the peer had too many.
     pub(crate) fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
 
-    /// Whether streams are open, or about to be, on a connection.
+    /// Returns true if streams are open, or about to be opened, on a connection.
     pub(crate) fn in_use(&self, connection: ConnectionId) -> bool {
         self.streams_on(connection) > 0 || self.requests.iter().any(|(_, id, _)| *id == connection)
     }
 
-    /// Our streams and lanes on a connection.
+    /// Returns the number of streams on a connection, including lanes beside it.
     pub(crate) fn streams_on(&self, connection: ConnectionId) -> usize {
         let traffic = self.traffic.get(&connection);
         traffic.map_or(0, |traffic| traffic.strong_count().saturating_sub(1))
     }
 
-    /// Bytes that our streams on a connection have received and sent; `None` once it is closing.
+    /// Returns the bytes that streams on a connection have received and sent; `None` once it is closing.
     pub(crate) fn moved(&self, connection: ConnectionId) -> Option<(u64, u64)> {
         let traffic = self.traffic.get(&connection)?.upgrade()?;
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Some((load(&traffic.received), load(&traffic.sent)))
     }
 
-    /// What a lane to `peer` stands beside: the connection that would be used without it.
+    /// Returns the connection that a lane to `peer` is beside: the one that would be used without a lane.
     pub(crate) fn beside(&self, peer: PeerId) -> Option<Beside> {
         let connection = self.choose(&peer, Class::Bulk)?;
         Some(Beside {
@@ -128,7 +129,7 @@ impl Behaviour {
             .map(|(connection, _)| *connection)
     }
 
-    /// Whether a connection may not work any more.
+    /// Marks a connection as doubted: it may not work any more.
     pub(crate) fn doubt(&mut self, connection: ConnectionId, doubt: bool) {
         match doubt {
             true => self.doubted.insert(connection),
@@ -136,19 +137,19 @@ impl Behaviour {
         };
     }
 
-    /// A connection that is being dialled is not to be counted as a path to its peer.
+    /// Excludes a connection that is being dialed from the paths to its peer.
     pub(crate) fn set_aside(&mut self, connection: ConnectionId) {
         self.set_aside.insert(connection);
     }
 
-    /// Keeps the connections to `peer` open although nothing uses them, until told otherwise or they are gone.
+    /// Keeps connections to `peer` open even if unused, until told otherwise or they are closed.
     pub(crate) fn keep(&mut self, peer: PeerId, keep: bool) {
         if let Some(kept) = self.kept.get(&peer) {
             kept.store(keep, Ordering::Relaxed);
         }
     }
 
-    /// Whether they are.
+    /// Returns true if connections to `peer` are kept open.
     pub(crate) fn is_kept(&self, peer: &PeerId) -> bool {
         let kept = self.kept.get(peer);
         kept.is_some_and(|kept| kept.load(Ordering::Relaxed))
@@ -217,7 +218,7 @@ impl Behaviour {
         reply: Reply,
     ) {
         let Some(connection) = self.choose(&peer, class) else {
-            // Whoever asked may be gone.
+            // The caller may be gone.
             let _ = reply.send(Err(OpenError::NotConnected(peer)));
             return;
         };
@@ -225,8 +226,8 @@ impl Behaviour {
     }
 }
 
-/// Smaller is better. Nearness first. For bulk, TCP: its path through the kernel is cheaper. Otherwise QUIC: a lost packet
-/// there delays no other stream.
+/// Returns the rank of a path for a class; smaller is better. Nearness comes first. Bulk streams prefer TCP, whose path
+/// through the kernel is cheaper. Other streams prefer QUIC, where a lost packet delays no other stream.
 fn preference(path: &Path, class: Class) -> impl Ord + use<> {
     let preferred = match class {
         Class::Bulk => Transport::Tcp,
@@ -289,7 +290,7 @@ impl NetworkBehaviour for Behaviour {
                         self.connections.remove(&peer_id);
                     }
                 }
-                // Requests on their way to it fail as their senders are dropped.
+                // Requests on their way to the connection fail when their senders are dropped.
                 self.requests.retain(|(_, id, _)| *id != connection_id);
                 self.traffic.remove(&connection_id);
                 self.set_aside.remove(&connection_id);
@@ -355,11 +356,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_is_kept_open_while_it_is_to_be() {
+    fn a_connection_is_kept_open_while_requested() {
         let mut streams = Behaviour::new(Protocols::default(), 1, Memory::new(None));
         let (peer, id) = (PeerId::random(), ConnectionId::new_unchecked(1));
         let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
-        // To a peer that is not there, it means nothing.
+        // For a peer that is not connected, it has no effect.
         streams.keep(peer, true);
         let (role, port) = (Endpoint::Dialer, PortUse::Reuse);
         let handler =

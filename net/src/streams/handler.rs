@@ -1,5 +1,4 @@
-//! The part of the behaviour that lives with one connection: negotiates the streams on it, and refuses those beyond the
-//! limits.
+//! The handler of one connection: negotiates its streams, and refuses streams beyond the limits.
 
 use std::{
     collections::VecDeque,
@@ -38,10 +37,10 @@ use super::{
 };
 use crate::{Path, PathKind, policy::limits::Memory};
 
-/// How long opening a stream on an open connection may take.
+/// Time that opening a stream on an open connection may take.
 const NEGOTIATION: Duration = Duration::from_secs(10);
 
-/// The part of the behaviour that lives with one connection.
+/// Negotiates the streams of one connection, and enforces their limits.
 #[derive(Debug)]
 pub(crate) struct Handler {
     pub(super) id: ConnectionId,
@@ -55,7 +54,7 @@ pub(crate) struct Handler {
     pub(super) traffic: Arc<Traffic>,
     pub(super) keep: Arc<AtomicBool>,
     pub(super) best: watch::Receiver<PathKind>,
-    /// Dropped with the connection.
+    /// Dropped with the connection, which ends its streams.
     pub(super) alive: watch::Sender<()>,
     pub(super) waker: Option<Waker>,
 }
@@ -77,14 +76,14 @@ impl Handler {
     }
 
     fn accept(&self, inner: libp2p::Stream, protocol: &StreamProtocol) {
-        // In each refusal the stream is dropped, which resets it: the peer learns of it.
+        // A refused stream is dropped, which resets it and so tells the peer.
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
-            tracing::debug!(peer = %self.peer, %protocol, "refused: the peer has too many streams open");
+            tracing::debug!(peer = %self.peer, %protocol, "stream refused: the peer has too many streams open");
             self.refused.fetch_add(1, Ordering::Relaxed);
             return;
         };
         if let Err(error) = self.memory.spare() {
-            tracing::debug!(peer = %self.peer, %protocol, %error, "refused");
+            tracing::debug!(peer = %self.peer, %protocol, %error, "stream refused");
             return;
         }
         let stream = self.stream(inner, protocol.clone(), StreamSlot::Stream(place));
@@ -119,7 +118,7 @@ impl ConnectionHandler for Handler {
     }
 
     fn connection_keep_alive(&self) -> bool {
-        // Lanes are streams too.
+        // Lanes are counted by the traffic too.
         self.keep.load(Ordering::Relaxed) || Arc::strong_count(&self.traffic) > 1
     }
 
@@ -140,7 +139,7 @@ impl ConnectionHandler for Handler {
                 protocol: stream,
                 info,
             }) => {
-                // Whoever asked may be gone.
+                // The caller may be gone.
                 let _ = info
                     .reply
                     .send(Ok(self.stream(stream, info.protocol, StreamSlot::Ours)));
@@ -192,7 +191,7 @@ impl InboundUpgrade<libp2p::Stream> for Accept {
     }
 }
 
-/// Asks for one protocol.
+/// Requests one protocol.
 #[derive(Debug)]
 pub(crate) struct Request(StreamProtocol);
 

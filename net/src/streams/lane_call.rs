@@ -1,5 +1,5 @@
-//! Calls for lanes: a peer that cannot dial has the other side dial, and the lane that arrives goes to the stream that
-//! waits for it.
+//! Calls for lanes. A node that cannot dial a peer asks the peer to dial a lane, and passes the lane that arrives to
+//! the stream that waits for it.
 
 use std::{
     collections::HashMap,
@@ -22,11 +22,11 @@ use crate::{
     transport::lane::{Lane, LaneArrival, LaneError, LaneToken, MAX_MESSAGE, SETUP, choose},
 };
 
-/// To be called back.
+/// The protocol for asking a peer to dial a lane.
 pub(crate) const CALL: StreamProtocol = StreamProtocol::new("/weft/lane-call/1");
 
-/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins. The permit is the one
-/// that the lane took when it arrived.
+/// Asks the peer at the other end of `stream` to dial a lane, and begins a stream of `protocol` on it. The returned
+/// permit is the one that the lane took when it arrived.
 pub(crate) async fn be_called(
     mut stream: Stream,
     calls: &Calls,
@@ -47,14 +47,14 @@ pub(crate) async fn be_called(
                 let (arrival, permit) = arrival.ok_or(LaneError::Refused)?;
                 Ok((choose(arrival.raw, protocol).await?, arrival.from, permit))
             }
-            // Also if it hangs up.
+            // Also if the peer closes the stream.
             _ = refusal => Err(LaneError::Refused),
         }
     });
     called.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// The other side of [`be_called`]: what is asked for.
+/// Reads the request that [`be_called`] sends, on the other side.
 pub(crate) async fn called(stream: &mut Stream) -> Result<LaneToken, LaneError> {
     let read = timeout(SETUP, frame::read::<LaneCall, _>(stream, MAX_MESSAGE));
     let call = read.await.map_err(|_| LaneError::TimedOut)??;
@@ -62,7 +62,7 @@ pub(crate) async fn called(stream: &mut Stream) -> Result<LaneToken, LaneError> 
     LaneToken::try_from(call.token.as_ref()).map_err(|_| LaneError::Refused)
 }
 
-/// Says that no lane comes.
+/// Reports that no lane will be opened.
 pub(crate) async fn refuse(mut stream: Stream) -> Result<(), LaneError> {
     let said = timeout(SETUP, async {
         frame::write(&mut stream, &LaneRefusal {}, MAX_MESSAGE).await?;
@@ -72,7 +72,8 @@ pub(crate) async fn refuse(mut stream: Stream) -> Result<(), LaneError> {
     said.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// A lane that has arrived: `None` if it was called for, and has gone to whoever did; else the lane and which of `protocols` begins on it.
+/// Handles a lane that has arrived. Returns `None` if it was asked for, and has been passed to the task that waits for
+/// it. Otherwise returns the lane with the one of `protocols` that begins on it.
 pub(crate) async fn accept(
     mut arrival: LaneArrival,
     permit: Permit,
@@ -96,11 +97,11 @@ pub(crate) async fn accept(
     accepted.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// Calls that peers have been asked for.
+/// Calls that peers were asked to make.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Calls(Arc<Mutex<Waiting>>);
 
-/// Whom a call was made to, and who waits for it.
+/// The peer that was asked, and the task that waits, by token.
 type Waiting = HashMap<LaneToken, (PeerId, oneshot::Sender<(LaneArrival, Permit)>)>;
 
 impl Calls {
@@ -114,7 +115,7 @@ impl Calls {
         }
     }
 
-    /// Dropped, and so closed, if nobody waits for it.
+    /// Passes a lane to the task that waits for it. If no task waits, the lane is dropped, and so closed.
     fn arrived(&self, token: LaneToken, arrival: LaneArrival, permit: Permit) {
         let mut calls = self.lock();
         if calls
@@ -122,7 +123,7 @@ impl Calls {
             .is_some_and(|(peer, _)| *peer == arrival.peer)
             && let Some((_, sender)) = calls.remove(&token)
         {
-            // Whoever waited may be gone.
+            // The waiting task may be gone.
             let _ = sender.send((arrival, permit));
         }
     }
@@ -134,7 +135,7 @@ impl Calls {
     }
 }
 
-/// A call that is waited for; forgotten when dropped.
+/// A call that a task waits for; forgotten when dropped.
 #[derive(Debug)]
 struct Call {
     calls: Calls,
@@ -159,7 +160,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_call_that_is_given_up_is_forgotten() {
+    async fn an_abandoned_call_is_forgotten() {
         let calls = Calls::default();
         let call = calls.expect(PeerId::random(), [7; 16]);
         assert_eq!(calls.lock().len(), 1);

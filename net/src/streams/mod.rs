@@ -1,7 +1,8 @@
-//! Streams by protocol name, over the best connection there is.
+//! Streams by protocol name, over the best connection to a peer.
 //!
-//! libp2p-stream opens on any connection of a peer, negotiates one stream at a time and drops what its queue cannot hold. This
-//! behaviour picks the connection by class, lets negotiations overlap, and resets what it refuses.
+//! libp2p-stream opens streams on any connection of a peer, negotiates one at a time, and drops those that its queue
+//! cannot hold. This behaviour chooses the connection by class, lets negotiations overlap, and resets streams that it
+//! refuses.
 
 mod behaviour;
 mod handler;
@@ -22,7 +23,7 @@ pub use self::{
     stream::{BestPath, Stream, is_superseded},
 };
 
-/// What a stream is for: which connection suits it best.
+/// The purpose of a stream, which decides the best connection for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Class {
     /// Small and rare.
@@ -33,19 +34,19 @@ pub enum Class {
     Bulk,
 }
 
-/// Why a stream could not be opened.
+/// The reason that a stream could not be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
     /// There is no connection to the peer.
     #[error("not connected to {0}")]
     NotConnected(PeerId),
-    /// The connection failed or the peer took too long.
+    /// The connection failed, or the peer did not answer in time.
     #[error("cannot open a stream to {peer}: {source}")]
     Failed {
         /// The peer.
         peer: PeerId,
-        /// What happened.
+        /// The error of the connection.
         source: io::Error,
     },
     /// The network has stopped.

@@ -1,4 +1,4 @@
-//! The protocols that are accepted, and the streams that peers open for them.
+//! Accepted protocols, and the streams that peers open for them.
 
 use std::{
     collections::HashMap,
@@ -10,15 +10,15 @@ use tokio::sync::mpsc;
 
 use super::Stream;
 
-/// Streams of a protocol that may wait to be accepted. Accepting is a matter of spawning a task, so a full queue means overload.
+/// Streams of a protocol that may wait to be accepted. Accepting only spawns a task, so a full queue means overload.
 const BACKLOG: usize = 64;
 
-/// A protocol is already being accepted.
+/// The protocol is already being accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the protocol {0} is already being accepted")]
 pub struct AcceptError(pub StreamProtocol);
 
-/// The streams that peers open for one protocol. Dropping it stops accepting.
+/// Streams that peers open for one protocol. Dropping it stops accepting.
 #[derive(Debug)]
 pub struct Incoming {
     protocol: StreamProtocol,
@@ -27,7 +27,7 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// The next stream; `None` when the network has stopped.
+    /// Waits for the next stream. Returns `None` when the network has stopped.
     pub async fn next(&mut self) -> Option<Stream> {
         self.streams.recv().await
     }
@@ -39,7 +39,7 @@ impl Drop for Incoming {
     }
 }
 
-/// The protocols that are accepted, shared by all connections.
+/// The accepted protocols, shared by all connections.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Protocols(Arc<Mutex<HashMap<StreamProtocol, mpsc::Sender<Stream>>>>);
 
@@ -59,19 +59,20 @@ impl Protocols {
         })
     }
 
-    /// The names of all.
+    /// Returns the names of all accepted protocols.
     pub(crate) fn names(&self) -> Vec<StreamProtocol> {
         self.lock().keys().cloned().collect()
     }
 
-    /// Hands a stream to whoever accepts its protocol. Dropped, and so reset, if nobody does or too many wait.
+    /// Passes a stream to the task that accepts its protocol. If there is none, or too many streams wait, the stream is
+    /// dropped, and so reset.
     pub(crate) fn deliver(&self, stream: Stream) {
         let Some(sender) = self.lock().get(&stream.protocol).cloned() else {
             return;
         };
         if let Err(refused) = sender.try_send(stream) {
             let Stream { peer, protocol, .. } = refused.into_inner();
-            tracing::debug!(%peer, %protocol, "refused: too many streams wait to be accepted");
+            tracing::debug!(%peer, %protocol, "stream refused: too many wait to be accepted");
         }
     }
 

@@ -1,4 +1,4 @@
-//! A stream to a peer: what carries it, what it does not outlive, and the better path that it may yield to.
+//! Streams to peers. A stream ends with its connection, and may end for a better path.
 
 use std::{
     fmt, io,
@@ -23,7 +23,8 @@ use crate::{
     transport::lane::{self, Lane},
 };
 
-/// What our streams have moved over a connection, and whether there are any: each of them holds one.
+/// Bytes that the streams of one connection have moved. Each stream holds a reference, which shows that the connection
+/// is in use.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic {
     pub(super) received: AtomicU64,
@@ -40,47 +41,49 @@ impl Traffic {
     }
 }
 
-/// A stream to a peer. Dropping it ends it at once, shutting it down in order: over QUIC the peer cannot tell the two apart, so a protocol has to know
-/// when it is complete.
+/// A stream to a peer. Dropping it ends it at once, and shutting it down ends it in order. Over QUIC the peer cannot
+/// tell the two apart, so a protocol has to know when it is complete.
 ///
-/// Opening it takes no round trip: that the peer does not speak the protocol shows at the first read, as an error of the kind
-/// [`Unsupported`](io::ErrorKind::Unsupported), and the peer learns of the stream with the first bytes that are flushed.
+/// Opening a stream takes no round trip. If the peer does not support the protocol, the first read fails with an error
+/// of the kind [`Unsupported`](io::ErrorKind::Unsupported). The peer learns of the stream with the first bytes that are
+/// flushed.
 pub struct Stream {
     pub(super) inner: Inner,
     pub(super) peer: PeerId,
-    /// The connection that it is one of many on; a lane is on none.
+    /// The connection that carries the stream; `None` for a lane.
     pub(super) connection: Option<ConnectionId>,
     pub(super) protocol: StreamProtocol,
     pub(super) path: Path,
-    /// Resolves when a better path is open, for a stream that yields.
+    /// Resolves when a better path is open, if the stream yields to one.
     pub(super) better: Option<Ending>,
     pub(super) gone: Gone,
-    /// The place it takes among the streams or lanes that the peer may have open.
+    /// The stream's slot among the streams or lanes that the peer may have open.
     pub(super) _place: StreamSlot,
-    /// Counts what it moves, and says that its connection is in use. A lane's is that of the connection beside it.
+    /// Counts the bytes that the stream moves, and marks its connection as in use. A lane counts for the connection
+    /// beside it.
     pub(super) traffic: Arc<Traffic>,
     pub(super) best: watch::Receiver<PathKind>,
 }
 
-/// What carries a stream.
+/// The carrier of a stream.
 pub(super) enum Inner {
-    /// One of many on a connection.
+    /// One of many streams on a connection.
     Shared(Compat<libp2p::Stream>),
-    /// A connection of its own.
+    /// A TCP connection of its own.
     Lane(lane::Bytes),
 }
 
-/// A place among those that a peer may take.
+/// A slot among the streams that a peer may open.
 #[derive(Debug)]
 pub(super) enum StreamSlot {
-    /// We opened it on a shared connection.
+    /// This node opened the stream on a shared connection, which takes no slot.
     Ours,
     Stream(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit),
-    /// The lane holds it.
+    /// The lane holds its permit.
     Lane,
 }
 
-/// What a lane to a peer needs of a connection to it.
+/// The parts of a connection that a lane beside it needs.
 #[derive(Debug, Clone)]
 pub(crate) struct Beside {
     pub(super) peer: PeerId,
@@ -113,7 +116,7 @@ impl Beside {
 
 pub(super) type Ending = Pin<Box<dyn Future<Output = Ended> + Send + Sync>>;
 
-/// Why a stream is given up although nothing failed on it.
+/// The reason that a stream is ended although it did not fail itself.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Ended {
     BetterPath,
@@ -129,16 +132,17 @@ impl From<Ended> for io::Error {
     }
 }
 
-/// What a stream does not outlive. The bytes themselves may be silent for minutes after that.
+/// The connection with which a stream ends. After its loss, reading could otherwise wait for minutes.
 #[derive(Debug, Clone)]
 pub(super) enum Fate {
-    /// The connection that it is on. yamux does not tell its streams when it is closed on our side.
+    /// The connection that carries the stream. When this node closes it, yamux does not end its streams.
     Connection(watch::Receiver<()>),
-    /// The last connection to the peer, for a lane: TCP itself would take long to find out that nobody is there any more.
+    /// For a lane, the last connection to the peer. TCP itself would take long to find out that the peer is gone.
     Peer(watch::Receiver<PathKind>),
 }
 
-/// Tells the two directions of a stream, which two tasks may wait for, that what carries it is gone. Asked only when there is nothing to do.
+/// Reports to both directions of a stream, which two tasks may wait for, that its connection is lost. It is asked only
+/// when a direction would have to wait.
 pub(super) struct Gone {
     fate: Fate,
     reading: Option<Ending>,
@@ -167,12 +171,12 @@ impl Gone {
         }
     }
 
-    /// For a reader that would have to wait.
+    /// Polls for the end, for a reader that would have to wait.
     fn poll_reading(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         Self::poll(&self.fate, &mut self.reading, cx)
     }
 
-    /// What a writer has come to, unless nobody will ever wake it.
+    /// Returns the writer's result, or polls for the end if the writer would have to wait.
     fn or_writing<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -187,39 +191,39 @@ impl Gone {
     fn poll(fate: &Fate, waiting: &mut Option<Ending>, cx: &mut Context<'_>) -> Poll<Ended> {
         let ending = waiting.get_or_insert_with(|| Self::wait(fate));
         let ended = ready!(ending.as_mut().poll(cx));
-        // For whoever asks again.
+        // The next call waits anew.
         *waiting = None;
         Poll::Ready(ended)
     }
 }
 
 impl Stream {
-    /// Who is at the other end.
+    /// Returns the peer at the other end.
     pub fn peer(&self) -> PeerId {
         self.peer
     }
 
-    /// What is spoken on it.
+    /// Returns the protocol of the stream.
     pub fn protocol(&self) -> &StreamProtocol {
         &self.protocol
     }
 
-    /// The path it goes over.
+    /// Returns the path of the stream.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Returns the connection that it is on; a lane is on none.
+    /// Returns the connection that carries the stream; `None` for a lane.
     pub(crate) fn connection(&self) -> Option<ConnectionId> {
         self.connection
     }
 
-    /// Whether it has a TCP connection of its own, without a multiplexer.
+    /// Returns true if the stream has a TCP connection of its own, without a multiplexer.
     pub fn is_lane(&self) -> bool {
         matches!(self.inner, Inner::Lane(_))
     }
 
-    /// What tells whether a nearer path to the peer is open than the one that this goes over.
+    /// Returns a handle that tells whether a nearer path to the peer is open than this stream's.
     pub fn best_path(&self) -> BestPath {
         BestPath {
             own: self.path.kind,
@@ -227,8 +231,8 @@ impl Stream {
         }
     }
 
-    /// From now on, reading fails as soon as a nearer path to the peer is open ([`is_superseded`] tells that error from others): whoever can
-    /// go on over a new stream does not stay on a relay.
+    /// Makes reading fail as soon as a nearer path to the peer is open; [`is_superseded`] detects that error. A caller
+    /// that can continue over a new stream so leaves the relay.
     pub fn yield_to_better_path(&mut self) {
         if self.path.kind < PathKind::Relayed {
             return;
@@ -236,7 +240,7 @@ impl Stream {
         let (mut best, own) = (self.best.clone(), self.path.kind);
         self.better = Some(Box::pin(async move {
             if best.wait_for(|best| *best < own).await.is_err() {
-                // The last connection is gone. What has arrived can still be read, and then reading says so itself.
+                // The last connection is lost. Data that has arrived can still be read; after that, reading fails.
                 std::future::pending::<()>().await;
             }
             Ended::BetterPath
@@ -244,7 +248,7 @@ impl Stream {
     }
 }
 
-/// Tells whether a stream is still on the best path; outlives it.
+/// Tells whether a stream is still on the best path. It may outlive the stream.
 #[derive(Debug, Clone)]
 pub struct BestPath {
     own: PathKind,
@@ -252,7 +256,7 @@ pub struct BestPath {
 }
 
 impl BestPath {
-    /// Whether a new stream would go over a nearer path: directly, where this one goes through a relay.
+    /// Returns true if a new stream would use a nearer path: a direct one instead of a relayed one.
     pub fn is_better_open(&self) -> bool {
         *self.best.borrow() < self.own
     }
@@ -263,12 +267,12 @@ impl BestPath {
 #[error("a better path to the peer is open")]
 struct BetterPath;
 
-/// The error of a stream whose connection, or of a lane whose peer, is not connected any more.
+/// The error of a stream whose connection is lost, or of a lane whose peer is disconnected.
 #[derive(Debug, thiserror::Error)]
 #[error("the connection to the peer is lost")]
 struct Orphaned;
 
-/// Whether reading failed because a better path is open, and the same work can go on over a new stream.
+/// Returns true if reading failed because a better path is open, so that the work can continue over a new stream.
 pub fn is_superseded(error: &io::Error) -> bool {
     error
         .get_ref()
@@ -316,7 +320,7 @@ impl AsyncRead for Stream {
         if read.is_pending()
             && let Poll::Ready(ended) = self.gone.poll_reading(cx)
         {
-            // The last of it may have come in between.
+            // The last bytes may have arrived in between.
             read = delegate!(self, inner => inner.poll_read(cx, buffer));
             if read.is_pending() {
                 return Poll::Ready(Err(ended.into()));
@@ -363,6 +367,6 @@ impl AsyncWrite for Stream {
 pub(super) fn unsupported(peer: PeerId, protocol: &StreamProtocol) -> io::Error {
     io::Error::new(
         io::ErrorKind::Unsupported,
-        format!("{peer} does not speak {protocol}"),
+        format!("{peer} does not support {protocol}"),
     )
 }

@@ -1,10 +1,11 @@
-//! Topics: messages to whoever has subscribed, over libp2p's gossipsub
+//! Topics: messages to all subscribers, over libp2p's gossipsub
 //! (<https://github.com/libp2p/specs/blob/master/pubsub/gossipsub/gossipsub-v1.1.md>).
 //!
-//! Every message is signed by whoever publishes it, and checked by every node before it is passed on: the signature, its size, that it has not been here
-//! before, and what subscribers ask for ([`Validator`]). A peer that passes on what breaks the rules loses standing and in the end is not listened to.
+//! The publisher signs every message, and every node checks a message before passing it on: the signature, the size,
+//! that the message is new, and the rules of subscribers ([`Validator`]). A peer that passes on invalid messages loses
+//! score, until its messages are ignored.
 //!
-//! It leaves out: which nodes have subscribed beyond those that we are connected to.
+//! This module does not report which nodes have subscribed, other than connected peers.
 
 mod seen;
 
@@ -40,32 +41,32 @@ use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 use self::seen::Seen;
 use crate::address::PeerNetwork;
 
-/// Bytes of a message's data.
+/// Largest data of a message, in bytes.
 pub const MAX_DATA: usize = 64 * 1024;
 
-/// Bytes of a topic's name.
+/// Longest name of a topic, in bytes.
 pub const MAX_TOPIC: usize = 256;
 
-/// Topics that this node takes part in, and that a peer may say it takes part in.
+/// Most topics that this node, or a connected peer, may take part in.
 const MAX_TOPICS: usize = 256;
 
-/// Bytes of what goes over the wire at once: a message with its signature, and what is said beside.
+/// Most bytes sent at once: a message with its signature and control data.
 const MAX_TRANSMIT: usize = MAX_DATA + 8 * 1024;
 
-/// Messages that wait for a subscriber that is slow. What comes after takes the place of the oldest.
+/// Messages that wait for a slow subscriber. Further ones replace the oldest.
 const WAITING: usize = 256;
 
-/// Requests, and verdicts, that may wait.
+/// Requests and results of validators that may wait.
 const COMMANDS: usize = 256;
 
-/// Messages that are being looked at by subscribers' validators. What comes beyond is not passed on.
+/// Messages being checked by validators of subscribers. Further messages are not passed on.
 const MAX_VALIDATING: usize = 64;
 
 type Gossip =
     gossipsub::Behaviour<gossipsub::IdentityTransform, MaxCountSubscriptionFilter<NameFilter>>;
 
-/// Refuses names of topics outside the bounds. With the count of [`MAX_TOPICS`], a peer makes this node keep 64 KiB of
-/// names at most.
+/// Refuses topic names of an invalid length. With the limit [`MAX_TOPICS`], a peer makes this node keep at most 64 KiB
+/// of names.
 ///
 /// gossipsub does not tell the filter which peer subscribes, so [`Behaviour`] reads the flag after each of a peer's
 /// messages.
@@ -90,49 +91,49 @@ impl TopicSubscriptionFilter for NameFilter {
 pub struct Published {
     /// The topic.
     pub topic: String,
-    /// Who published it; the signature is checked.
+    /// The publisher; its signature has been checked.
     pub from: PeerId,
-    /// Grows from message to message of one publisher, also over restarts, unless the publisher's clock was set back
-    /// before it started again. No two messages of a publisher have the same.
+    /// Sequence number, which increases with each message of a publisher and is unique for the publisher. It also
+    /// increases over restarts, unless the publisher's clock was set back before a restart.
     pub sequence: u64,
-    /// What was published.
+    /// The published data.
     pub data: Bytes,
 }
 
-/// What is to become of a message.
+/// The decision on a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Validity {
-    /// Take it, and pass it on.
+    /// Deliver the message, and pass it on.
     Accept,
-    /// Do neither.
+    /// Drop the message.
     Ignore,
-    /// Do neither, and think less of whoever passed it on.
+    /// Drop the message, and lower the score of the peer that passed it on.
     Reject,
 }
 
-/// Looks at each message before it is taken and passed on. Runs in a task of its own and should be done within a few milliseconds: meanwhile the message goes
-/// no further.
+/// Checks each message before it is delivered and passed on. It runs in a task of its own and should take at most a few
+/// milliseconds, because the message waits for it.
 pub type Validator = Arc<dyn Fn(&Published) -> Validity + Send + Sync>;
 
-/// Why a topic cannot be used.
+/// The reason that a topic cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TopicError {
     /// The topic's name is empty or too long.
-    #[error("a topic's name has 1 to {MAX_TOPIC} bytes, and this has {0}")]
+    #[error("a topic's name has 1 to {MAX_TOPIC} bytes; this one has {0}")]
     Name(usize),
     /// The data is too long.
     #[error(
-        "a message has at most {MAX_DATA} bytes, and this has {0}; publish where it can be fetched instead"
+        "a message has at most {MAX_DATA} bytes; this one has {0}: publish larger data as a model, and its id here"
     )]
     TooLarge(usize),
-    /// This node takes part in too many.
-    #[error("this node takes part in {MAX_TOPICS} topics, and no more are allowed; leave one")]
+    /// This node takes part in too many topics.
+    #[error("this node already takes part in {MAX_TOPICS} topics, the most allowed; leave one first")]
     TooMany,
-    /// What was published before has not gone out yet.
-    #[error("too much waits to be sent to every peer; publish again later, or less")]
+    /// Earlier messages have not been sent yet.
+    #[error("the queues to all peers are full; publish again later, or less")]
     Busy,
-    /// It could not be signed.
+    /// The message could not be signed.
     #[error("cannot sign the message: {0}")]
     Signing(String),
     /// The network has stopped.
@@ -143,9 +144,9 @@ pub enum TopicError {
 /// A topic that this node takes part in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TopicInfo {
-    /// Its name.
+    /// Name of the topic.
     pub topic: String,
-    /// Subscriptions here.
+    /// Number of subscriptions on this node.
     pub subscriptions: usize,
     /// Connected peers that have subscribed.
     pub peers: Vec<PeerId>,
@@ -158,11 +159,11 @@ enum Command {
         oneshot::Sender<Result<Subscription, TopicError>>,
     ),
     Publish(String, Bytes, oneshot::Sender<Result<usize, TopicError>>),
-    /// A subscription is gone.
+    /// A subscription was dropped.
     Left(String),
     Peers(String, oneshot::Sender<Vec<PeerId>>),
     List(oneshot::Sender<Vec<TopicInfo>>),
-    /// What validators have said.
+    /// The result of validators.
     Validated(MessageId, PeerId, Published, Validity),
 }
 
@@ -172,43 +173,45 @@ impl fmt::Debug for Command {
     }
 }
 
-/// Publishing and subscribing. Cheap to clone.
+/// A handle to publish and subscribe. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Topics(mpsc::Sender<Command>);
 
-/// The messages of a topic, from when it was made. The node leaves the topic when the last one is dropped.
+/// The messages of a topic since this subscription was made. The node leaves the topic when the last subscription is
+/// dropped.
 #[derive(Debug)]
 pub struct Subscription {
     topic: String,
     messages: broadcast::Receiver<Published>,
-    /// Tells whether its validator is still to be asked.
+    /// Shows that the subscription's validator is still in use.
     _held: Arc<()>,
-    /// Last, so that all else is gone when it says so.
+    /// The last field, so that all others are dropped when it reports.
     _leave: Leave,
 }
 
-/// Says when it is gone.
+/// Reports the end of a subscription when dropped.
 #[derive(Debug)]
 struct Leave {
     topic: String,
     commands: mpsc::Sender<Command>,
 }
 
-/// So many messages were not taken in time, and are lost to this subscription.
+/// Number of messages that this subscription has lost, because they were not taken in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{0} messages came faster than they were taken, and are lost")]
+#[error("{0} messages were lost because they were not taken in time")]
 pub struct Missed(pub u64);
 
 impl Subscription {
-    /// Its topic.
+    /// Returns the name of the topic.
     pub fn topic(&self) -> &str {
         &self.topic
     }
 
-    /// The next message; `None` once the network has stopped.
+    /// Waits for the next message. Returns `None` once the network has stopped.
     ///
     /// # Errors
-    /// [`Missed`] if some were lost; the next call goes on after them.
+    ///
+    /// Returns [`Missed`] if messages were lost; the next call continues after them.
     pub async fn next(&mut self) -> Option<Result<Published, Missed>> {
         match self.messages.recv().await {
             Ok(message) => Some(Ok(message)),
@@ -220,7 +223,7 @@ impl Subscription {
 
 impl Drop for Leave {
     fn drop(&mut self) {
-        // If too much waits, it is noticed with the next message.
+        // If the queue is full, the end of the subscription is noticed with the next message.
         let _ = self.commands.try_send(Command::Left(self.topic.clone()));
     }
 }
@@ -247,7 +250,8 @@ impl Topics {
             commands: sender.clone(),
             validating: Arc::new(Semaphore::new(MAX_VALIDATING)),
             seen: Seen::default(),
-            // As gossipsub's own, which it does not tell: grows over restarts.
+            // Starts from the clock like gossipsub's own number, which is not accessible, so it increases over
+            // restarts.
             own_sequence: now_nanos(),
         };
         (Self(sender), behaviour)
@@ -263,10 +267,12 @@ impl Topics {
         answer.await.map_err(|_| TopicError::Stopped)
     }
 
-    /// Takes part in a topic. With a validator, this node takes and passes on only what all of its validators for the topic accept.
+    /// Subscribes to a topic. With a validator, this node delivers and passes on only messages that all of its
+    /// validators for the topic accept.
     ///
     /// # Errors
-    /// [`TopicError`].
+    ///
+    /// Returns [`TopicError`] if the topic cannot be used.
     pub async fn subscribe(
         &self,
         topic: &str,
@@ -278,10 +284,12 @@ impl Topics {
             .await?
     }
 
-    /// Sends a message to all who have subscribed, on this node too; how many of the connected peers have. Zero is no error: nobody is there now.
+    /// Sends a message to all subscribers, including those on this node. Returns the number of connected peers that
+    /// have subscribed. Zero is not an error: no peer is subscribed at the moment.
     ///
     /// # Errors
-    /// [`TopicError`].
+    ///
+    /// Returns [`TopicError`] if the message cannot be sent.
     pub async fn publish(&self, topic: &str, data: Bytes) -> Result<usize, TopicError> {
         check(topic)?;
         if data.len() > MAX_DATA {
@@ -292,19 +300,21 @@ impl Topics {
             .await?
     }
 
-    /// Connected peers that have subscribed to a topic.
+    /// Returns the connected peers that have subscribed to a topic.
     ///
     /// # Errors
-    /// [`TopicError::Stopped`].
+    ///
+    /// Returns [`TopicError::Stopped`] if the network has stopped.
     pub async fn peers(&self, topic: &str) -> Result<Vec<PeerId>, TopicError> {
         let topic = topic.to_owned();
         self.ask(|reply| Command::Peers(topic, reply)).await
     }
 
-    /// The topics that this node takes part in.
+    /// Returns the topics that this node takes part in.
     ///
     /// # Errors
-    /// [`TopicError::Stopped`].
+    ///
+    /// Returns [`TopicError::Stopped`] if the network has stopped.
     pub async fn list(&self) -> Result<Vec<TopicInfo>, TopicError> {
         self.ask(Command::List).await
     }
@@ -320,13 +330,13 @@ fn gossip(key: &Keypair, filter: NameFilter) -> Gossip {
         .max_transmit_size(MAX_TRANSMIT)
         .validation_mode(ValidationMode::Strict)
         .validate_messages()
-        // Whoever publishes is heard by all that it is connected to, and not only by its mesh.
+        // A publisher sends to all connected subscribers, not only to those in its gossipsub mesh.
         .flood_publish(true)
-        // Of 72 KiB each at most.
+        // At most 72 KiB each.
         .connection_handler_queue_len(256)
         .max_publish_messages(64)
         .build()
-        .expect("the values go together");
+        .expect("the values are consistent");
     let filter = MaxCountSubscriptionFilter {
         filter,
         max_subscribed_topics: MAX_TOPICS,
@@ -337,9 +347,9 @@ fn gossip(key: &Keypair, filter: NameFilter) -> Gossip {
         config,
         filter,
     )
-    .expect("messages are signed, and signatures are asked for");
+    .expect("signing and validation modes match");
     let score = PeerScoreParams {
-        // Connections from one address are limited elsewhere, and a hall full of machines has one.
+        // The connection manager limits connections from one address, and many machines may share one.
         ip_colocation_factor_weight: 0.0,
         ..PeerScoreParams::default()
     };
@@ -349,7 +359,7 @@ fn gossip(key: &Keypair, filter: NameFilter) -> Gossip {
     gossip
 }
 
-/// Only what is wrong counts: heartbeats are too few for the rest to say anything.
+/// Only invalid messages lower a peer's score; heartbeats are too rare for the other measures.
 fn score() -> TopicScoreParams {
     TopicScoreParams {
         topic_weight: 1.0,
@@ -361,21 +371,21 @@ fn score() -> TopicScoreParams {
     }
 }
 
-/// A topic with subscriptions here.
+/// A topic with subscriptions on this node.
 struct Topic {
     sender: broadcast::Sender<Published>,
-    /// Those whose subscription is gone are not asked.
+    /// Validators, with a reference that is dead once the subscription is dropped.
     validators: Vec<(std::sync::Weak<()>, Validator)>,
 }
 
-/// The part in the swarm.
+/// The part of topics in the swarm.
 pub(crate) struct Behaviour {
     gossip: Gossip,
-    /// Set by the [`NameFilter`] while it looks at a peer's message.
+    /// Set by the [`NameFilter`] while it checks a peer's message.
     is_broken: Arc<AtomicBool>,
-    /// Peers that are to be disconnected because of it.
+    /// Peers to be disconnected because of an invalid name.
     offenders: VecDeque<PeerId>,
-    /// The network of each connected peer, as its latest connection shows it.
+    /// The network of each connected peer, from its latest connection.
     networks: HashMap<PeerId, PeerNetwork>,
     own: PeerId,
     topics: HashMap<String, Topic>,
@@ -388,7 +398,7 @@ pub(crate) struct Behaviour {
 
 impl Behaviour {
     fn on_command(&mut self, command: Command) {
-        // In every arm, whoever asked may be gone by the time of the answer.
+        // The callers of all commands may be gone by the time of the answer.
         match command {
             Command::Subscribe(topic, validator, reply) => {
                 let _ = reply.send(self.subscribe(topic, validator));
@@ -488,7 +498,7 @@ impl Behaviour {
         }
         if let Some(topic) = self.topics.get(&name) {
             self.own_sequence += 1;
-            // Nobody may be listening.
+            // There may be no subscriber.
             let _ = topic.sender.send(Published {
                 topic: name,
                 from: self.own,
@@ -503,7 +513,7 @@ impl Behaviour {
         let name = message.topic.as_str().to_owned();
         self.leave_if_unwanted(&name);
         let (Some(from), Some(sequence)) = (message.source, message.sequence_number) else {
-            // Strict validation lets none through.
+            // Strict validation lets no such message through.
             return self.report(&id, &source, Validity::Reject);
         };
         let Some(topic) = self.topics.get(&name) else {
@@ -550,7 +560,7 @@ impl Behaviour {
         if validity == Validity::Accept
             && let Some(topic) = self.topics.get(&message.topic)
         {
-            // Nobody may be listening any more.
+            // There may be no subscriber any more.
             let _ = topic.sender.send(message);
         }
     }
@@ -561,7 +571,7 @@ impl Behaviour {
             Validity::Ignore => MessageAcceptance::Ignore,
             Validity::Reject => MessageAcceptance::Reject,
         };
-        // False if it is too old to be passed on.
+        // Returns false if the message is too old to be passed on.
         self.gossip
             .report_message_validation_result(id, source, acceptance);
     }
@@ -647,14 +657,14 @@ impl NetworkBehaviour for Behaviour {
         cx: &mut Context<'_>,
     ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
         if let Some(peer_id) = self.offenders.pop_front() {
-            tracing::debug!(peer = %peer_id, "subscribes to what no topic can be, and is disconnected");
+            tracing::debug!(peer = %peer_id, "disconnected: it subscribed to an invalid topic name");
             return Poll::Ready(ToSwarm::CloseConnection {
                 peer_id,
                 connection: CloseConnection::All,
             });
         }
         loop {
-            // Never closed: this holds a sender itself.
+            // Never closed, because this behaviour holds a sender itself.
             if let Poll::Ready(Some(command)) = self.requests.poll_recv(cx) {
                 self.on_command(command);
                 continue;
@@ -666,9 +676,9 @@ impl NetworkBehaviour for Behaviour {
                     message,
                 })) => self.on_message(message_id, propagation_source, message),
                 Poll::Ready(ToSwarm::GenerateEvent(Event::SlowPeer { peer_id, .. })) => {
-                    tracing::debug!(peer = %peer_id, "takes messages of topics too slowly");
+                    tracing::debug!(peer = %peer_id, "receives topic messages too slowly");
                 }
-                // Who has subscribed to what is asked for when it is wanted.
+                // Subscriptions are read when they are asked for.
                 Poll::Ready(ToSwarm::GenerateEvent(_)) => {}
                 Poll::Ready(other) => {
                     return Poll::Ready(

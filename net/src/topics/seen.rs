@@ -1,4 +1,4 @@
-//! The messages that have been here: the sequence numbers of each publisher, for a day.
+//! Messages seen before: the sequence numbers of each publisher, for a day.
 
 use std::{
     collections::HashMap,
@@ -9,51 +9,51 @@ use libp2p::PeerId;
 
 use crate::address::PeerNetwork;
 
-/// Publishers whose messages are remembered, for so long after the last: some 250 bytes each, and 150 for each time
-/// that the publisher's clock went back. Within that time nobody can publish an old message again. A day is more than a
-/// publisher of daily results is silent.
+/// Most publishers remembered, and the time since the last message for which one is. A publisher takes about 250 bytes,
+/// and 150 for each time that its clock was set back. Within that time an old message cannot be published again. A
+/// publisher of daily results is silent for less than a day.
 const MAX_PUBLISHERS: usize = 16_384;
 const REMEMBER: Duration = Duration::from_secs(24 * 3600);
 
-/// The interval at which publishers that have been silent for too long are removed, while the memory is full.
+/// Interval at which publishers that have been silent for too long are removed, while the memory is full.
 const CLEAN: Duration = Duration::from_secs(60);
 
-/// Messages of a publisher by which one may come late.
+/// Number of messages of a publisher by which one may be late.
 const LATE: u64 = 1024;
 
-/// Runs of numbers of a publisher that are remembered. gossipsub numbers a node's messages from the clock at its start,
-/// and lets nobody choose another number: a node that starts again with its clock set back begins a new run below the
-/// others. Three times a day is more than a clock is mended; a run takes 150 bytes.
+/// Most runs of sequence numbers remembered per publisher. gossipsub numbers a node's messages from the clock at its
+/// start, and other numbers cannot be chosen. So a node that restarts with its clock set back begins a new run below
+/// the others. A clock is rarely corrected three times a day; a run takes 150 bytes.
 const MAX_RUNS: usize = 4;
 
-/// The messages that have been here, by publisher: gossipsub itself forgets after a minute, and takes what is published
-/// again then.
+/// Messages seen before, by publisher. gossipsub itself forgets a message after a minute, and would accept it again.
 ///
-/// When the memory is full, the newest publisher goes that came through the network with the most. So a flood of new
-/// publishers replaces its own, and a publisher that was heard before stays known.
+/// When the memory is full, the network through which most publishers came loses its newest one. So a flood of new
+/// publishers replaces only its own, and publishers heard before stay known.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     publishers: HashMap<PeerId, Known>,
-    /// Publishers by the network that their first message came through, the oldest first.
+    /// Publishers by the network through which their first message came, the oldest first.
     by_network: HashMap<PeerNetwork, Vec<PeerId>>,
-    /// When publishers that have been silent for long were last removed.
+    /// Time at which silent publishers were last removed.
     cleaned: Option<Instant>,
 }
 
-/// The sequence numbers seen of a publisher.
+/// The sequence numbers seen from a publisher.
 #[derive(Debug)]
 struct Known {
-    /// The lowest first. Their numbers do not overlap: each number is of one of them, and goes into its window alone.
+    /// Runs of numbers, the lowest first. They do not overlap: each number belongs to one run, and only its window
+    /// records it.
     runs: Vec<Window>,
     at: Instant,
     via: PeerNetwork,
 }
 
 impl Known {
-    /// Takes note of a number. Returns true if it is new; false if it is not, or cannot be told from one that was here.
+    /// Records a number. Returns true if it is new; false if it is not, or may have been seen before.
     ///
-    /// A number belongs to the highest run that begins at most [`LATE`] after it: the first that came of a run need not
-    /// be its first. One below all runs begins another.
+    /// A number belongs to the highest run that begins at most [`LATE`] after it, because the first number received of
+    /// a run need not be its first. A number below all runs begins another run.
     fn take(&mut self, n: u64) -> bool {
         let reaches = |run: &Window| run.first <= n.saturating_add(LATE - 1);
         let after = self.runs.partition_point(reaches);
@@ -68,13 +68,13 @@ impl Known {
     }
 }
 
-/// Numbers from one start of a publisher on.
+/// A run: the sequence numbers since one start of a publisher.
 #[derive(Debug)]
 struct Window {
-    /// The number that came first.
+    /// The number that was received first.
     first: u64,
     highest: u64,
-    /// Of the [`LATE`] up to the highest: a bit each, by the number modulo [`LATE`].
+    /// A bit for each of the [`LATE`] numbers up to the highest, at the number modulo [`LATE`].
     bits: [u64; (LATE / 64) as usize],
 }
 
@@ -120,7 +120,7 @@ impl Window {
 }
 
 impl Seen {
-    /// Takes note of a message. Returns true if it is new.
+    /// Records a message. Returns true if it is new.
     pub(super) fn take(
         &mut self,
         from: PeerId,

@@ -1,9 +1,9 @@
-//! The head of an HTTP message, read whole and within a bound before anybody looks into it.
+//! The head of an HTTP message, read completely and up to a limit before it is parsed.
 //!
-//! A WebSocket begins with an HTTP request and its response. The library that takes them apart reads a response without
-//! limit, and parses all of it again at every read: whoever answers a dial with a head that never ends would have this
-//! node hold and parse what it sends, for as long as a handshake lasts. Through [`Headed`], it sees nothing until the
-//! head is complete, and then parses once.
+//! A WebSocket begins with an HTTP request and its response. The WebSocket library reads a response without limit, and
+//! parses all of it again after every read. A server that answers a dial with an endless head could make this node
+//! store and parse it for the whole time of a handshake. Behind [`Headed`], the library sees nothing until the head is
+//! complete, and parses it once.
 
 use std::{
     io,
@@ -13,26 +13,26 @@ use std::{
 
 use futures::{AsyncRead, AsyncWrite, future::poll_fn};
 
-/// Bytes in a head: the usual limit of HTTP servers.
+/// Largest head, in bytes: the usual limit of HTTP servers.
 pub(crate) const MAX_HEAD: usize = 8 * 1024;
 
 /// The end of a head.
 const END: &[u8] = b"\r\n\r\n";
 
-/// The head is too long.
+/// The head is longer than [`MAX_HEAD`].
 #[derive(Debug, thiserror::Error)]
 #[error("the head of the HTTP message is longer than {MAX_HEAD} bytes")]
 pub(crate) struct TooLong;
 
-/// A stream that begins with a head. It hands out nothing that it reads until the head is complete.
+/// A stream that begins with a head. Its reads return nothing until the head is complete.
 #[derive(Debug)]
 pub(crate) struct Headed<S> {
     inner: S,
-    /// Read and not yet handed out: the head, and maybe the first bytes after it.
+    /// Bytes read and not yet returned: the head, and maybe the first bytes after it.
     read: Vec<u8>,
-    /// Bytes of it that were handed out.
+    /// Number of these bytes that were returned.
     at: usize,
-    /// The length of the head, once known.
+    /// Length of the head, once known.
     head: Option<usize>,
 }
 
@@ -48,10 +48,12 @@ impl<S> Headed<S> {
 }
 
 impl<S: AsyncRead + Unpin> Headed<S> {
-    /// Reads the head. It is handed out afterwards all the same.
+    /// Reads the head. Later reads return it as well.
     ///
     /// # Errors
-    /// That of the stream; [`TooLong`]; [`io::ErrorKind::UnexpectedEof`] if the stream ends within the head.
+    ///
+    /// Returns the error of the stream; [`TooLong`]; or [`io::ErrorKind::UnexpectedEof`] if the stream ends within the
+    /// head.
     pub(crate) async fn head(&mut self) -> io::Result<&[u8]> {
         poll_fn(|cx| self.poll_head(cx)).await?;
         Ok(&self.read[..self.head.unwrap_or_default()])
@@ -73,7 +75,7 @@ impl<S: AsyncRead + Unpin> Headed<S> {
             if ready!(polled)? == 0 {
                 return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
             }
-            // Each byte is looked at once, but for those that may be the beginning of the end.
+            // Search only the new bytes, and the few before them that may begin the end mark.
             let from = before.saturating_sub(END.len() - 1);
             let end = self.read[from..].windows(END.len()).position(|w| w == END);
             self.head = end.map(|end| from + end + END.len());
@@ -130,7 +132,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Headed<S> {
     }
 }
 
-/// The values of a header in a head, in order.
+/// Returns the values of a header in a head, in order.
 pub(crate) fn header<'a>(head: &'a [u8], name: &'a str) -> impl Iterator<Item = &'a str> {
     let lines = head.split(|byte| *byte == b'\n').skip(1);
     lines.filter_map(move |line| {
@@ -148,7 +150,7 @@ mod tests {
 
     use super::*;
 
-    /// A stream whose reads bring one byte each.
+    /// A stream whose reads return one byte each.
     struct Slow<'a>(&'a [u8], usize);
 
     impl AsyncRead for Slow<'_> {
@@ -166,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_follows_a_head_is_kept() {
+    async fn bytes_after_a_head_are_kept() {
         let all = b"HTTP/1.1 101 X\r\nOrigin: a\r\norigin:  b \r\n\r\n\x82\x01\r\n\r\n";
         let mut slow = Headed::new(Slow(all, 0));
         let head = slow.head().await.unwrap();
@@ -178,7 +180,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_head_without_end_is_read_up_to_its_limit_and_no_further() {
+    async fn an_endless_head_is_read_only_up_to_the_limit() {
         let endless = [&b"HTTP/1.1 101 X\r\nA: "[..], &[b'a'; 4 * MAX_HEAD]].concat();
         let mut stream = Headed::new(Slow(&endless, 0));
         let error = stream.read(&mut [0; 64]).await.unwrap_err();

@@ -1,11 +1,12 @@
-//! Lanes: connections of their own for bulk, with TLS and no multiplexer.
+//! Lanes: TCP connections of their own for bulk streams, with TLS and no multiplexer.
 //!
-//! A multiplexer cuts a stream into frames, copies each of them on both sides, and shares one task with everything else between two peers. Weights are worth a TCP connection:
-//! same port, same handshake, same proof of who the peer is as for every libp2p connection over TCP and TLS, but where a multiplexer would be agreed on
-//! stands [`LANE`], and then the bytes of one stream follow.
+//! A multiplexer cuts a stream into frames, copies each frame on both sides, and shares one task with all other traffic
+//! between two peers. The transfer of model weights is worth a TCP connection of its own. A lane uses the same port,
+//! the same handshake and the same proof of identity as any libp2p connection over TCP and TLS. In place of a
+//! multiplexer, both sides agree on [`LANE`]; then the bytes of one stream follow.
 //!
-//! Whoever can reach the other dials, whoever wants the stream: one that cannot asks to be called (`lane_call`). Only peers that are connected anyway get lanes,
-//! and only so many.
+//! The side that can reach the other one dials, no matter which side wants the stream: a side that cannot dial asks the
+//! peer to dial (`lane_call`). Only peers that are connected already get lanes, up to a limit.
 
 use std::{
     io,
@@ -46,22 +47,23 @@ use crate::{
     },
 };
 
-/// What stands in the place of a multiplexer.
+/// The protocol that is negotiated in place of a multiplexer.
 pub(crate) const LANE: &str = "/weft/lane/1";
 
-/// Bytes in a message.
+/// Largest message, in bytes.
 pub(crate) const MAX_MESSAGE: usize = 64;
 
-/// How long a lane may take from the first packet to its protocol. Whoever waits for one goes on without it then.
+/// Time that opening a lane may take, from the first packet to its protocol. After that, the stream uses a shared
+/// connection.
 pub(crate) const SETUP: Duration = Duration::from_secs(5);
 
-/// How long TCP may take to where it is not known to get through.
+/// Time for the TCP connection, which may not get through.
 pub(crate) const CONNECT: Duration = Duration::from_millis(1500);
 
-/// Lanes that have arrived and nobody has looked at yet.
+/// Most incoming lanes that wait for the driver.
 const ARRIVALS: usize = 64;
 
-/// What tells a call from others.
+/// Random bytes that identify a call.
 pub(crate) type LaneToken = [u8; 16];
 
 /// A secured connection on which [`LANE`] was agreed.
@@ -71,14 +73,14 @@ pub(crate) type Raw =
 /// A lane on which a stream's protocol was agreed.
 pub(crate) type Lane = Negotiated<Raw>;
 
-/// How long a lane that was shut down and dropped stays, so that what was written last arrives.
+/// Time for which a lane that was shut down and dropped stays open, so that the last bytes arrive.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// A lane on which nothing moves for this long fails. Its stream takes one of few places, and opening another costs a
-/// round trip or two; a download that is paused goes on over a new one.
+/// Time without traffic after which a lane fails. Its stream takes one of few permits. Opening another lane costs a
+/// round trip or two, and a paused download continues over a new one.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// Tells when nothing has moved for [`IDLE`], to the reader and to the writer, which two tasks may be.
+/// Detects that nothing has moved for [`IDLE`], for the reader and the writer, which may be two tasks.
 #[derive(Debug)]
 struct Idle {
     moved: Instant,
@@ -110,7 +112,7 @@ impl Idle {
             if moved.elapsed() >= IDLE {
                 return Poll::Ready(Err(io::Error::new(
                     io::ErrorKind::TimedOut,
-                    "nothing has moved on the lane for ten minutes",
+                    "the lane was idle for ten minutes",
                 )));
             }
             timer.as_mut().reset(*moved + IDLE);
@@ -135,8 +137,8 @@ impl Idle {
     }
 }
 
-/// The bytes of a lane. Shut down and dropped, it stays until the other side has closed it too, or [`LINGER`] is over: a TCP connection that is closed while
-/// something unread has arrived takes with it what was written last.
+/// The bytes of a lane. After it is shut down and dropped, the connection stays open until the remote side has closed
+/// it too, or [`LINGER`] is over. A TCP connection that is closed with unread data loses the bytes written last.
 #[derive(Debug)]
 pub(crate) struct Bytes {
     lane: Option<(Box<Compat<Lane>>, Permit)>,
@@ -166,7 +168,7 @@ impl Drop for Bytes {
         {
             runtime.spawn(async move {
                 let _permit = permit;
-                // However it ends, it is over.
+                // The result does not matter, because the lane is dropped.
                 let _ = timeout(LINGER, tokio::io::copy(&mut lane, &mut tokio::io::sink())).await;
             });
         }
@@ -205,15 +207,15 @@ impl tokio::io::AsyncWrite for Bytes {
     }
 }
 
-/// A lane that somebody has dialled to us.
+/// A lane that a peer has dialed to this node.
 pub(crate) struct LaneArrival {
     pub(crate) peer: PeerId,
-    /// Where it came from.
+    /// Address of the peer.
     pub(crate) from: Multiaddr,
     pub(crate) raw: Raw,
 }
 
-/// Hands lanes over from the transport, which makes them like all connections, to the driver.
+/// Passes lanes from the transport, which opens them like all connections, to the driver.
 #[derive(Debug, Clone)]
 pub(crate) struct Arrivals(mpsc::Sender<LaneArrival>);
 
@@ -223,16 +225,17 @@ impl Arrivals {
         (Self(sender), arrivals)
     }
 
-    /// Takes a connection out of the transport. What comes back is how the transport is told that there is none for the swarm.
+    /// Takes a connection out of the transport. Returns the error by which the transport learns that there is no
+    /// connection for the swarm.
     pub(crate) fn take(&self, peer: PeerId, from: Multiaddr, raw: Raw) -> io::Error {
         match self.0.try_send(LaneArrival { peer, from, raw }) {
-            Ok(()) => io::Error::other("a lane, and no connection"),
-            Err(_) => io::Error::other("too many lanes arrive"),
+            Ok(()) => io::Error::other("the connection is a lane"),
+            Err(_) => io::Error::other("too many lanes arrive at once"),
         }
     }
 }
 
-/// Why no lane came about. The stream goes over a shared connection then.
+/// The reason that no lane was opened. The stream then uses a shared connection.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LaneError {
     #[error(transparent)]
@@ -241,11 +244,11 @@ pub(crate) enum LaneError {
     Frame(#[from] FrameError),
     #[error("{0}")]
     Negotiation(#[from] multistream_select::NegotiationError),
-    #[error("somebody else answers there")]
+    #[error("another peer answers at this address")]
     WrongPeer,
     #[error("the peer cannot or will not dial")]
     Refused,
-    #[error("not in time")]
+    #[error("opening the lane took too long")]
     TimedOut,
 }
 
@@ -279,12 +282,12 @@ pub(crate) async fn choose<S>(raw: S, protocol: &StreamProtocol) -> Result<Negot
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    // Not lazily: who refuses says so before anybody counts on it.
+    // Not lazy, so that a refusal arrives before the lane is used.
     let names = [protocol.clone()].into_iter();
     Ok(dialer_select_proto(raw, names, Version::V1).await?.1)
 }
 
-/// Opens a lane for a stream of `protocol` to `peer`, which is at `target`.
+/// Opens a lane for a stream of `protocol` to `peer` at `target`.
 pub(crate) async fn open(
     target: Target,
     tls: Tls,
@@ -299,7 +302,7 @@ pub(crate) async fn open(
     opened.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// Dials a lane that a peer has asked for, and learns which of `protocols` begins on it.
+/// Dials a lane that a peer has asked for. Returns the lane with the one of `protocols` that begins on it.
 pub(crate) async fn call(
     target: Target,
     tls: Tls,
@@ -330,7 +333,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_lane_on_which_nothing_moves_fails_after_ten_minutes_and_not_before() {
+    async fn an_idle_lane_fails_after_ten_minutes_and_not_before() {
         use futures::future::poll_fn;
         let mut idle = Idle::new();
         let begin = Instant::now();
@@ -342,7 +345,7 @@ mod tests {
             poll_fn(|cx| pending(&mut idle, cx)),
         );
         assert!(waited.await.is_err());
-        // Something is written: the reader waits on.
+        // A write keeps the reader waiting.
         let written = poll_fn(|cx| idle.or_writing(cx, Poll::Ready(Ok(()))));
         written.await.unwrap();
         let error = poll_fn(|cx| pending(&mut idle, cx)).await.unwrap_err();

@@ -1,4 +1,4 @@
-//! The transports, in one: TCP and WebSocket with TLS or Noise and yamux, QUIC, both through relays.
+//! The node's transport: TCP and WebSocket with TLS or Noise and yamux, QUIC, and circuits through relays.
 
 pub(crate) mod head;
 pub(crate) mod lane;
@@ -44,7 +44,7 @@ use crate::{
     address::of_socket,
     policy::{
         access::Shared,
-        gate::{Gate, dialled::Dialled},
+        gate::{Gate, dialed::Dialed},
         pending::Counted,
     },
     span,
@@ -59,38 +59,38 @@ use crate::{
     },
 };
 
-/// How long a connection may take from the first packet to the multiplexer.
+/// Time that a connection may take from the first packet to the multiplexer.
 const HANDSHAKE: Duration = Duration::from_secs(20);
 
-/// Time for a connection that comes in to choose how it is secured, and for that to be done: six round trips of 500 ms
-/// each. Before that, nothing shows that anybody is there.
+/// Time for an incoming connection to choose its security protocol, and time for that handshake: six round trips of 500
+/// ms each. Until then, nothing shows that a peer is there.
 const CHOOSE: Duration = Duration::from_secs(6);
 const SECURE: Duration = Duration::from_secs(6);
 
-/// The least and the most that the listening side of a punched TCP connection waits to be spoken to.
+/// The least and the most time that the listening side of a punched TCP connection waits for the peer's first byte.
 const SPOKEN_TO: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(1500));
 
-/// What the transport is made of.
+/// The parts of the transport.
 pub(crate) struct Parts<'a> {
     pub(crate) key: &'a Keypair,
     pub(crate) tls: Tls,
-    /// For secure WebSocket.
+    /// Certificate for secure WebSocket.
     pub(crate) certificate: Option<&'a Certificate>,
-    /// Access to QUIC's sockets.
+    /// Access to the sockets of QUIC.
     pub(crate) sockets: Sockets,
-    /// Where what is dialled is noted.
-    pub(crate) dialled: Dialled,
-    /// Where not to dial.
+    /// Records the destinations that are dialed.
+    pub(crate) dialed: Dialed,
+    /// Lists that forbid some destinations.
     pub(crate) access: Shared,
-    /// The gate that decides which addresses may be dialled.
+    /// The gate that decides which addresses may be dialed.
     pub(crate) gate: Gate,
-    /// Where lanes go that arrive; `None`: none are taken.
+    /// Receiver of incoming lanes; `None`: lanes are not accepted.
     pub(crate) lanes: Option<Arrivals>,
-    /// The rules for what comes in.
+    /// Rules for incoming connections.
     pub(crate) door: Door,
 }
 
-/// Why no transport could be made.
+/// The reason that the transport could not be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BuildError {
     #[error(transparent)]
@@ -118,10 +118,11 @@ where
     Ok(either(OrTransport::new(relayed, direct)))
 }
 
-/// TCP, with or without WebSocket, and QUIC. The gate has replaced names before anything comes here.
+/// Makes the transport for TCP, with or without WebSocket, and QUIC. Names in addresses have been resolved before they
+/// arrive here.
 fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, BuildError> {
     let security = Security::new(parts)?;
-    let noted = (&parts.dialled, &parts.access, &parts.gate);
+    let noted = (&parts.dialed, &parts.access, &parts.gate);
     let quic = Noted::new(
         Quic::new(
             parts.key,
@@ -174,7 +175,7 @@ where
         .boxed()
 }
 
-/// From a connected socket to a secured, multiplexed connection.
+/// Turns a connected socket into a secured, multiplexed connection.
 async fn upgrade_tcp(
     begun: Begun,
     endpoint: ConnectedPoint,
@@ -207,7 +208,7 @@ async fn upgrade_tcp(
             let muxer = Yamux.upgrade_outbound(stream, info).await?;
             Ok((peer, StreamMuxerBox::new(muxer)))
         }
-        // One that was dialled, by both sides at once.
+        // The connection was dialed by both sides at once.
         (Endpoint::Listener, None) => listen(socket, &endpoint, security, lanes, None).await,
         (Endpoint::Listener, Some(arrived)) => {
             let Arrived { mut ticket, from } = arrived;
@@ -217,7 +218,7 @@ async fn upgrade_tcp(
     }
 }
 
-/// The listening side. `from`: where the connection comes from, if a proxy has said so.
+/// Runs the listening side. `from` is the real source of the connection, if a proxy has reported it.
 async fn listen(
     socket: Socket,
     endpoint: &ConnectedPoint,
@@ -243,7 +244,7 @@ async fn listen(
     }
     let muxer = Yamux.upgrade_inbound(stream, info).await?;
     if web {
-        // The listener could not tell from the address.
+        // The listener could not know this from the address.
         let seen = seen.with(Protocol::Ws("/".into()));
         return Ok((peer, StreamMuxerBox::new(Moved::new(muxer, seen))));
     }
@@ -253,7 +254,8 @@ async fn listen(
     Ok((peer, StreamMuxerBox::new(muxer)))
 }
 
-/// A node that takes no more connections hangs up before it has said anything.
+/// Improves the error of a connection that the peer closed before it sent anything, as a node does at its limit on
+/// connections.
 fn hung_up(error: NegotiationError) -> io::Error {
     let failed = matches!(error, NegotiationError::Failed);
     let error = io::Error::from(error);
@@ -267,14 +269,14 @@ fn hung_up(error: NegotiationError) -> io::Error {
     match failed || gone {
         true => io::Error::new(
             io::ErrorKind::ConnectionRefused,
-            "the peer hung up before the handshake, as a node does when a limit on connections is reached \
+            "the peer closed the connection before the handshake, as a node does when a limit on connections is reached \
              (`weft limits` there shows which)",
         ),
         false => error,
     }
 }
 
-/// A connection that says first where it really comes from.
+/// A connection that first reports its real source address.
 struct Moved<M> {
     inner: M,
     to: Option<Multiaddr>,
@@ -322,10 +324,11 @@ impl<M: StreamMuxer + Unpin> StreamMuxer for Moved<M> {
     }
 }
 
-/// Who speaks first on a punched TCP connection, seen from the side that agreed to listen.
+/// Decides which side sends first on a punched TCP connection, seen from the side that agreed to listen.
 ///
-/// Two packets that cross open one connection, and the other side speaks. But a packet that arrives before the other side has
-/// dialled reaches its listening socket, which waits to be spoken to: without this, both would wait until they time out.
+/// If two packets cross, they open one connection, and the remote side sends first. A packet that arrives before the
+/// remote side has dialed reaches its listening socket instead, which waits for the first byte. Without this function,
+/// both sides would then wait until they time out.
 async fn punched_role(socket: &Tcp, begin: Instant) -> io::Result<Endpoint> {
     let wait = (begin.elapsed() * 2).clamp(SPOKEN_TO.0, SPOKEN_TO.1);
     match timeout(wait, socket.peek()).await {
@@ -334,7 +337,7 @@ async fn punched_role(socket: &Tcp, begin: Instant) -> io::Result<Endpoint> {
     }
 }
 
-/// TLS for those who speak it, Noise for the rest.
+/// TLS for peers that support it, Noise for the others.
 #[derive(Clone)]
 struct Security {
     tls: Tls,

@@ -1,9 +1,9 @@
 //! yamux with large frames on fast connections.
 //!
-//! libp2p-yamux cuts what it sends into frames of 16 KiB, each with its own allocation, write and TLS record, and does
-//! not let that be changed. This speaks the same `/yamux/1.0.0`; on a connection that has proved fast, it sends frames
-//! of [`FRAME`] bytes, which every implementation reads. A receiver delivers no byte of a frame before the whole frame
-//! has arrived, so that a large frame on a slow link looks like silence: 256 KiB take 100 s at 20 kbit/s.
+//! libp2p-yamux cuts what it sends into frames of 16 KiB, each with its own allocation, write and TLS record, and has
+//! no option to change that. This multiplexer speaks the same `/yamux/1.0.0`. On a connection that has proved fast, it
+//! sends frames of [`FRAME`] bytes, which every implementation can read. A receiver delivers no byte of a frame before
+//! the whole frame has arrived, so a large frame on a slow link looks like silence: 256 KiB take 100 s at 20 kbit/s.
 
 use std::{
     collections::VecDeque,
@@ -25,32 +25,32 @@ use libp2p::core::{
 };
 use tokio::time::{Instant, Sleep, sleep};
 
-/// Bytes sent in one frame on a fast connection. A standard peer refuses frames over 1 MiB; beyond 256 KiB nothing was
-/// gained in measurements.
+/// Most bytes sent in one frame on a fast connection. A standard peer refuses frames over 1 MiB; measurements showed no
+/// gain beyond 256 KiB.
 const FRAME: usize = 256 * 1024;
 
-/// Bytes sent in one frame on any other: one TLS record, 7 s at 20 kbit/s.
+/// Most bytes sent in one frame on other connections: one TLS record, 7 s at 20 kbit/s.
 const SMALL_FRAME: usize = 16 * 1024;
 
-/// A connection that takes so many bytes within a [`WINDOW`] is fast: more than a kernel buffers for a socket (4 MiB on
-/// Linux unless it is told otherwise), so that most of them must have gone out.
+/// A connection that accepts this many bytes within a [`WINDOW`] is fast. It is more than a kernel buffers for a socket
+/// (4 MiB by default on Linux), so most of these bytes must have been sent.
 const FAST: usize = 8 * 1024 * 1024;
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Streams that we open on a connection before the next one has to wait.
+/// Streams that this side opens on a connection before the next one has to wait.
 const MAX_OUTBOUND: usize = 128;
 
-/// Streams open at a time on a connection, both directions; a connection with more is ended.
+/// Most streams open at a time on a connection, in both directions; a connection with more is closed.
 const MAX_STREAMS: usize = 192;
 
-/// Bytes a peer may have in flight to us on a connection. yamux keeps 256 KiB for each stream that there may be; the remaining 32 MiB are for streams that are
-/// being read.
+/// Most bytes that a peer may have in flight to this node on a connection. yamux reserves 256 KiB for each possible
+/// stream; the remaining 32 MiB are for streams that are being read.
 const MAX_RECEIVE_WINDOW: usize = 80 * 1024 * 1024;
 
-/// How long closing may take: to a peer that takes nothing any more, what is left to send cannot be sent.
+/// Time that closing may take. A peer that accepts no more data would block it, because remaining data cannot be sent.
 const CLOSE: Duration = Duration::from_secs(3);
 
-/// Streams a peer may have opened that nobody has asked for yet.
+/// Most streams opened by a peer that wait to be accepted.
 const MAX_WAITING: usize = 64;
 
 /// The upgrade `/yamux/1.0.0`.
@@ -60,7 +60,7 @@ pub(crate) struct Yamux;
 impl Yamux {
     fn config() -> yamux::Config {
         let mut config = yamux::Config::default();
-        // In this order: each is checked against the other.
+        // In this order, because each limit is checked against the other.
         config.set_max_num_streams(MAX_STREAMS);
         config.set_max_connection_receive_window(Some(MAX_RECEIVE_WINDOW));
         config.set_split_send_size(FRAME);
@@ -103,20 +103,20 @@ where
     }
 }
 
-/// A yamux connection as libp2p drives one.
+/// A yamux connection behind libp2p's interface.
 #[derive(Debug)]
 pub(crate) struct Muxer<C> {
     connection: yamux::Connection<C>,
-    /// Streams that arrived while the connection was driven for another reason.
+    /// Streams that arrived while the connection was polled for another reason.
     waiting: VecDeque<yamux::Stream>,
-    /// Who asked for a stream when none was waiting.
+    /// The task that asked for a stream when none was waiting.
     inbound: Option<Waker>,
     opened: Arc<Opened>,
     sent: Arc<Sent>,
     closing: Option<Pin<Box<Sleep>>>,
 }
 
-/// The speed at which a connection takes what is sent on it.
+/// The speed at which a connection accepts data.
 #[derive(Debug)]
 struct Sent(Mutex<Window>);
 
@@ -165,7 +165,8 @@ impl Sent {
     }
 }
 
-/// The streams that we have opened. yamux ends a connection on which there are too many; waiting is better.
+/// Number of streams that this side has opened. yamux closes a connection with too many streams, so this side waits
+/// instead.
 #[derive(Debug, Default)]
 struct Opened {
     streams: AtomicUsize,
@@ -177,7 +178,7 @@ struct Opened {
 pub(crate) struct Stream {
     inner: yamux::Stream,
     sent: Arc<Sent>,
-    /// Those that we opened count.
+    /// The count, for a stream that this side opened.
     opened: Option<Arc<Opened>>,
 }
 
@@ -298,9 +299,9 @@ where
                         waker.wake();
                     }
                 }
-                // Dropping resets it, so that the peer knows.
+                // Dropping the stream resets it, which tells the peer.
                 Poll::Ready(Ok(stream)) => {
-                    tracing::debug!(%stream, "refused: too many streams wait to be accepted");
+                    tracing::debug!(%stream, "stream refused: too many wait to be accepted");
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => return Poll::Pending,
@@ -326,8 +327,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_slow_link_delivers_before_a_quarter_of_a_mebibyte_has_come() {
-        // A link that carries 20 kB and then nothing for a long time.
+    async fn a_slow_link_delivers_before_256_kib_have_arrived() {
+        // A link that carries 20 kB, and then nothing for a long time.
         let (near, mut link) = tokio::io::duplex(1024 * 1024);
         let (mut rest, far) = tokio::io::duplex(1024 * 1024);
         let mut client = Muxer::new(near.compat(), yamux::Mode::Client);

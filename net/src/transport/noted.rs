@@ -1,5 +1,5 @@
-//! The layer of the transport below everything that takes addresses apart: a socket opens only where the gate has given
-//! a permit, and each destination is noted.
+//! The lowest layer of the transport: opens a socket only with a permit from the address gate, and records each
+//! destination.
 
 use std::{
     io,
@@ -20,35 +20,35 @@ use crate::{
     address::any_socket,
     policy::{
         access::{KeptOut, Shared},
-        gate::{Gate, dialled::Dialled},
+        gate::{Gate, dialed::Dialed},
     },
 };
 
-/// Nothing has asked the gate whether this socket may be dialled.
+/// No component has asked the gate whether this socket may be dialed.
 #[derive(Debug, thiserror::Error)]
-#[error("the gate holds no permit for this destination")]
+#[error("the address gate has given no permit for this destination")]
 pub(crate) struct NoPermit;
 
-/// A transport that notes what it dials, and tells when each connection began. Below everything that takes addresses
-/// apart, it sees where packets really go. It holds to the access lists, and refuses a destination for which the
-/// [`Gate`] holds no permit: a dial that went around the gate ends here.
+/// A transport that records what it dials, and returns the time at which each connection began. It is below all layers
+/// that take addresses apart, so it sees where packets really go. It applies the access lists, and refuses a
+/// destination without a permit of the [`Gate`]: a dial that bypasses the gate fails here.
 #[derive(Debug)]
 pub(crate) struct Noted<T> {
     inner: T,
-    dialled: Dialled,
+    dialed: Dialed,
     access: Shared,
     gate: Gate,
-    /// The transport that it carries: a permit for TCP is not used up by QUIC, nor the reverse.
+    /// The kind of transport: a dial by QUIC does not use up a permit for TCP, nor the reverse.
     kind: Kind,
 }
 
 impl<T> Noted<T> {
-    /// `kind`: TCP or QUIC, whichever `inner` is.
-    pub(crate) fn new(inner: T, kind: Kind, dialled: Dialled, access: Shared, gate: Gate) -> Self {
+    /// Wraps `inner`, whose kind is `kind`: TCP or QUIC.
+    pub(crate) fn new(inner: T, kind: Kind, dialed: Dialed, access: Shared, gate: Gate) -> Self {
         Self {
             kind,
             inner,
-            dialled,
+            dialed,
             access,
             gate,
         }
@@ -84,7 +84,7 @@ where
         address: Multiaddr,
         options: DialOpts,
     ) -> Result<Self::Dial, TransportError<io::Error>> {
-        // What has more parts than these may lead elsewhere than where it seems to.
+        // An address with more parts may lead to another place than it seems to.
         let Some((at, _)) = any_socket(&address).filter(|(_, kind)| *kind == self.kind) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
@@ -98,20 +98,20 @@ where
         let begin = Instant::now();
         let udp = self.kind == Kind::Quic;
         let Some(permit) = self.gate.take_permit(at, udp, begin) else {
-            tracing::warn!(%address, "refused: a dial that has not passed the gate");
+            tracing::warn!(%address, "dial refused: it has not passed the address gate");
             return Err(TransportError::Other(io::Error::new(
                 io::ErrorKind::PermissionDenied,
                 NoPermit,
             )));
         };
         let dial = self.inner.dial(address, options)?;
-        self.dialled.note(at, begin);
+        self.dialed.note(at, begin);
         let dial = dial.map_ok(move |output| (output, begin));
         Ok(match permit.patience {
             None => dial.boxed(),
-            // Nobody has shown to be there: not many packets into the void.
+            // The destination is unproven, so the time limit bounds the packets sent to it.
             Some(patience) => timeout(patience, dial)
-                .map(|dialled| dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())))
+                .map(|dialed| dialed.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())))
                 .boxed(),
         })
     }
@@ -137,9 +137,9 @@ mod tests {
 
     use super::*;
 
-    /// Any future caller of the transport reaches nothing without the gate.
+    /// No future caller of the transport can bypass the gate.
     #[tokio::test]
-    async fn a_dial_that_goes_around_the_gate_reaches_nothing() {
+    async fn a_dial_that_bypasses_the_gate_fails() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", at.port()).parse().unwrap();
@@ -148,7 +148,7 @@ mod tests {
         let mut noted = Noted::new(
             tcp,
             Kind::Tcp,
-            Dialled::default(),
+            Dialed::default(),
             Shared::default(),
             gate.clone(),
         );
@@ -157,14 +157,14 @@ mod tests {
             port_use: PortUse::New,
         };
         let Err(TransportError::Other(error)) = noted.dial(address.clone(), options) else {
-            panic!("dialled without a permit");
+            panic!("dialed without a permit");
         };
         assert!(error.get_ref().unwrap().is::<NoPermit>());
         let came = timeout(Duration::from_millis(50), listener.accept()).await;
         assert!(came.is_err());
         gate.give(address.clone());
         noted.dial(address.clone(), options).unwrap().await.unwrap();
-        // Each permit once.
+        // Each permit is used once.
         assert!(noted.dial(address, options).is_err());
     }
 }

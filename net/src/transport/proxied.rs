@@ -1,10 +1,10 @@
-//! Connections that come through a reverse proxy: where they really come from.
+//! The real source of connections that come through a reverse proxy.
 //!
-//! All of them come from the address of the proxy, often 127.0.0.1. Without more, all peers of the internet are one
-//! place, this machine, in every limit and list. So an operator names the proxies
-//! ([`Config::trusted_proxies`](crate::Config::trusted_proxies)), and each of them has to say where a connection comes
-//! from: in the PROXY protocol (version 1 or 2, <https://www.haproxy.org/download/2.9/doc/proxy-protocol.txt>), or, for
-//! a WebSocket, in the last entry of `X-Forwarded-For`. From others, nobody believes either.
+//! All of them come from the address of the proxy, often 127.0.0.1. Without more information, all peers on the internet
+//! would be one network group, this machine, in every limit and list. So an operator lists the proxies
+//! ([`Config::trusted_proxies`](crate::Config::trusted_proxies)), and each of them has to name the source of a
+//! connection: in the PROXY protocol (version 1 or 2, <https://www.haproxy.org/download/2.9/doc/proxy-protocol.txt>),
+//! or, for a WebSocket, in the last entry of `X-Forwarded-For`. Both are ignored from all other addresses.
 
 use std::{
     io,
@@ -15,13 +15,13 @@ use futures::{AsyncRead, AsyncReadExt};
 
 use super::head::header;
 
-/// Bytes of a header of version 1, with its line end (the specification's own bound).
+/// Largest header of version 1, in bytes, with its line end (the specification's own limit).
 const MAX_V1: usize = 107;
 
-/// Bytes that follow the fixed part of a header of version 2: addresses take 36, the rest may be TLS details.
+/// Most bytes after the fixed part of a header of version 2. Addresses take 36; the rest may be TLS details.
 const MAX_V2: usize = 2048;
 
-/// The first bytes of either version.
+/// The first byte of a header of version 1, and of version 2.
 pub(crate) const V1: u8 = b'P';
 pub(crate) const V2: u8 = b'\r';
 
@@ -34,7 +34,7 @@ fn malformed() -> io::Error {
     )
 }
 
-/// A trusted proxy does not say where a connection comes from.
+/// Makes the error for a trusted proxy that does not name the source of a connection.
 pub(crate) fn missing() -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
@@ -42,8 +42,8 @@ pub(crate) fn missing() -> io::Error {
     )
 }
 
-/// Reads the header of a PROXY protocol, and not a byte beyond. `None`: the proxy itself has made the connection, to
-/// see whether this node is up.
+/// Reads the header of the PROXY protocol, and not a byte more. Returns `None` if the proxy itself made the connection,
+/// to check that this node is up.
 pub(crate) async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Option<SocketAddr>> {
     let mut first = [0; SIGNATURE.len()];
     stream.read_exact(&mut first).await?;
@@ -116,7 +116,8 @@ async fn read_v2<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Option<Sock
     Ok(Some(SocketAddr::new(ip.to_canonical(), port)))
 }
 
-/// The last entry of `X-Forwarded-For` in a head, which the proxy itself has added; port 0 if it names none.
+/// Returns the last entry of `X-Forwarded-For` in a head, which the proxy itself has added. The port is 0 if the entry
+/// has none.
 pub(crate) fn forwarded_for(head: &[u8]) -> Option<SocketAddr> {
     let last = header(head, "x-forwarded-for").last()?;
     let last = last.rsplit(',').next()?.trim();
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_versions_say_where_a_connection_comes_from_and_leave_the_rest() {
+    async fn both_versions_name_the_source_and_leave_the_rest_unread() {
         let (from, rest) = parse(b"PROXY TCP4 203.0.113.7 10.0.0.1 5678 443\r\n\x13/multi").await;
         assert_eq!(from.unwrap(), at("203.0.113.7:5678"));
         assert_eq!(rest, b"\x13/multi");
@@ -159,13 +160,13 @@ mod tests {
         let (from, rest) = parse(&v2).await;
         assert_eq!(from.unwrap(), at("203.0.113.7:5678"));
         assert_eq!(rest, b"GET");
-        // A check of the proxy's own.
+        // A health check by the proxy.
         v2[12] = 0x20;
         assert_eq!(parse(&v2).await.0.unwrap(), None);
     }
 
     #[tokio::test]
-    async fn a_header_that_is_none_is_refused_within_its_bound() {
+    async fn a_malformed_header_is_refused_within_its_limit() {
         let endless = [&b"PROXY TCP4 "[..], &[b'1'; 4096]].concat();
         let (read, rest) = parse(&endless).await;
         assert_eq!(read.unwrap_err().kind(), io::ErrorKind::InvalidData);
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_proxy_is_believed_and_not_the_client() {
+    fn the_entry_of_the_last_proxy_counts_and_not_the_client_s() {
         let head = b"GET / HTTP/1.1\r\nX-Forwarded-For: 127.0.0.1\r\nx-forwarded-for: 10.0.0.1, 203.0.113.7\r\n\r\n";
         assert_eq!(forwarded_for(head), at("203.0.113.7:0"));
         let head = b"GET / HTTP/1.1\r\nX-Forwarded-For: [2001:db8::7]:99\r\n\r\n";

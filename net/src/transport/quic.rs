@@ -1,8 +1,9 @@
-//! QUIC version 1, as libp2p has it (<https://github.com/libp2p/specs/blob/master/quic/README.md>), on quinn.
+//! QUIC version 1, as libp2p specifies it (<https://github.com/libp2p/specs/blob/master/quic/README.md>), on quinn.
 //!
-//! libp2p-quic keeps its sockets to itself, offers ChaCha20 first, and lets a connection die when the peer's NAT gives it another port.
-//! Here the sockets can be borrowed for a search for a port, a connection can be dialled from a socket that such a search
-//! has found, AES-128-GCM is preferred, and a connection follows a peer whose NAT gives it another port.
+//! libp2p-quic gives no access to its sockets, offers ChaCha20 first, and loses a connection when the peer's NAT
+//! assigns another port. Here a search for a port can borrow the sockets, and a connection can be dialed from a socket
+//! that such a search has found. AES-128-GCM is preferred, and a connection follows a peer whose NAT assigns another
+//! port.
 
 mod resets;
 mod sockets;
@@ -54,56 +55,58 @@ use crate::{
     transport::tls::{self, ConfigError, Tls},
 };
 
-/// How long a handshake may take.
+/// Time that a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
-/// The round trip assumed before one is measured: a first packet that is lost, as one is when a hole is punched, is sent again after three
+/// The round trip assumed before one is measured. A lost first packet, as in hole punching, is sent again after three
 /// times this.
 const ASSUMED_RTT: Duration = Duration::from_millis(100);
 
-/// A connection that nothing arrives on for this long is lost. Short outages are survived.
+/// Time without a packet after which a connection is lost. Short outages are survived.
 const SILENCE: VarInt = VarInt::from_u32(30_000);
 
-/// How often a connection on which nothing else is sent shows that it lives. NATs forget a UDP mapping after 30 s at the earliest (RFC 4787).
+/// Interval of keep-alive packets on a connection without other traffic. NATs forget a UDP mapping after 30 s at the
+/// earliest (RFC 4787).
 const KEEP_ALIVE: Duration = Duration::from_secs(8);
 
-/// Streams that a peer may have open on a connection.
+/// Most streams that a peer may have open on a connection.
 const MAX_STREAMS: VarInt = VarInt::from_u32(256);
 
-/// Bytes that a peer may have in flight to us on a stream and on a connection: at a round trip of 50 ms, 200 and 300 MB/s.
+/// Most bytes that a peer may have in flight to this node on a stream and on a connection: at a round trip of 50 ms,
+/// 200 and 300 MB/s.
 const WINDOW: (VarInt, VarInt) = (VarInt::from_u32(10 << 20), VarInt::from_u32(15 << 20));
 
-/// Bytes that we may have in flight to a peer on a connection.
+/// Most bytes that this node may have in flight to a peer on a connection.
 const SEND_WINDOW: u64 = 15 << 20;
 
-/// Bytes that the kernel is asked to buffer for a socket, each way. It gives what it may.
+/// Bytes that the kernel is asked to buffer for a socket, each way. The kernel may give less.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// How long a connection that is closed waits for what was sent on it to be acknowledged.
+/// Time that closing a connection waits for sent data to be acknowledged.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// First packets looked at before others have their turn: a flood of them must not hold up the node.
+/// First packets handled before other work gets its turn, so that a flood of them does not block the node.
 const BURST: usize = 64;
 
-/// A connection whose packets come from another IP address for this long is closed. They prove nothing: a peer can send
-/// from an address that is not its own, and quinn believes one packet for up to three times its probe time-out, which
-/// is a second or two. A new connection proves where the peer is.
+/// Time after which a connection whose packets come from another IP address is closed. The packets prove nothing,
+/// because a peer can send from an address that is not its own. quinn follows one packet for up to three times its
+/// probe timeout, which is a second or two. A new connection proves where the peer is.
 const ELSEWHERE: Duration = Duration::from_secs(5);
 
-/// Time after which the interfaces are watched again when that has failed, as it does for want of descriptors.
+/// Time after which the interfaces are watched again when that has failed, as it does for lack of file descriptors.
 const WATCH_AGAIN: Duration = Duration::from_secs(5);
 
-/// The transport.
+/// The QUIC transport.
 pub(crate) struct Quic {
     resets: Resets,
     server: quinn::ServerConfig,
     client: quinn::ClientConfig,
     sockets: Sockets,
     listeners: Vec<Listener>,
-    /// For dials where nothing listens; IPv4 and IPv6.
+    /// Endpoints for dials without a listener, for IPv4 and IPv6.
     dialers: [Option<Endpoint>; 2],
     waker: Option<Waker>,
-    /// Counts what comes in.
+    /// Counts incoming connections in the handshake.
     pending: Pending,
 }
 
@@ -119,7 +122,7 @@ impl fmt::Debug for Quic {
 }
 
 impl Quic {
-    /// `pending` counts what comes in.
+    /// Makes the transport. `pending` counts incoming connections in the handshake.
     pub(crate) fn new(
         key: &Keypair,
         tls: &Tls,
@@ -168,7 +171,7 @@ impl Quic {
     fn serve(&self, socket: UdpSocket, server: bool) -> io::Result<Endpoint> {
         let mut endpoint = match server {
             true => self.resets.endpoint(socket.local_addr()?),
-            // From a port that is another one after a restart.
+            // The port changes with a restart, so stateless resets would have no effect.
             false => EndpointConfig::default(),
         };
         endpoint.supported_versions(vec![1]);
@@ -176,7 +179,7 @@ impl Quic {
         Endpoint::new(endpoint, server, socket, Arc::new(TokioRuntime))
     }
 
-    /// The endpoint to dial `to` from.
+    /// Returns the endpoint from which to dial `to`.
     fn dialer(&mut self, to: SocketAddr, port: PortUse) -> io::Result<Endpoint> {
         if let Some(socket) = self.sockets.lock().prepared.remove(&to) {
             return self.serve(socket, false);
@@ -205,7 +208,7 @@ impl Quic {
     }
 }
 
-/// The address of `address` if it is `/ip4|ip6/udp/quic-v1`, with or without a peer.
+/// Returns the socket address of `address` if it is `/ip4|ip6/udp/quic-v1`, with or without a peer.
 fn quic(address: &Multiaddr) -> Option<SocketAddr> {
     any_socket(address)
         .filter(|(_, transport)| *transport == Transport::Quic)
@@ -217,7 +220,7 @@ fn bind(at: SocketAddr) -> io::Result<UdpSocket> {
     if at.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    // More than the kernel allows is no error; where it is one, the default does.
+    // Asking for more than the kernel allows is not an error. On systems where it is, the default is good enough.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
     socket.set_nonblocking(true)?;
@@ -247,7 +250,7 @@ impl Libp2pTransport for Quic {
         let listener = listener.map_err(TransportError::Other)?;
         let socket = listener.socket.try_clone().map_err(TransportError::Other)?;
         self.sockets.lock().listening.insert(id, socket);
-        // What dials from now on can be answered there.
+        // Later dials use the listener, so that peers can reach it by the answer.
         self.dialers[usize::from(at.is_ipv6())] = None;
         self.listeners.push(listener);
         self.wake();
@@ -279,7 +282,7 @@ impl Libp2pTransport for Quic {
         let client = self.client.clone();
         let sockets = self.sockets.clone();
         Ok(async move {
-            // No name: peers are known by their keys. rustls wants something that looks like one.
+            // Peers are identified by their keys, so there is no name. rustls requires something that looks like one.
             let connecting = endpoint
                 .connect_with(client, to, "l")
                 .map_err(io::Error::other)?;
@@ -296,7 +299,7 @@ impl Libp2pTransport for Quic {
                     let listener = self.listeners.swap_remove(at);
                     self.sockets.lock().listening.remove(&listener.id);
                 } else {
-                    // The first must not starve the others.
+                    // The first listener must not starve the others.
                     let next = self.listeners.len();
                     self.listeners.swap(at, next - 1);
                 }
@@ -308,8 +311,8 @@ impl Libp2pTransport for Quic {
     }
 }
 
-/// Completes a handshake. What this side sends before that goes to `remote`, so that a peer that completes it has shown
-/// that it receives there. What the peer sends afterwards, from wherever, has not shown anything yet.
+/// Completes a handshake. This side sends its part to `remote`, so a peer that completes the handshake has shown that
+/// it receives there. Packets that the peer sends afterwards from other addresses prove nothing.
 async fn handshake(
     connecting: quinn::Connecting,
     remote: SocketAddr,
@@ -328,10 +331,10 @@ async fn handshake(
 
 /// The state of the watcher that reports the addresses of this machine.
 enum Interfaces {
-    /// The socket is bound to one address.
+    /// Not watched, because the socket is bound to one address.
     None,
     Watched(Box<IfWatcher>),
-    /// The watcher failed. There is another after this.
+    /// The watcher failed. A new one is made after this.
     Failed(Pin<Box<Sleep>>),
 }
 
@@ -353,13 +356,13 @@ struct Listener {
     endpoint: Endpoint,
     accept: BoxFuture<'static, Option<quinn::Incoming>>,
     interfaces: Interfaces,
-    /// The address of a socket that is bound to one, until it is told.
+    /// The address of a socket that is bound to one address, until it is reported.
     bound: Option<IpAddr>,
     told: HashSet<IpAddr>,
-    /// Those told that a new watcher has not spoken of, which are gone if it does not by then.
+    /// Reported addresses that a new watcher has not confirmed. They are expired if it does not confirm them by then.
     unseen: Option<(HashSet<IpAddr>, Pin<Box<Sleep>>)>,
     closed: bool,
-    /// Counts what comes in.
+    /// Counts incoming connections in the handshake.
     pending: Pending,
 }
 
@@ -396,7 +399,7 @@ impl Listener {
         Ok(of_socket(SocketAddr::new(ip, port), Transport::Quic))
     }
 
-    /// The last event: whoever polls drops the listener then.
+    /// Returns the last event, after which the caller drops the listener.
     fn end(&self) -> Poll<Event> {
         Poll::Ready(TransportEvent::ListenerClosed {
             listener_id: self.id,
@@ -427,8 +430,8 @@ impl Listener {
         Poll::Pending
     }
 
-    /// Returns the next change in the addresses of a socket that is bound to all addresses. A watcher that fails is
-    /// replaced after a pause: without one, connections are accepted all the same.
+    /// Returns the next address change of a socket that is bound to all addresses. A watcher that fails is replaced
+    /// after a pause; connections are accepted meanwhile.
     fn poll_interfaces(&mut self, cx: &mut Context<'_>) -> Option<Event> {
         let v4 = self.socket.local_addr().is_ok_and(|at| at.is_ipv4());
         loop {
@@ -439,7 +442,7 @@ impl Listener {
                         return None;
                     }
                     self.interfaces = Interfaces::watch();
-                    // It tells of all that there are, and not of those that went away meanwhile.
+                    // The new watcher reports all existing addresses, but not those that went away in between.
                     self.unseen = Some((self.told.clone(), Box::pin(sleep(WATCH_AGAIN))));
                     continue;
                 }
@@ -503,8 +506,8 @@ impl Listener {
         })
     }
 
-    /// Lets a connection that somebody begins into the handshake, or answers that it may not begin. Only a sender that
-    /// has shown to receive at its address is counted there, or refused because of others there.
+    /// Admits an incoming connection to the handshake, or answers that it is not admitted. A sender is counted at its
+    /// address, or refused because of the limit there, only if it has shown that it receives there.
     fn admit(&self, incoming: quinn::Incoming) -> Option<(Ticket, quinn::Incoming)> {
         let from = incoming.remote_address();
         let place = Place::of_ip(from.ip());
@@ -512,31 +515,31 @@ impl Listener {
             if let Some(ticket) = self.pending.enter_unproven(place) {
                 return Some((ticket, incoming));
             }
-            // Costs no state. It fails for validated addresses only.
+            // A Retry packet needs no state here. It fails only for validated addresses.
             if let Err(error) = incoming.retry() {
-                tracing::debug!(%from, %error, "a QUIC connection cannot be asked to show its address");
+                tracing::debug!(%from, %error, "cannot send a Retry packet");
             }
             return None;
         }
         match self.pending.enter(Carrier::Quic, place) {
             Ok(ticket) => Some((ticket, incoming)),
             Err(refused) => {
-                tracing::debug!(%from, %refused, "refused");
-                // The other side is told so.
+                tracing::debug!(%from, %refused, "QUIC connection refused");
+                // Tells the remote side.
                 incoming.refuse();
                 None
             }
         }
     }
 
-    /// Somebody begins a connection.
+    /// Handles an incoming connection.
     fn incoming(&self, incoming: quinn::Incoming) -> Option<Event> {
         let from = incoming.remote_address();
         let (mut ticket, incoming) = self.admit(incoming)?;
         let connecting = match incoming.accept() {
             Ok(connecting) => connecting,
             Err(error) => {
-                tracing::debug!(%from, %error, "a QUIC connection cannot be accepted");
+                tracing::debug!(%from, %error, "cannot accept a QUIC connection");
                 return None;
             }
         };
@@ -573,23 +576,23 @@ fn accept(endpoint: Endpoint) -> BoxFuture<'static, Option<quinn::Incoming>> {
 
 type Opening = BoxFuture<'static, Result<(quinn::SendStream, quinn::RecvStream), ConnectionError>>;
 
-/// A QUIC connection as libp2p drives one.
+/// A QUIC connection behind libp2p's interface.
 pub(crate) struct Connection {
     connection: quinn::Connection,
     inbound: Option<Opening>,
     outbound: Option<Opening>,
     closed: Option<BoxFuture<'static, ConnectionError>>,
-    /// The peer's address. The peer has proven that it receives at this IP address, but perhaps not at this port.
+    /// Address of the peer. The peer has proved that it receives at this IP address, but perhaps not at this port.
     remote: SocketAddr,
-    /// Its packets come from another IP address; when that is enough.
+    /// Ends when packets have come from another IP address for too long.
     elsewhere: Option<Pin<Box<Sleep>>>,
-    /// Streams that were dropped hold the sender until what was sent on them has arrived. Nothing is ever sent.
+    /// Dropped streams hold the sender until their sent data has arrived. Nothing is ever sent on the channel.
     lingering: (mpsc::Sender<Infallible>, mpsc::Receiver<Infallible>),
     _registered: Registered,
 }
 
 impl Connection {
-    /// `remote`: the address at which the handshake has shown the peer to be.
+    /// Makes a connection; `remote` is the address that the handshake has proved.
     fn new(connection: quinn::Connection, remote: SocketAddr, registered: Registered) -> Self {
         Self {
             _registered: registered,
@@ -640,11 +643,11 @@ impl StreamMuxer for Connection {
     }
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
-        // Nothing wakes us for it; the ping that follows a silence does.
+        // Nothing wakes this task for an address change, but the ping after a silence does.
         let this = self.get_mut();
         let remote = this.connection.remote_address();
         if remote.ip() != this.remote.ip() {
-            // Everybody here goes on believing that it is where it was.
+            // Until then, all components keep the proven address.
             let enough = this
                 .elsewhere
                 .get_or_insert_with(|| Box::pin(sleep(ELSEWHERE)));
@@ -668,7 +671,7 @@ impl StreamMuxer for Connection {
             let (own, mut all) = std::mem::replace(&mut this.lingering, mpsc::channel(1));
             async move {
                 drop(own);
-                // A connection that closes takes with it what was not acknowledged.
+                // Closing a connection discards data that was not acknowledged.
                 let _ = timeout(LINGER, all.recv()).await;
                 connection.close(VarInt::from_u32(0), &[]);
                 connection.closed().await
@@ -682,8 +685,8 @@ impl StreamMuxer for Connection {
     }
 }
 
-/// One stream of a connection. Dropping it ends what is sent and refuses what is received; the connection does not close before what was sent has arrived, or
-/// [`LINGER`] is over.
+/// One stream of a connection. Dropping it finishes the sending direction and refuses the receiving one. The connection
+/// does not close before sent data has arrived, or [`LINGER`] is over.
 pub(crate) struct Stream {
     send: quinn::SendStream,
     receive: quinn::RecvStream,
@@ -696,7 +699,7 @@ impl Drop for Stream {
         if let (Some(held), Ok(runtime)) = (self.lingering.upgrade(), Handle::try_current()) {
             let arrived = self.send.stopped();
             runtime.spawn(async move {
-                // However it ends, it is over.
+                // The result does not matter, because the stream is dropped.
                 let _ = timeout(LINGER, arrived).await;
                 drop(held);
             });
@@ -728,7 +731,7 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // A second time is no error.
+        // Closing a second time is not an error.
         if !self.closed {
             ready!(AsyncWrite::poll_close(Pin::new(&mut self.send), cx))?;
             self.closed = true;

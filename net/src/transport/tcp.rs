@@ -1,7 +1,7 @@
-//! TCP sockets that are read ahead while much comes.
+//! TCP sockets that are read ahead while much data arrives.
 //!
-//! TLS reads its socket a record at a time, a system call for 16 KiB or less. While what comes fills every read, this reads [`AHEAD`] bytes at once; a
-//! connection on which little or nothing comes holds no buffer.
+//! TLS reads its socket one record at a time, with a system call for 16 KiB or less. While data fills every read, this
+//! socket reads [`AHEAD`] bytes at once. A connection with little or no data holds no buffer.
 
 use std::{
     fmt, io,
@@ -13,18 +13,18 @@ use futures::{AsyncRead, AsyncWrite};
 use libp2p::tcp::tokio::TcpStream;
 use tokio::task::coop::{consume_budget, has_budget_remaining};
 
-/// Bytes read at once while much comes. Twice as much was no faster in measurements.
+/// Bytes read at once while much data arrives. Twice as much was no faster in measurements.
 const AHEAD: usize = 128 * 1024;
 
-/// A read that brings fewer says that little comes: the buffer is given back.
+/// A read of fewer bytes shows that little data arrives: the buffer is freed.
 const LITTLE: usize = 4096;
 
-/// Bytes that count as much as one operation of a task's budget, of which it has 128 before others get their turn.
+/// Bytes that count as one operation of a task's budget. A task has 128 operations before others get their turn.
 const COUNTED: usize = 3072;
 
-/// Counts `bytes` against the task's budget: a task that moves much in few operations would keep a thread for milliseconds, and whatever else comes in on it
-/// would wait, also what takes microseconds. When the budget is used up, other threads get their turn too: where all cores are busy, a scheduler leaves one that
-/// has been woken waiting until its next tick.
+/// Counts `bytes` against the task's budget. A task that moves much data in few operations would keep a thread for
+/// milliseconds, and delay other work that takes microseconds. When the budget is used up, other threads get their turn
+/// too. If all cores are busy, a scheduler may otherwise leave a woken thread waiting until its next tick.
 fn count(cx: &mut Context<'_>, bytes: usize) {
     for _ in 0..bytes / COUNTED {
         if !has_budget_remaining() || pin!(consume_budget()).poll(cx).is_pending() {
@@ -37,11 +37,11 @@ fn count(cx: &mut Context<'_>, bytes: usize) {
 /// A connected socket.
 pub(crate) struct Tcp {
     socket: TcpStream,
-    /// What was read ahead; empty while little comes.
+    /// Data that was read ahead; empty while little data arrives.
     ahead: Box<[u8]>,
     at: usize,
     end: usize,
-    /// The last read was filled.
+    /// True if the last read was filled.
     much: bool,
 }
 
@@ -64,10 +64,11 @@ impl Tcp {
         }
     }
 
-    /// Waits for the first byte, and leaves it there. Only before anything is read.
+    /// Waits for the first byte without consuming it. Only allowed before anything is read.
     ///
     /// # Errors
-    /// That of the socket; [`io::ErrorKind::UnexpectedEof`] if nothing comes any more.
+    ///
+    /// Returns the error of the socket, or [`io::ErrorKind::UnexpectedEof`] if the connection ends.
     pub(crate) async fn peek(&self) -> io::Result<u8> {
         let mut first = [0];
         match self.socket.0.peek(&mut first).await? {
@@ -84,7 +85,8 @@ impl AsyncRead for Tcp {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        // What is read from memory counts as much as what is read from the system: a connection on which much comes must not hold up the others.
+        // Data from memory counts as much as data from the system, so that a connection with much data does not delay
+        // others.
         ready!(pin!(consume_budget()).poll(cx));
         let socket = Pin::new(&mut this.socket);
         if this.at == this.end {
@@ -99,7 +101,7 @@ impl AsyncRead for Tcp {
             }
             (this.at, this.end) = (0, 0);
             let Poll::Ready(read) = socket.poll_read(cx, &mut this.ahead) else {
-                // Who knows when more comes.
+                // It is unknown when more data arrives.
                 this.ahead = Box::default();
                 return Poll::Pending;
             };
@@ -144,7 +146,8 @@ impl AsyncWrite for Tcp {
         Pin::new(&mut self.socket).poll_flush(cx)
     }
 
-    /// What secures it says that nothing more comes. TCP itself is closed when it is dropped: half closed, some NATs and proxies take it for dead.
+    /// The TLS layer tells the peer that no more data comes. TCP itself is closed when dropped, because some NATs and
+    /// proxies take a half-closed connection for dead.
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_flush(cx)
     }
@@ -158,7 +161,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_is_read_ahead_comes_in_order_and_little_holds_nothing() {
+    async fn read_ahead_data_is_in_order_and_little_data_holds_no_buffer() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let near = Socket::connect(listener.local_addr().unwrap());
         let (near, far) = tokio::join!(near, listener.accept());
@@ -174,7 +177,7 @@ mod tests {
         let read = async {
             let mut got = vec![0; sent.len()];
             let mut ahead = false;
-            // Sizes that fit nothing.
+            // Sizes that match no buffer.
             for (n, part) in got.chunks_mut(16_411).enumerate() {
                 far.read_exact(part).await.unwrap();
                 ahead |= n > 0 && !far.ahead.is_empty();

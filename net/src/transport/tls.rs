@@ -1,9 +1,9 @@
 //! libp2p's TLS 1.3 handshake with AES-128-GCM preferred.
 //!
-//! libp2p-tls offers ChaCha20-Poly1305 first and fixes the order, so two of its peers never use the cipher that common processors have
-//! instructions for. The certificates, and what must hold of them, are libp2p's own
-//! (<https://github.com/libp2p/specs/blob/master/tls/tls.md>), so that every libp2p implementation can be on the other side. Unlike
-//! libp2p-tls, this never writes session keys to `SSLKEYLOGFILE`.
+//! libp2p-tls offers ChaCha20-Poly1305 first and fixes the order, so two of its peers never use the cipher for which
+//! common processors have instructions. The certificates and the rules for them are libp2p's own
+//! (<https://github.com/libp2p/specs/blob/master/tls/tls.md>), so that every libp2p implementation can be on the other
+//! side. Unlike libp2p-tls, this module never writes session keys to `SSLKEYLOGFILE`.
 
 use std::{
     io,
@@ -34,23 +34,23 @@ use rustls::{
     time_provider::TimeProvider,
 };
 
-/// Bytes that are encrypted before they are handed to the socket, all at once.
+/// Most encrypted bytes that are buffered for the socket.
 const BUFFER: usize = 256 * 1024;
 
-/// The name under which TLS is agreed on.
+/// The name under which TLS is negotiated.
 pub(crate) const TLS: &str = "/tls/1.0.0";
 
-/// Why a TLS configuration could not be made.
+/// The reason that a TLS configuration could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
     /// The certificate could not be generated.
     #[error("cannot make a certificate: {0}")]
     Certificate(#[from] certificate::GenError),
-    /// A certificate for secure WebSocket could not be made up.
+    /// The self-signed certificate for secure WebSocket could not be generated.
     #[error("cannot make a certificate: {0}")]
     MadeUp(#[from] rcgen::Error),
-    /// The cipher suites do not do for QUIC.
+    /// The cipher suites are not usable for QUIC.
     #[error("cannot configure TLS for QUIC: {0}")]
     Suite(quinn::crypto::rustls::NoInitialCipherSuite),
     /// rustls refused the configuration.
@@ -78,7 +78,8 @@ impl Tls {
         let versions = &[&rustls::version::TLS13];
         let verifier = Arc::new(Verifier);
         let (certificate, private) = certificate::generate(key)?;
-        // Not checked against each other: webpki does not know libp2p's critical extension.
+        // Key and certificate are not checked against each other, because webpki does not know libp2p's critical
+        // extension.
         let certified = Arc::new(SingleCertAndKey::from(CertifiedKey::new(
             vec![certificate],
             aws_lc_rs::sign::any_ecdsa_type(&private)?,
@@ -147,7 +148,7 @@ where
 
     fn upgrade_outbound(self, socket: C, _: Self::Info) -> Self::Future {
         async move {
-            // An IP address is never sent as server name, which the specification wants absent.
+            // An IP address is never sent as a server name. The specification requires that none is sent.
             let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
             let mut stream = TlsConnector::from(self.client)
                 .connect(name, socket)
@@ -160,7 +161,7 @@ where
     }
 }
 
-/// Whose certificate the other side proved to hold.
+/// Returns the peer whose certificate the remote side has proved to hold.
 pub(crate) fn peer_id(certificates: Option<&[CertificateDer<'_>]>) -> io::Result<PeerId> {
     let Some([certificate]) = certificates else {
         return Err(io::Error::other("the peer presented no single certificate"));
@@ -169,8 +170,8 @@ pub(crate) fn peer_id(certificates: Option<&[CertificateDer<'_>]>) -> io::Result
     Ok(certificate.peer_id())
 }
 
-/// Exactly one self-signed certificate with libp2p's extension, from either side. Whether it is the peer that was meant is
-/// for the swarm to check.
+/// Accepts exactly one self-signed certificate with libp2p's extension, from either side. The swarm checks that it
+/// belongs to the expected peer.
 #[derive(Debug)]
 struct Verifier;
 
@@ -195,7 +196,7 @@ impl Verifier {
         Ok(HandshakeSignatureValid::assertion())
     }
 
-    /// What [`certificate`] can verify, elliptic curves first as the specification asks.
+    /// Returns the schemes that [`certificate`] can verify, elliptic curves first as the specification asks.
     fn schemes() -> Vec<SignatureScheme> {
         vec![
             SignatureScheme::ECDSA_NISTP256_SHA256,
@@ -296,7 +297,7 @@ impl ClientCertVerifier for Verifier {
     }
 }
 
-/// The time for TLS. rustls's own panics if the clock shows a time before 1970.
+/// The clock for TLS. rustls's own clock panics at a time before 1970.
 #[derive(Debug)]
 struct TlsTime;
 
@@ -307,7 +308,7 @@ impl TimeProvider for TlsTime {
     }
 }
 
-/// Returns the time for TLS, whatever the clock shows.
+/// Returns the clock for TLS, which accepts any system time.
 pub(crate) fn time() -> Arc<dyn TimeProvider> {
     Arc::new(TlsTime)
 }
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_sides_prove_who_they_are_and_agree_on_aes_128() {
+    async fn both_sides_prove_their_identity_and_agree_on_aes_128() {
         let (client_key, server_key) = (Keypair::generate_ed25519(), Keypair::generate_ed25519());
         let (a, b) = pipe();
         let client = Tls::new(&client_key).unwrap();
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn stock_libp2p_tls_is_understood_in_both_roles() {
+    async fn stock_libp2p_tls_interoperates_in_both_roles() {
         let (ours, theirs) = (Keypair::generate_ed25519(), Keypair::generate_ed25519());
         let stock = libp2p_tls::Config::new(&theirs).unwrap();
         let (a, b) = pipe();

@@ -1,21 +1,20 @@
-//! WebSocket (RFC 6455), plain and within TLS: a way in for networks that let out nothing that does not look like the
-//! web.
+//! WebSocket (RFC 6455), plain and within TLS, for networks that let out only web traffic.
 //!
-//! Every TCP listener takes it beside plain connections: the first byte tells which one comes. So a relay on port 443
-//! needs one listener for all three. An address that ends in `/ws` or `/tls/ws` (or `/wss`, the older form) is listened
-//! on as the TCP address that it begins with, and told to others as it is.
+//! Every TCP listener accepts it beside plain connections; the first byte shows the kind. So a relay on port 443 needs
+//! one listener for all three kinds. For an address that ends in `/ws` or `/tls/ws` (or `/wss`, the older form), the
+//! node listens on the TCP address at its beginning, and advertises the whole address.
 //!
-//! The TLS outside proves nothing, and no certificate is checked: the libp2p handshake within proves who the peer is,
-//! as on plain TCP. A certificate can be given ([`Certificate`]) for browsers and proxies, which do check it; otherwise
-//! one is made up.
+//! The outer TLS proves nothing, and its certificate is not checked: the inner libp2p handshake proves the peer's
+//! identity, as on plain TCP. A certificate can be given ([`Certificate`]) for browsers and proxies, which do check it;
+//! otherwise the node generates one.
 //!
-//! libp2p-websocket lets whoever is dialled have us hold 256 MiB for a message; here a message is bounded on both
-//! sides, and so is the head of the request and of the response.
+//! With libp2p-websocket, a dialed peer can make this node hold 256 MiB for a message. Here messages are limited on
+//! both sides, and so are the heads of the request and of the response.
 //!
-//! A web page in a browser on this machine or network can open a WebSocket to it, and would be a peer from here. A
-//! browser always names the page's origin (RFC 6455, section 10.2), so that a request with an `Origin` is refused
-//! unless the operator has named it ([`Config::ws_origins`](crate::Config::ws_origins)). `Host` is not looked at: it
-//! can only mislead a browser, by a name that is made to lead here, and then the page's origin is refused.
+//! A web page in a browser on this machine or network can open a WebSocket to this node, and would be a local peer. A
+//! browser always names the page's origin (RFC 6455, section 10.2), so a request with an `Origin` is refused unless the
+//! operator has allowed it ([`Config::ws_origins`](crate::Config::ws_origins)). `Host` is not checked. A forged `Host`
+//! can only mislead a browser, by a name that resolves to this node, and then the page's origin is refused.
 
 use std::{
     collections::HashMap,
@@ -69,27 +68,29 @@ use crate::{
     },
 };
 
-/// Bytes of a message. Ours are smaller; other implementations put at most one yamux frame of 1 MiB and what secures it into one.
+/// Largest message, in bytes. This node's are smaller. Other implementations put at most one yamux frame of 1 MiB and
+/// its encryption into one.
 const MAX_MESSAGE: usize = (1 << 20) + (64 << 10);
 
-/// Bytes in one message of ours.
+/// Largest message that this node sends, in bytes.
 const MESSAGE: usize = 64 * 1024;
 
-/// Bytes between the WebSocket and who uses it, each way.
+/// Size of the buffer between the WebSocket and its user, each way, in bytes.
 const BUFFER: usize = 256 * 1024;
 
-/// How long what was written last may take to be sent once the connection is dropped.
+/// Time for sending the last bytes once the connection is dropped.
 const CLOSE: Duration = Duration::from_secs(5);
 
-/// Time for the first byte of a connection that comes in. The other side speaks first, as soon as it is connected; one
-/// packet that is lost is sent again after a second.
+/// Time for the first byte of an incoming connection. The remote side sends first, as soon as it is connected; a lost
+/// packet is sent again after a second.
 const FIRST_BYTE: Duration = Duration::from_secs(3);
 
-/// Time for a trusted proxy's header, the TLS outside and the request for a WebSocket: six round trips of 500 ms,
-/// twice.
+/// Time for a trusted proxy's header, and time for the outer TLS and the request for a WebSocket: six round trips of
+/// 500 ms each.
 const BEGIN: Duration = Duration::from_secs(6);
 
-/// The first byte of a TLS handshake, and of an HTTP request; plain libp2p begins with the length of a protocol's name.
+/// The first byte of a TLS handshake, and of an HTTP request. A plain libp2p connection begins with the length of a
+/// protocol's name.
 const TLS_HANDSHAKE: u8 = 0x16;
 const HTTP_GET: u8 = b'G';
 
@@ -100,28 +101,29 @@ pub struct Certificate {
     key: Arc<PrivateKeyDer<'static>>,
 }
 
-/// Why a certificate cannot be used.
+/// The reason that a certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CertificateError {
-    /// A file cannot be read, or holds no PEM of the kind that it should.
+    /// A file cannot be read, or does not hold the expected kind of PEM.
     #[error("{path}: {reason}")]
     File {
-        /// The file.
+        /// Path of the file.
         path: String,
-        /// What is wrong with it.
+        /// The problem with the file.
         reason: String,
     },
-    /// Chain and key do not make a TLS server.
+    /// Chain and key are not usable for a TLS server.
     #[error("the certificate cannot be used: {0}")]
     Unusable(#[from] RustlsError),
 }
 
 impl Certificate {
-    /// Reads a chain, the server's own certificate first, and its key, both as PEM.
+    /// Reads a certificate chain, the server's own certificate first, and its key, both as PEM.
     ///
     /// # Errors
-    /// [`CertificateError`].
+    ///
+    /// Returns [`CertificateError`] if a file cannot be read or used.
     pub fn from_pem_files(chain: &Path, key: &Path) -> Result<Self, CertificateError> {
         let wrong = |path: &Path, reason: String| CertificateError::File {
             path: path.display().to_string(),
@@ -131,7 +133,7 @@ impl Certificate {
             .and_then(Iterator::collect::<Result<Vec<_>, _>>)
             .map_err(|error| wrong(chain, error.to_string()))?;
         if certificates.is_empty() {
-            return Err(wrong(chain, "no certificate in it".to_owned()));
+            return Err(wrong(chain, "the file has no certificate".to_owned()));
         }
         let private =
             PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(key, error.to_string()))?;
@@ -143,7 +145,7 @@ impl Certificate {
         Ok(certificate)
     }
 
-    /// One that nobody else vouches for.
+    /// Generates a self-signed certificate.
     fn made_up() -> Result<Self, ConfigError> {
         let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()])?;
         let key = PrivatePkcs8KeyDer::from(made.key_pair.serialize_der());
@@ -164,7 +166,7 @@ impl Certificate {
     }
 }
 
-/// Both ends of the TLS outside.
+/// Both ends of the outer TLS.
 #[derive(Clone)]
 pub(crate) struct Outside {
     server: TlsAcceptor,
@@ -191,7 +193,7 @@ impl Outside {
     }
 }
 
-/// Takes any certificate: who the peer is, the handshake within proves.
+/// Accepts any certificate, because the inner handshake proves the peer's identity.
 #[derive(Debug)]
 struct Unchecked;
 
@@ -232,9 +234,9 @@ impl ServerCertVerifier for Unchecked {
     }
 }
 
-/// What carries a libp2p connection.
+/// The carrier of a libp2p connection.
 pub(crate) enum Socket {
-    /// TCP itself.
+    /// Plain TCP.
     Plain(Tcp),
     /// A WebSocket on TCP.
     Web(Pipe),
@@ -294,10 +296,10 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// The near end of what a task moves to and from a WebSocket. Dropping it ends the task, after [`CLOSE`] at the latest.
+/// The near end of a pipe whose bytes a task moves to and from a WebSocket. Dropping it ends the task within [`CLOSE`].
 pub(crate) struct Pipe {
     bytes: Compat<DuplexStream>,
-    /// Its end is the sign to end.
+    /// Dropping it tells the task to end.
     _held: oneshot::Sender<()>,
 }
 
@@ -320,7 +322,7 @@ impl Pipe {
                 }
                 message.clear();
             }
-            // Nobody reads any more is as good.
+            // An error means that the reader is gone.
             let _ = to_near.shutdown().await;
         };
         let send = async move {
@@ -342,7 +344,7 @@ impl Pipe {
             let mut sent = false;
             let mut received = false;
             let ended = async {
-                // What is received is read until its end, or until nobody reads; what is sent until it is closed.
+                // Receiving goes on until its end or until the reader is gone, sending until the pipe is closed.
                 let _ = dropped.await;
             };
             let mut ended = std::pin::pin!(ended);
@@ -352,13 +354,13 @@ impl Pipe {
                     result = &mut send, if !sent => {
                         sent = true;
                         if let Err(error) = result {
-                            tracing::debug!(%error, "a WebSocket failed");
+                            tracing::debug!(%error, "WebSocket failed");
                             return;
                         }
                     }
                     () = &mut ended => {
                         if !sent {
-                            // The other side may not take it.
+                            // The remote side may not accept the data.
                             let _ = timeout(CLOSE, &mut send).await;
                         }
                         return;
@@ -377,14 +379,14 @@ fn wrong(error: SokettoError) -> io::Error {
     io::Error::other(error.to_string())
 }
 
-/// The rules for incoming connections, and for the origins that they may come from.
+/// The rules for incoming connections, and for the origins of web pages.
 #[derive(Debug, Clone)]
 pub(crate) struct Door {
     pub(crate) pending: Pending,
     pub(crate) access: Shared,
     /// Origins of web pages that may connect; `*`: any.
     pub(crate) origins: Arc<[String]>,
-    /// Proxies that say where connections come from.
+    /// Proxies that report the sources of connections.
     pub(crate) proxies: Arc<[Rule]>,
 }
 
@@ -392,23 +394,23 @@ pub(crate) struct Door {
 #[derive(Debug)]
 pub(crate) struct Begun {
     pub(crate) socket: Socket,
-    /// The time at which it was dialled, or came in.
+    /// Time at which the connection was dialed or arrived.
     pub(crate) begin: Instant,
-    /// Of one that came in.
+    /// Set for an incoming connection.
     pub(crate) arrived: Option<Arrived>,
 }
 
-/// A connection that has come in.
+/// An incoming connection.
 #[derive(Debug)]
 pub(crate) struct Arrived {
     pub(crate) ticket: Ticket,
-    /// Its origin, as the proxy through which it came says.
+    /// The connection's source, as reported by its proxy.
     pub(crate) from: Option<SocketAddr>,
 }
 
 /// The operator has not allowed the web page to connect.
 #[derive(Debug, thiserror::Error)]
-#[error("refused: a web page of {0}, which is not among the allowed origins")]
+#[error("refused a web page of {0}: its origin is not allowed")]
 struct WebPage(String);
 
 impl Door {
@@ -421,7 +423,7 @@ impl Door {
         self.origins.iter().any(known)
     }
 
-    /// A proxy says that the connection comes from there.
+    /// Moves a connection to the source that a proxy reports.
     fn came_from(&self, ticket: Ticket, from: SocketAddr) -> io::Result<Ticket> {
         let ip = from.ip();
         if !self.access.get().admits(None, Some(&ip)) {
@@ -430,7 +432,7 @@ impl Door {
         ticket.came_from(Place::of_ip(ip)).map_err(io::Error::other)
     }
 
-    /// The server's side, for a connection of any of the three kinds.
+    /// Accepts a connection of any of the three kinds.
     async fn accept(
         &self,
         tcp: TcpStream,
@@ -444,7 +446,7 @@ impl Door {
         let mut from = None;
         if proxied && matches!(first, proxied::V1 | proxied::V2) {
             from = ticket.guard(within(BEGIN, proxied::read(&mut tcp))).await?;
-            // The proxy's own connections are no peers'.
+            // The proxy's own connections are not from peers.
             let real = from.ok_or_else(proxied::missing)?;
             ticket = self.came_from(ticket, real)?;
             first = ticket.guard(within(FIRST_BYTE, tcp.peek())).await?;
@@ -466,7 +468,7 @@ impl Door {
         Ok((socket, Arrived { ticket, from }))
     }
 
-    /// Answers a request for a WebSocket. `proxied`: it has to say where it comes from.
+    /// Answers a request for a WebSocket. If `proxied`, the request has to name its source.
     async fn serve<S>(&self, stream: S, proxied: bool) -> io::Result<(Socket, Option<SocketAddr>)>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -508,7 +510,7 @@ async fn within<T>(time: Duration, work: impl Future<Output = io::Result<T>>) ->
     done.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-/// The client's side. `host`: the address's own, for a server that has no name.
+/// Runs the client's side. `host` is the address itself, for a server without a name.
 async fn connect(tcp: TcpStream, web: Web, host: String, outside: Outside) -> io::Result<Socket> {
     let at = tcp.0.peer_addr()?.ip();
     let host = web.name.clone().unwrap_or(host);
@@ -538,12 +540,12 @@ where
     }
 }
 
-/// TCP, with or without a WebSocket on it.
+/// A transport for TCP, with or without a WebSocket on it.
 pub(crate) struct WebOrPlain<T> {
     inner: T,
     outside: Outside,
     door: Door,
-    /// What to tell of the listeners whose addresses end in a WebSocket.
+    /// The suffixes of listening addresses that end in a WebSocket.
     suffixes: HashMap<ListenerId, Multiaddr>,
 }
 
@@ -678,7 +680,7 @@ where
                     let ticket = match entered {
                         Ok(ticket) => ticket,
                         Err(refused) => {
-                            tracing::debug!(from = %send_back_addr, %refused, "refused");
+                            tracing::debug!(from = %send_back_addr, %refused, "connection refused");
                             continue;
                         }
                     };

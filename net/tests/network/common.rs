@@ -1,4 +1,4 @@
-//! How these tests start networks, and the protocol that they speak.
+//! Helpers to start networks, and the protocol that the tests use.
 
 use std::time::Duration;
 
@@ -9,10 +9,11 @@ use weft_net::{Config, Network};
 /// The protocol that [`echo`] serves.
 pub(super) const ECHO: StreamProtocol = StreamProtocol::new("/weft/test/echo");
 
-/// How long what is waited for may take, on a machine that is busy.
+/// Longest time to wait for an expected event, on a busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The configuration of a network with a new identity that listens there and looks for nobody.
+/// Returns the configuration of a network with a new identity that listens at these addresses and does not look for
+/// peers.
 pub(super) fn config(listen: &[&str]) -> Config {
     let mut config = Config::new(Keypair::generate_ed25519());
     config.mdns = false;

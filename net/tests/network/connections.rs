@@ -1,4 +1,4 @@
-//! Connections and their streams: limits, bootstrap, errors, other implementations.
+//! Tests of connections and their streams: limits, bootstrap, errors, other implementations.
 
 use std::{io, time::Duration};
 
@@ -67,7 +67,7 @@ async fn a_hundred_streams_at_once_all_arrive() {
     one.connect(two.local_peer(), two.addresses().all)
         .await
         .unwrap();
-    // Below the limit of streams a peer may have open at a time, in waves.
+    // In waves that stay below the limit of open streams per peer.
     for _ in 0..2 {
         let waves = (0..50).map(|_| round_trip(&one, &two, 10_000));
         timeout(PATIENCE, futures::future::join_all(waves))
@@ -77,13 +77,13 @@ async fn a_hundred_streams_at_once_all_arrive() {
 }
 
 #[tokio::test]
-async fn a_dialler_that_a_limit_keeps_out_is_told_of_limits_and_the_limit_counts_it() {
+async fn a_refused_dialer_is_told_of_limits_and_the_limit_counts_it() {
     for (listen, told) in [
         ("/ip4/127.0.0.1/tcp/0", "a limit on connections is reached"),
         ("/ip4/127.0.0.1/udp/0/quic-v1", "refused"),
     ] {
         let mut config = config(&[listen]);
-        // This machine has six times as many as another address.
+        // The limit for this machine is six times that of another address.
         config.limits.per_address = 1;
         let full = Network::spawn(config, dummy::Behaviour).await.unwrap();
         let mut inside = Vec::new();
@@ -102,7 +102,7 @@ async fn a_dialler_that_a_limit_keeps_out_is_told_of_limits_and_the_limit_counts
         let refused = |name| limits.iter().find(|row| row.name == name).unwrap().refused;
         assert!(refused("connections_per_address") > 0, "{limits:?}");
         assert_eq!(refused("connections"), 0, "{limits:?}");
-        // Nobody is shut out for good.
+        // No peer is locked out for ever.
         drop(inside.pop());
         let again = async {
             while late
@@ -116,7 +116,7 @@ async fn a_dialler_that_a_limit_keeps_out_is_told_of_limits_and_the_limit_counts
 }
 
 #[tokio::test]
-async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
+async fn streams_over_the_limit_are_reset() {
     let (one, two) = (network(&[]).await, {
         let mut config = config(&["/ip4/127.0.0.1/tcp/0"]);
         config.limits.streams = 4;
@@ -132,7 +132,7 @@ async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
             .open(two.local_peer(), ECHO, Class::Control)
             .await
             .unwrap();
-        // Only now the other side learns of it.
+        // Only now the remote side learns of the stream.
         stream.write_all(b"x").await.unwrap();
         stream.flush().await.unwrap();
         opened.push(stream);
@@ -150,7 +150,7 @@ async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
                 .is_err()
         );
     }
-    // A place that becomes free is given again.
+    // A slot that becomes free can be used again.
     held.pop();
     opened[3].shutdown().await.unwrap();
     let mut again = one
@@ -163,7 +163,7 @@ async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
 }
 
 #[tokio::test]
-async fn errors_say_what_happened() {
+async fn errors_name_their_cause() {
     let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let stranger = Keypair::generate_ed25519().public().to_peer_id();
     let addresses = two.addresses().all;
@@ -171,7 +171,7 @@ async fn errors_say_what_happened() {
         one.connect(stranger, vec![]).await,
         Err(ConnectError::NoAddress(_))
     ));
-    // Somebody else lives there.
+    // Another node has this address.
     let error = one.connect(stranger, addresses.clone()).await.unwrap_err();
     assert!(
         error.to_string().contains(&two.local_peer().to_string()),
@@ -211,7 +211,7 @@ async fn an_address_where_another_node_answers_does_not_hide_a_good_one() {
         network(listen).await,
         network(listen).await,
     );
-    // Ourselves, and somebody else, before the right one.
+    // The node's own address and another node's, before the right one.
     let mut addresses = one.addresses().all;
     addresses.extend(other.addresses().all);
     addresses.extend(two.addresses().all);
@@ -248,7 +248,7 @@ async fn a_port_in_use_is_an_error_when_asked_for() {
 }
 
 #[tokio::test]
-async fn a_bootstrap_node_is_reached_also_when_it_comes_later() {
+async fn a_bootstrap_node_that_starts_later_is_reached() {
     let first = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     let address = first.addresses().all.remove(0);
     let key = Keypair::generate_ed25519();
@@ -279,9 +279,9 @@ async fn a_bootstrap_node_is_reached_also_when_it_comes_later() {
     .unwrap();
 }
 
-/// The path drops large packets: TCP connects there, and TLS never gets an answer.
+/// The path drops large packets: TCP connects, but TLS never gets an answer.
 #[tokio::test]
-async fn a_tcp_bootstrap_address_that_swallows_everything_is_reached_by_quic() {
+async fn a_tcp_bootstrap_address_that_drops_everything_is_reached_by_quic() {
     let swallows = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = swallows.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -315,10 +315,10 @@ async fn a_tcp_bootstrap_address_that_swallows_everything_is_reached_by_quic() {
 }
 
 #[tokio::test]
-async fn a_bootstrap_address_that_fails_is_named_with_the_reason() {
+async fn a_failed_bootstrap_address_is_reported_with_the_reason() {
     let other = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     let at = other.addresses().all.remove(0);
-    // Bound and not listened on: refused.
+    // Bound, but not listening: dials are refused.
     let refuses = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let refused = refuses.local_addr().unwrap().port();
     drop(refuses);
@@ -370,7 +370,7 @@ async fn each_bootstrap_address_of_one_peer_has_its_own_result() {
     let other = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     let peer = other.local_peer();
     let at = other.addresses().all.remove(0);
-    // Bound and not listened on: refused.
+    // Bound, but not listening: dials are refused.
     let refuses = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let refused = refuses.local_addr().unwrap().port();
     drop(refuses);
@@ -399,12 +399,12 @@ async fn each_bootstrap_address_of_one_peer_has_its_own_result() {
     assert!(error(1).contains("nowhere.invalid"), "{}", error(1));
     assert!(!error(1).contains("refused"), "{}", error(1));
     assert_eq!((&known[2].error, known[2].failures), (&None, 0));
-    // The peer is connected, whichever of its addresses led there.
+    // The peer is connected, no matter which of its addresses was used.
     assert!(known.iter().all(|one| one.connected));
 }
 
 #[tokio::test]
-async fn a_node_says_whether_it_sees_a_peer_at_an_address_and_not_where_it_sees_it() {
+async fn a_witness_confirms_a_peer_s_address_and_reveals_no_other() {
     use weft_proto::{
         frame,
         wire::{SeenAnswer, SeenQuestion},
@@ -493,7 +493,7 @@ async fn stock_libp2p_with_noise_and_yamux_connects() {
     .unwrap();
 }
 
-/// Whoever waits on a stream hears of it when its connection is closed on this side, over every transport.
+/// A task that waits on a stream is woken when this side closes the connection, over every transport.
 #[tokio::test]
 async fn closing_a_connection_ends_its_streams_on_both_sides() {
     for listen in ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"] {
@@ -512,7 +512,7 @@ async fn closing_a_connection_ends_its_streams_on_both_sides() {
         let (mut near, mut near_write) = tokio::io::split(near);
         let mut byte = [0];
         let reading = near.read(&mut byte);
-        // More than any window: it waits for the other side to read.
+        // More than any window, so that the writer waits for the remote side to read.
         let much = vec![0; 64 << 20];
         let writing = near_write.write_all(&much);
         let close = async {
@@ -523,22 +523,22 @@ async fn closing_a_connection_ends_its_streams_on_both_sides() {
             })
             .await;
         };
-        // Silence ends them over QUIC too, but later.
+        // Silence would end the streams over QUIC too, but later.
         let ended = timeout(Duration::from_secs(20), async {
             tokio::join!(reading, writing, close)
         });
         let (read, wrote, ()) = ended.await.unwrap_or_else(|_| panic!("{listen}: waits on"));
-        // Not as if the other side had said all it had to say.
+        // Not as if the remote side had ended its stream in order.
         assert!(read.is_err(), "{listen}: {read:?}");
         wrote.unwrap_err();
         let mut rest = Vec::new();
         let read = timeout(PATIENCE, far.read_to_end(&mut rest)).await;
-        assert!(read.is_ok(), "{listen}: the other side waits on");
+        assert!(read.is_ok(), "{listen}: the remote side still waits");
     }
 }
 
 #[tokio::test]
-async fn a_name_is_what_it_leads_to() {
+async fn a_name_is_dialed_at_the_addresses_it_resolves_to() {
     let two = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     echo(&two);
     let address = two.addresses().all.remove(0).to_string();
@@ -555,20 +555,20 @@ async fn a_name_is_what_it_leads_to() {
     assert_eq!(path.kind, PathKind::Loopback);
     assert!(path.address.to_string().starts_with(&address), "{path:?}");
 
-    // And the lists hold for where it leads.
+    // The lists also apply to the addresses that it resolves to.
     let mut config = config(&[]);
     config.access.block = vec!["127.0.0.0/8".parse().unwrap()];
     let shut = Network::spawn(config, dummy::Behaviour).await.unwrap();
     for address in [named, address.parse().unwrap()] {
         let failed = shut.connect(two.local_peer(), vec![address]).await;
         let error = failed.unwrap_err().to_string();
-        assert!(error.contains("whom to allow and block"), "{error}");
+        assert!(error.contains("allow and block lists"), "{error}");
     }
 }
 
-/// The transports below take such addresses apart from the end, and everything that judges them from the beginning.
+/// The lower transports split such addresses from the end, but all checks read them from the beginning.
 #[tokio::test]
-async fn an_address_that_hides_another_is_not_dialled() {
+async fn an_address_that_hides_another_is_not_dialed() {
     let two = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     let one = network(&[]).await;
     let address = two.addresses().all.remove(0);

@@ -1,4 +1,4 @@
-//! Lanes: when bulk gets one, who dials it, and that nothing is lost without one.
+//! Tests of lanes: which streams get one, which side dials it, and that streams work without one.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use weft_net::{Class, Config, Multiaddr, Network, RelayServer, Stream, Transport
 
 use crate::common::{ECHO, PATIENCE, config, echo, spawn};
 
-/// A stream on which 4 MiB have come back.
+/// Opens a stream, and sends 4 MiB that come back.
 async fn echoed(network: &Network, other: &Network, class: Class) -> Stream {
     let mut stream = network.open(other.local_peer(), ECHO, class).await.unwrap();
     let sent: Vec<u8> = (0..4 << 20).map(|i: u32| (i % 251) as u8).collect();
@@ -33,7 +33,7 @@ async fn echoed(network: &Network, other: &Network, class: Class) -> Stream {
 }
 
 #[tokio::test]
-async fn bulk_gets_a_lane_whoever_has_dialled_and_the_rest_does_not() {
+async fn only_bulk_streams_get_lanes_no_matter_which_side_dialed() {
     let one = spawn(config(&["/ip4/127.0.0.1/tcp/0"])).await;
     let other = spawn(config(&[])).await;
     echo(&one);
@@ -45,10 +45,10 @@ async fn bulk_gets_a_lane_whoever_has_dialled_and_the_rest_does_not() {
     let direct = echoed(&other, &one, Class::Bulk).await;
     assert!(direct.is_lane());
     assert_eq!(direct.path().transport, Transport::Tcp);
-    // The other one listens nowhere: it has to be asked to dial.
+    // The other node does not listen, so it is asked to dial.
     assert!(echoed(&one, &other, Class::Bulk).await.is_lane());
     assert!(!echoed(&other, &one, Class::Interactive).await.is_lane());
-    // What is written last arrives, and the end after it.
+    // The last bytes arrive, and the end after them.
     let mut stream = direct;
     stream.write_all(b"end").await.unwrap();
     stream.shutdown().await.unwrap();
@@ -60,9 +60,9 @@ async fn bulk_gets_a_lane_whoever_has_dialled_and_the_rest_does_not() {
     assert_eq!(rest, b"end");
 }
 
-/// Through something that takes a TCP connection for dead once one side has closed its half.
+/// The path takes a TCP connection for dead once one side has closed its half.
 #[tokio::test]
-async fn a_lane_is_shut_down_one_way_and_goes_on_the_other() {
+async fn a_lane_that_is_shut_down_one_way_continues_the_other_way() {
     let one = spawn(config(&["/ip4/127.0.0.1/tcp/0"])).await;
     let other = spawn(config(&[])).await;
     let mut incoming = one.accept(ECHO).unwrap();
@@ -103,7 +103,7 @@ async fn a_lane_is_shut_down_one_way_and_goes_on_the_other() {
         assert_eq!(asked, b"all I have to say");
         stream.write_all(&vec![7; 8 << 20]).await.unwrap();
         stream.shutdown().await.unwrap();
-        // Dropped at once: what was written arrives all the same.
+        // Dropped at once: the written bytes still arrive.
     };
     let receive = async {
         let mut got = Vec::new();
@@ -116,7 +116,7 @@ async fn a_lane_is_shut_down_one_way_and_goes_on_the_other() {
 }
 
 #[tokio::test]
-async fn a_peer_that_is_reached_by_quic_gets_a_lane_where_it_says_that_it_listens() {
+async fn a_peer_connected_by_quic_gets_a_lane_at_its_listening_address() {
     let one = spawn(config(&[
         "/ip4/127.0.0.1/tcp/0",
         "/ip4/127.0.0.1/udp/0/quic-v1",
@@ -129,7 +129,7 @@ async fn a_peer_that_is_reached_by_quic_gets_a_lane_where_it_says_that_it_listen
     other.connect(one.local_peer(), addresses).await.unwrap();
     let lane = async {
         loop {
-            // Once it has told where it listens.
+            // Once the peer has reported its listening addresses.
             let stream = echoed(&other, &one, Class::Bulk).await;
             if stream.is_lane() {
                 return stream;
@@ -141,8 +141,8 @@ async fn a_peer_that_is_reached_by_quic_gets_a_lane_where_it_says_that_it_listen
 }
 
 #[tokio::test]
-async fn without_lanes_bulk_goes_over_the_shared_connection() {
-    // Refused by the other side; not wanted by this one; not possible; and over the limit.
+async fn without_lanes_bulk_streams_use_the_shared_connection() {
+    // The remote side refuses lanes; this side does not want them; a lane is not possible; the limit is reached.
     let listen = &["/ip4/127.0.0.1/tcp/0"][..];
     let one = spawn({
         let mut config = config(listen);
@@ -211,7 +211,7 @@ async fn a_relayed_path_has_no_lanes() {
 }
 
 #[tokio::test]
-async fn websocket_listeners_take_everything() {
+async fn websocket_listeners_accept_all_kinds_of_connections() {
     for suffix in ["/ws", "/tls/ws"] {
         let one = spawn(config(&[&format!("/ip4/127.0.0.1/tcp/0{suffix}")])).await;
         let other = spawn(config(&[])).await;
@@ -224,13 +224,13 @@ async fn websocket_listeners_take_everything() {
             .await
             .unwrap();
         assert_eq!(path.transport, Transport::Ws);
-        // Where only the web gets through there are no lanes.
+        // If only WebSocket gets through, there are no lanes.
         assert!(!echoed(&other, &one, Class::Bulk).await.is_lane());
         assert!(!echoed(&one, &other, Class::Bulk).await.is_lane());
-        // The listening side learns what it is when the other one speaks.
+        // The listening side learns the kind of the connection when the dialer sends its first bytes.
         let seen = one.peers().await.remove(0).path;
         assert_eq!(seen.transport, Transport::Ws, "{seen:?}");
-        // The same port takes plain TCP.
+        // The same port accepts plain TCP.
         let plain = spawn(config(&[])).await;
         let tcp: Multiaddr = address.iter().take(2).collect();
         let path = plain.connect(one.local_peer(), vec![tcp]).await.unwrap();

@@ -1,4 +1,4 @@
-//! Whole networks that meet on loopback. The NAT lab of `weft-tests` has those that are kept apart.
+//! Tests of whole networks that meet on loopback. The NAT lab of `weft-tests` tests separated networks.
 
 #![allow(clippy::unwrap_used)]
 

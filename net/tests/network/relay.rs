@@ -1,5 +1,5 @@
-//! Relays and hole punching on loopback: nothing is in the way there, so what counts is that every step is taken. The
-//! NAT lab tests the rest.
+//! Tests of relays and hole punching on loopback. No NAT is in the way there, so they check that every step is taken;
+//! the NAT lab tests the rest.
 
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,7 @@ async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut check: impl FnM
         if let Some(found) = check().await {
             return found;
         }
-        assert!(begin.elapsed() < PATIENCE, "waited in vain: {what}");
+        assert!(begin.elapsed() < PATIENCE, "timed out waiting for {what}");
         sleep(Duration::from_millis(20)).await;
     }
 }
@@ -56,7 +56,7 @@ async fn holds(network: &Network, relay: PeerId) {
     .await;
 }
 
-/// The addresses of `network` that lead through a relay.
+/// Returns the addresses of `network` that lead through a relay.
 async fn circuits(network: &Network) -> Vec<Multiaddr> {
     until("an address through a relay", || async {
         let mut all = network.addresses().all;
@@ -72,7 +72,7 @@ async fn peer(network: &Network, peer: PeerId) -> Option<PeerInfo> {
 
 #[tokio::test]
 async fn a_relayed_path_works_at_once_and_becomes_a_direct_one() {
-    // Both at a time: most of it is waiting.
+    // Both at once, because most of the time is spent waiting.
     tokio::join!(
         becomes_direct("/ip4/127.0.0.1/tcp/0"),
         becomes_direct("/ip4/127.0.0.1/udp/0/quic-v1"),
@@ -111,7 +111,8 @@ async fn becomes_direct(listen: &str) {
     })
     .await;
 
-    // The old stream goes on while it lives, and one that wants to is told; new ones take the direct path.
+    // The old stream continues while it lives. A stream that wants to yield is told, and new streams take the direct
+    // path.
     stream.write_all(b"relayed").await.unwrap();
     stream.read_exact(&mut back).await.unwrap();
     assert_eq!(one.ping(two_id).await.unwrap().1.kind, PathKind::Loopback);
@@ -148,7 +149,7 @@ async fn a_relay_that_goes_away_is_replaced_and_used_again_when_it_is_back() {
     lost[0].stop().await;
     let begin = Instant::now();
     holds(&node, spare[0].local_peer()).await;
-    // A node that only its own check tells that a relay has gone knows it nine seconds after its start.
+    // A node whose own check is the only sign that a relay is lost knows it nine seconds after its start.
     assert!(
         begin.elapsed() < Duration::from_secs(8),
         "{:?}",
@@ -162,7 +163,7 @@ async fn a_relay_that_goes_away_is_replaced_and_used_again_when_it_is_back() {
             .relays
             .contains(&lost[0].local_peer())
     );
-    // It is reached through the new one.
+    // The node is reached through the new relay.
     let other = client("/ip4/127.0.0.1/tcp/0", &[]).await;
     let through: Vec<_> = circuits(&node)
         .await
@@ -182,7 +183,7 @@ async fn a_reservation_is_renewed_before_it_ends() {
     let relay = spawn(config).await;
     let node = client("/ip4/127.0.0.1/tcp/0", &[&relay]).await;
     holds(&node, relay.local_peer()).await;
-    // Its own address too, for those on this machine.
+    // The node has its own address too, for peers on this machine.
     assert!(!node.addresses().all.iter().all(is_circuit));
     sleep(Duration::from_secs(14)).await;
     until("a reservation that is renewed", || async {
@@ -251,7 +252,7 @@ async fn a_relay_keeps_to_its_limits() {
 }
 
 #[tokio::test]
-async fn a_node_that_relays_never_grants_no_place() {
+async fn a_node_configured_never_to_relay_grants_no_reservation() {
     let mut config = config(&["/ip4/127.0.0.1/tcp/0"]);
     config.relay_server = RelayServer::Never;
     let not_a_relay = spawn(config).await;

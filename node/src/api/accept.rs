@@ -1,8 +1,8 @@
-//! Accepting connections to the API.
+//! Accepts connections to the API.
 //!
-//! The TCP port is open to every program on the machine, so a connection on which the token has not been shown counts
-//! for little: there are few of them, each has a time limit, and the oldest goes when a new one comes. The socket is
-//! the owner's, and some descriptors are kept for it.
+//! Every program on the machine can connect to the TCP port. So connections without a token are limited: in number, in
+//! time, and the oldest is closed when a new one arrives. Only the owner can connect to the socket, and some file
+//! descriptors are reserved for these connections.
 
 use std::{
     collections::VecDeque,
@@ -30,24 +30,24 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-/// Connections on which no token has been shown, at most: many programs that start at once, and a sixteenth of the
+/// Most connections without a token: enough for many programs that start at once, and at most a sixteenth of the file
 /// descriptors if there are few.
 const MAX_GUESTS: usize = 64;
 const GUESTS_OF_FILES: u64 = 16;
 
-/// Time for the first request with a token: a client sends it at once.
+/// Time within which a client must send the token. Clients send it with their first request, immediately.
 const SHOW_TOKEN: Duration = Duration::from_secs(10);
 
-/// Time that each connection has before another may take its place.
+/// Time for which a connection without a token is kept before a new connection may replace it.
 const AT_LEAST: Duration = Duration::from_secs(1);
 
-/// Time between two attempts to accept while they fail, as libp2p has it for peers.
+/// Pause after a failed attempt to accept, as in libp2p for peers.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Descriptors kept for the owner's connections.
+/// File descriptors reserved for the owner's connections.
 const KEPT: usize = 8;
 
-/// Accepts connections of one kind.
+/// A listener on TCP or on a Unix socket.
 pub(super) trait Listener: Send + 'static {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
@@ -59,7 +59,7 @@ impl Listener for TcpListener {
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<TcpStream>> {
         let (stream, _) = ready!(self.poll_accept(cx))?;
-        // Small messages are to go out at once; a connection without this option works as well.
+        // Small messages must not be delayed; an error is ignored, because the connection works without this option.
         let _ = stream.set_nodelay(true);
         Poll::Ready(Ok(stream))
     }
@@ -73,18 +73,19 @@ impl Listener for UnixListener {
     }
 }
 
-/// A connection on which the token has not been shown, as far as is known.
+/// The state of a TCP connection whose client has not sent the token yet.
 #[derive(Debug)]
 pub(super) struct Guest {
+    /// True once the client has sent the token.
     shown: AtomicBool,
-    /// Another takes its place.
+    /// True if a new connection replaces this one.
     dismissed: AtomicBool,
     waker: AtomicWaker,
     since: Instant,
 }
 
 impl Guest {
-    /// The token has been shown.
+    /// Records that the client has sent the token.
     pub(super) fn has_shown_token(&self) {
         self.shown.store(true, Ordering::Release);
     }
@@ -95,7 +96,7 @@ impl Guest {
 #[derive(Debug, Clone)]
 pub(super) struct Visitor(pub(super) Option<Arc<Guest>>);
 
-/// Those that have shown no token, the oldest first.
+/// The connections without a token, oldest first.
 #[derive(Debug)]
 struct Guests {
     most: usize,
@@ -110,7 +111,7 @@ impl Guests {
         }
     }
 
-    /// Takes in another, once there is room: by dismissing the oldest if it has had its time.
+    /// Adds a guest once there is room. Dismisses the oldest guest if it is older than [`AT_LEAST`].
     async fn enter(&mut self) -> Arc<Guest> {
         loop {
             self.all.retain(|guest| {
@@ -132,7 +133,7 @@ impl Guests {
                 break;
             }
             drop(oldest);
-            // Some may show a token, or go, before.
+            // A guest may send the token or disconnect earlier.
             sleep(PAUSE.min(until - Instant::now())).await;
         }
         let guest = Arc::new(Guest {
@@ -146,8 +147,7 @@ impl Guests {
     }
 }
 
-/// Descriptors that are kept open so that they can be closed for something that matters more. Cheap to clone; all
-/// clones are one.
+/// Reserved file descriptors: open files that are closed when a descriptor is needed. Clones share the descriptors.
 #[derive(Debug, Clone, Default)]
 struct Kept(Arc<Mutex<Vec<File>>>);
 
@@ -158,7 +158,7 @@ impl Kept {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Opens what is missing, as far as there are descriptors.
+    /// Opens files until [`KEPT`] descriptors are reserved or none are available.
     fn fill(&self) {
         let mut kept = self.lock();
         while kept.len() < KEPT {
@@ -169,20 +169,21 @@ impl Kept {
         }
     }
 
-    /// Closes one; whether there was one.
+    /// Closes a reserved descriptor. Returns false if none was left.
     fn let_go(&self) -> bool {
         self.lock().pop().is_some()
     }
 }
 
-/// A connection, which fails if it is a guest's and the guest has to go.
+/// A connection to the API. Reading fails if the client has not sent the token in time, or if a new connection replaces
+/// this one.
 #[derive(Debug)]
 pub(super) struct Connection<S> {
     stream: S,
     guest: Option<Arc<Guest>>,
-    /// Until when the guest has time.
+    /// The deadline for the token; `None` once the client has sent it.
     until: Option<Pin<Box<Sleep>>>,
-    /// To be filled once this is closed.
+    /// The reserved descriptors, to refill when this connection closes.
     kept: Option<Kept>,
 }
 
@@ -197,7 +198,7 @@ impl<S> Connection<S> {
             return Ok(());
         }
         if guest.dismissed.load(Ordering::Acquire) || until.as_mut().poll(cx).is_ready() {
-            let text = "no token was shown in time";
+            let text = "the client did not send the token in time";
             return Err(io::Error::new(io::ErrorKind::TimedOut, text));
         }
         Ok(())
@@ -207,7 +208,7 @@ impl<S> Connection<S> {
 impl<S> Drop for Connection<S> {
     fn drop(&mut self) {
         if let Some(kept) = self.kept.take() {
-            // The stream's descriptor is closed just after this; what is missing then is filled with the next.
+            // The stream's own descriptor is closed just after this, and is reserved with the next connection.
             kept.fill();
         }
     }
@@ -255,11 +256,11 @@ struct Accepting<L> {
     listener: L,
     guests: Option<Guests>,
     kept: Option<Kept>,
-    /// It has failed since it last succeeded, and that has been said.
+    /// True if accepting has failed since it last succeeded, and the failure has been logged.
     failing: bool,
 }
 
-/// Connections on a TCP port, to anybody.
+/// Returns the connections on a TCP port, which is open to all programs of the machine.
 pub(super) fn for_all(
     listener: TcpListener,
 ) -> impl Stream<Item = io::Result<Connection<TcpStream>>> {
@@ -269,7 +270,7 @@ pub(super) fn for_all(
     accept(listener, Some(Guests::new(most.clamp(1, MAX_GUESTS))), None)
 }
 
-/// Connections on the owner's socket.
+/// Returns the connections on the owner's socket.
 pub(super) fn for_owner(
     listener: UnixListener,
 ) -> impl Stream<Item = io::Result<Connection<UnixStream>>> {
@@ -304,7 +305,7 @@ impl<L: Listener> Accepting<L> {
             None => None,
         };
         let until = guest.as_ref().map(|guest| {
-            // From when it was let in.
+            // The time counts from when the guest was admitted.
             Box::pin(sleep_until(guest.since + SHOW_TOKEN))
         });
         if let Some(kept) = &self.kept {
@@ -332,7 +333,7 @@ impl<L: Listener> Accepting<L> {
                 continue;
             }
             if weft::is_out_of_descriptors(&error) && self.kept.as_ref().is_some_and(Kept::let_go) {
-                // Before somebody else has it.
+                // Accept at once, before other code of this process takes the descriptor.
                 let mut cx = Context::from_waker(noop_waker_ref());
                 if let Poll::Ready(Ok(stream)) = self.listener.poll_accept(&mut cx) {
                     return stream;
@@ -341,7 +342,7 @@ impl<L: Listener> Accepting<L> {
             if !std::mem::replace(&mut self.failing, true) {
                 tracing::warn!(
                     %error,
-                    "the API cannot accept connections, and tries again; if files are lacking, raise `ulimit -n`"
+                    "the API cannot accept connections and tries again; if file descriptors run out, raise `ulimit -n`"
                 );
             }
             sleep(PAUSE).await;
@@ -349,7 +350,7 @@ impl<L: Listener> Accepting<L> {
     }
 }
 
-/// Returns true if the error concerns one connection only, and not the next.
+/// Returns true if the error concerns only one connection, so that the next attempt may succeed.
 fn is_of_one(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
     matches!(
@@ -367,7 +368,7 @@ mod tests {
 
     use super::*;
 
-    /// Fails for want of files until something is closed for it, or so often.
+    /// A listener that fails for lack of file descriptors, `fails` times or until a reserved descriptor is closed.
     #[derive(Default)]
     struct Short {
         attempts: Arc<AtomicUsize>,
@@ -391,7 +392,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn accepting_pauses_while_files_are_lacking() {
+    async fn accepting_pauses_while_file_descriptors_run_out() {
         let attempts = Arc::new(AtomicUsize::new(0));
         let short = Short {
             attempts: Arc::clone(&attempts),
@@ -404,7 +405,7 @@ mod tests {
         assert!(accepted.is_err());
         let most = begin.elapsed().as_millis() / PAUSE.as_millis() + 1;
         assert!(attempts.load(Ordering::SeqCst) as u128 <= most);
-        // It goes on once there are some.
+        // Accepting goes on when descriptors are available again.
         let again = Short {
             fails: 2,
             ..Short::default()
@@ -414,7 +415,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_owner_is_let_in_though_no_files_are_left() {
+    async fn the_owner_can_connect_when_file_descriptors_run_out() {
         let kept = Kept::default();
         let attempts = Arc::new(AtomicUsize::new(0));
         let short = Short {
@@ -432,31 +433,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_without_a_token_makes_room_for_a_new_one_and_one_with_a_token_stays() {
+    async fn a_new_connection_replaces_the_oldest_one_without_a_token() {
         let always = Short::default();
         let mut incoming = Box::pin(accept(always, Some(Guests::new(2)), None));
         let mut next = async || incoming.next().await.unwrap().unwrap();
         let (first, second) = (next().await, next().await);
         let Visitor(guest) = first.connect_info();
         guest.unwrap().has_shown_token();
-        // In place of the one that has shown its token, at once.
+        // Admitted at once, because the first connection no longer counts.
         let third = next().await;
         let begin = std::time::Instant::now();
         let _fourth = next().await;
         assert!(begin.elapsed() >= AT_LEAST / 2, "each has some time");
-        // The second was the oldest without one.
+        // The second connection was the oldest without a token.
         let mut second = second;
         let failed = second.read_u8().await.unwrap_err();
         assert_eq!(failed.kind(), io::ErrorKind::TimedOut);
         for mut stays in [first, third] {
-            // The other end has gone, which is not the same.
+            // Still open on this side: only the test's other end has gone.
             let ended = stays.read_u8().await.unwrap_err();
             assert_eq!(ended.kind(), io::ErrorKind::UnexpectedEof);
         }
     }
 
     #[tokio::test]
-    async fn a_connection_without_a_token_ends_in_time() {
+    async fn a_connection_without_a_token_is_closed_after_the_deadline() {
         let (near, _far) = duplex(64);
         let guest = Guests::new(1).enter().await;
         let mut connection = Connection {

@@ -1,4 +1,4 @@
-//! Calls for programs that are not in Rust: as bytes, in both directions.
+//! The service `Calls`: lets programs in any language make calls and serve calls, with messages as bytes.
 
 use std::{
     collections::HashMap,
@@ -34,26 +34,26 @@ use weft_proto::{
 use super::status::{failed, invalid};
 use crate::reason::Reason;
 
-/// Events that wait for a program.
+/// Most events that are queued for a program.
 const WAITING: usize = 16;
 
-/// Names that one program announces.
+/// Most names that one program can advertise.
 const MAX_ANNOUNCED: usize = 64;
 
-/// Bytes of answers that wait for the caller of one call.
+/// Most bytes of answers that are queued for the caller of one call.
 const AHEAD: usize = 32 << 20;
 
-/// A program is told of as many bytes that were taken.
+/// Bytes sent to the caller after which the program is told that its queue has room again.
 const TAKEN: usize = 1 << 20;
 
-/// Whom a call goes to.
+/// The target of a call: one peer, or any provider of a service.
 #[derive(Debug, Clone)]
-enum Whom {
+enum Callee {
     Peer(Peer),
     Service(weft::rpc::Service),
 }
 
-impl Caller for Whom {
+impl Caller for Callee {
     async fn unary(
         &self,
         method: Method,
@@ -108,7 +108,7 @@ impl CallService {
         if !wanted.only.is_empty() {
             let only = wanted.only.iter().map(|peer| {
                 let peer = peer.parse::<PeerId>();
-                peer.map_err(|_| invalid("`only` holds something that is no PeerId"))
+                peer.map_err(|_| invalid("`only` has an element that is not a PeerId"))
             });
             service = service.only(only.collect::<Result<Vec<_>, _>>()?);
         }
@@ -118,11 +118,13 @@ impl CallService {
         Ok(service)
     }
 
-    /// Whom a call names, connected to where an address is given.
-    async fn whom(&self, begin: &mut api::CallBegin) -> Result<Whom, Status> {
+    /// Returns the target of a call. If the request has addresses, connects to the peer there.
+    async fn callee(&self, begin: &mut api::CallBegin) -> Result<Callee, Status> {
         if !begin.service.is_empty() {
             if !begin.peer_id.is_empty() || !begin.addresses.is_empty() {
-                return Err(invalid("either a peer or a service is called, not both"));
+                return Err(invalid(
+                    "the request names both a peer and a service: give one of them",
+                ));
             }
             let service = self.service(api::FindServiceRequest {
                 name: begin.service.clone(),
@@ -131,11 +133,11 @@ impl CallService {
                 trusted: begin.trusted,
             })?;
             let service = if begin.bulk { service.bulk() } else { service };
-            return Ok(Whom::Service(service));
+            return Ok(Callee::Service(service));
         }
         if !begin.labels.is_empty() || !begin.only.is_empty() || begin.trusted {
             return Err(invalid(
-                "`labels`, `only` and `trusted` choose among those that offer a service; give its name",
+                "`labels`, `only` and `trusted` choose among the providers of a service; give the service's name",
             ));
         }
         let peer = self.peer(begin)?;
@@ -147,10 +149,10 @@ impl CallService {
             let connected = self.node.connect(peer.id(), addresses).await;
             connected.map_err(|error| super::status::status(&error))?;
         }
-        Ok(Whom::Peer(peer))
+        Ok(Callee::Peer(peer))
     }
 
-    /// Announces what a program offers, for as long as what this returns is held.
+    /// Advertises the names of a program's services until the returned values are dropped.
     fn announce(&self, begin: &mut api::ServeBegin) -> Result<Vec<(String, Announced)>, Status> {
         let mut all = std::mem::take(&mut begin.announcements);
         if !begin.unannounced {
@@ -166,7 +168,7 @@ impl CallService {
         }
         if all.len() > MAX_ANNOUNCED {
             return Err(invalid(format!(
-                "at most {MAX_ANNOUNCED} names are announced, and these are {}",
+                "a program can advertise at most {MAX_ANNOUNCED} names, and this one gives {}",
                 all.len()
             )));
         }
@@ -180,7 +182,7 @@ impl CallService {
     }
 }
 
-/// Metadata of a status with which a call ended.
+/// Metadata key that marks a status as the result of a call, not of the connection to this node.
 pub(crate) const OF_CALL: &str = "weft-call";
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -213,8 +215,9 @@ fn of_api(message: CallMessage) -> Message {
     }
 }
 
-/// The codes are the same; whether the call was seen is in the metadata `weft-seen`. The metadata `weft-call` tells
-/// what came of a call from errors of the connection to this node.
+/// Converts the status of a call to tonic's. The codes are the same. The metadata `weft-seen` says whether the peer has
+/// seen the call. The metadata `weft-call` distinguishes the result of a call from an error of the connection to this
+/// node.
 fn to_tonic(status: CallStatus) -> Status {
     let code = tonic::Code::from_i32(status.code as i32);
     let mut answer = Status::with_details(code, status.message, status.details);
@@ -244,12 +247,12 @@ impl Calls for CallService {
         let Some(call_request::What::Begin(mut begin)) = first else {
             return Err(invalid("the first message must be `begin`"));
         };
-        let whom = self.whom(&mut begin).await?;
-        let span = match &whom {
-            Whom::Peer(peer) => {
+        let callee = self.callee(&mut begin).await?;
+        let span = match &callee {
+            Callee::Peer(peer) => {
                 tracing::info_span!("call", peer = %peer.id(), method = begin.method)
             }
-            Whom::Service(_) => {
+            Callee::Service(_) => {
                 tracing::info_span!("call", service = begin.service, method = begin.method)
             }
         };
@@ -265,19 +268,21 @@ impl Calls for CallService {
         if begin.unary {
             let only = requests.message().await?.and_then(|only| only.what);
             let Some(call_request::What::Message(only)) = only else {
-                return Err(invalid("after `begin` of a unary call comes its message"));
+                return Err(invalid(
+                    "the second request of a unary call must be its message",
+                ));
             };
-            let answer = whom.unary(method, of_api(only), options);
+            let answer = callee.unary(method, of_api(only), options);
             let answer = answer.instrument(span).await;
             let answer = answer.map(to_api).map_err(to_tonic)?;
             return Ok(Response::new(Box::pin(futures::stream::iter([Ok(answer)]))));
         }
-        let opened = whom.open(method, options).instrument(span.clone()).await;
+        let opened = callee.open(method, options).instrument(span.clone()).await;
         let (mut sender, receiver) = opened.map_err(to_tonic)?;
-        // Ends with the call: sending fails then.
+        // Ends with the call, because sending fails then.
         let send = async move {
             while let Some(request) = requests.next().await {
-                // A program that fails has not said all that it had to say.
+                // The program has failed, so its messages are incomplete.
                 let Ok(request) = request else {
                     return sender.cancel();
                 };
@@ -311,14 +316,14 @@ impl Calls for CallService {
             return Err(invalid("the first message must be `begin`"));
         };
         if begin.services.is_empty() {
-            return Err(invalid("no service is named"));
+            return Err(invalid("the request names no service"));
         }
         let (events, answers) = mpsc::channel(WAITING);
         let ready = ServeEvent {
             call: 0,
             what: Some(serve_event::What::Ready(api::ServeReady {})),
         };
-        // There is room for the first.
+        // The queue is empty, so this does not wait.
         let _ = events.send((Ok(ready), None)).await;
         let program = Arc::new(Program {
             events,
@@ -351,7 +356,7 @@ impl Calls for CallService {
                     () = program.events.closed() => break,
                 }
             }
-            // Offered for as long as the program listens.
+            // The services are offered only while the program is connected.
             drop(announced);
             drop(offer);
             program.end();
@@ -406,31 +411,31 @@ impl Calls for CallService {
 fn relabel(announced: &[(String, Announced)], other: api::Announcement) -> Result<(), Status> {
     let found = announced.iter().find(|(name, _)| *name == other.name);
     let (_, announced) =
-        found.ok_or_else(|| invalid(format!("{:?} is not announced", other.name)))?;
+        found.ok_or_else(|| invalid(format!("{:?} is not advertised", other.name)))?;
     let labels = other.labels.into_iter().collect();
     let changed = announced.set_labels(labels);
     changed.map_err(|error| invalid(error.to_string()))
 }
 
-/// An event for a program, with the bytes that are held for it.
+/// An event for a program, with its reservation of bytes in the caller's budget.
 type Event = (Result<ServeEvent, Status>, Option<Held>);
 
 /// A program that answers calls.
 #[derive(Debug)]
 struct Program {
     events: mpsc::Sender<Event>,
-    /// Where its answers go; `None` once it answers no more.
+    /// The open calls by number; `None` once the program has disconnected.
     open: Mutex<Option<HashMap<u64, Answering>>>,
     next: AtomicU64,
 }
 
-/// Where the answers to one call go.
+/// The queue for the answers to one call.
 #[derive(Debug)]
 struct Answering {
     to: mpsc::UnboundedSender<(serve_answer::What, Option<Held>)>,
-    /// Bytes on their way, which [`AHEAD`] limits.
+    /// Bytes in the queue, limited by [`AHEAD`].
     ahead: Arc<AtomicUsize>,
-    /// The caller's budget over all its calls: bytes on their way count against it as well.
+    /// The caller's budget for all its calls. Bytes in the queue count towards it.
     budget: Budget,
 }
 
@@ -441,14 +446,14 @@ impl Program {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Without waiting: a caller that takes nothing is to hold up no other.
+    /// Queues an answer for its caller. Does not wait: a caller that reads nothing must not delay other callers.
     fn answer(&self, answer: api::ServeAnswer) {
         let mut open = self.lock();
         let (Some(open), Some(what)) = (&mut *open, answer.what) else {
             return;
         };
         let Some(call) = open.get(&answer.call) else {
-            // It has ended meanwhile.
+            // The call has ended meanwhile.
             return;
         };
         let size = match &what {
@@ -458,11 +463,13 @@ impl Program {
         let ahead = call.ahead.fetch_add(size, Ordering::AcqRel) + size;
         let held = match &what {
             _ if ahead > AHEAD => Err(format!(
-                "more than {AHEAD} bytes of answers wait for the caller"
+                "the caller has more than {AHEAD} bytes of unread answers"
             )),
             serve_answer::What::Message(_) => match call.budget.hold(size) {
                 Some(held) => Ok(Some(held)),
-                None => Err("too much waits for this caller, or for all".to_owned()),
+                None => Err(
+                    "this caller, or all callers together, have too many unread bytes".to_owned(),
+                ),
             },
             serve_answer::What::End(_) => Ok(None),
         };
@@ -478,14 +485,14 @@ impl Program {
                 (serve_answer::What::End(end), None)
             }
         };
-        // It may have ended meanwhile.
+        // The call may have ended meanwhile.
         let _ = call.to.send(passed);
         if is_full {
             open.remove(&answer.call);
         }
     }
 
-    /// It answers no more.
+    /// Ends all calls, because the program has disconnected.
     fn end(&self) {
         *self.lock() = None;
     }
@@ -494,7 +501,7 @@ impl Program {
         self.pass(call, what, None).await
     }
 
-    /// Tells it something for which bytes are held until it is on its way.
+    /// Sends an event to the program, and releases `held` once the event is on its way.
     async fn pass(
         &self,
         call: u64,
@@ -511,23 +518,26 @@ impl Program {
 }
 
 fn full() -> CallStatus {
-    let text = "too much of this caller waits for the program that offers this";
+    let text = "the program that offers this service has too many unread bytes from this caller";
     CallStatus::new(Code::ResourceExhausted, text)
 }
 
 fn gone() -> CallStatus {
-    CallStatus::new(Code::Unavailable, "the program that offers this has gone")
+    CallStatus::new(
+        Code::Unavailable,
+        "the program that offers this service has disconnected",
+    )
 }
 
-/// Passes calls to a program.
+/// A handler that forwards calls to a program.
 #[derive(Debug)]
 struct Proxy(Arc<Program>);
 
-/// Tells the program when a call is given up.
+/// Tells the program on drop that a call was cancelled, if the program knows of the call.
 struct Given {
     program: Arc<Program>,
     call: u64,
-    /// It knows of the call, and not that it has ended.
+    /// True while the program knows of the call and has not been told of its end.
     told: bool,
 }
 
@@ -543,7 +553,7 @@ impl Drop for Given {
             };
             let events = self.program.events.clone();
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                // The program may be gone as well.
+                // The program may have disconnected too.
                 runtime.spawn(async move { drop(events.send((Ok(event), None)).await) });
             }
         }
@@ -594,8 +604,7 @@ impl Handler for Proxy {
             let forward = async {
                 while let Some(message) = requests.next().await? {
                     let message = to_api(message);
-                    // Programs that take nothing, and their callers, are not to hold more here than they may on the way
-                    // here.
+                    // Messages that a program does not read count towards the caller's budget here too.
                     let held = budget.hold(message.encoded_len());
                     let held = held.ok_or_else(full)?;
                     let message = serve_event::What::Message(message);
@@ -649,7 +658,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_that_callers_do_not_take_count_over_all_calls_and_for_each_caller() {
+    fn unread_answers_are_limited_for_each_caller_and_for_all_callers() {
         const ANSWER: usize = 1 << 20;
         let (events, _waiting) = mpsc::channel(WAITING);
         let program = Program {
@@ -669,7 +678,7 @@ mod tests {
             program.lock().as_mut().unwrap().insert(call, answering);
             calls.push(answers);
         };
-        // Far less in each of them than one may have.
+        // Each call has far less than a single call may have.
         (1..=100).for_each(|call| begin(call, "mallory"));
         begin(1000, "another");
         let is_open = |call| program.lock().as_ref().unwrap().contains_key(&call);
@@ -687,7 +696,7 @@ mod tests {
         assert_eq!(taken, 20);
         assert!((0..4).all(|_| answer(1000)));
         assert!(all.used() > 23 * ANSWER);
-        // A call that is ended for it is told so; what is dropped counts no more.
+        // The last call was ended with an error, and dropped bytes no longer count.
         let Ok((serve_answer::What::End(end), None)) = calls[99].try_recv() else {
             panic!("the last has not been ended");
         };

@@ -1,4 +1,4 @@
-//! Replicated documents, for programs in any language.
+//! The service `Documents`.
 
 use std::{pin::Pin, time::Duration};
 
@@ -15,13 +15,13 @@ use weft_proto::api::{
 
 use super::status::{invalid, status};
 
-/// Commits of a history, if the client names no limit.
+/// Most commits in a history if the client gives no limit.
 const HISTORY: usize = 1000;
 
-/// Bytes of an exported document in one message.
+/// Most bytes of an exported document in one message.
 const CHUNK: usize = 256 << 10;
 
-/// Bytes of a document that is imported.
+/// Largest document that can be imported, in bytes.
 const MAX_IMPORT: usize = 256 << 20;
 
 /// Implements the service.
@@ -38,7 +38,7 @@ pub(super) fn id(text: &str) -> Result<DocumentId, Status> {
 pub(super) fn peers(texts: &[String]) -> Result<Vec<PeerId>, Status> {
     let peer = |text: &String| {
         text.parse()
-            .map_err(|_| invalid(format!("{text:?} is no peer id")))
+            .map_err(|_| invalid(format!("{text:?} is not a PeerId")))
     };
     texts.iter().map(peer).collect()
 }
@@ -100,7 +100,7 @@ impl DocumentService {
         Self { node }
     }
 
-    /// A document that is held.
+    /// Returns a document that has a replica on this node.
     async fn held(&self, text: &str) -> Result<Doc, Status> {
         let id = id(text)?;
         self.node
@@ -209,7 +209,7 @@ impl Documents for DocumentService {
         let request = request.into_inner();
         let value = |json: &str| -> Result<serde_json::Value, Status> {
             serde_json::from_str(json)
-                .map_err(|error| invalid(format!("{json:?} is no JSON: {error}")))
+                .map_err(|error| invalid(format!("{json:?} is not JSON: {error}")))
         };
         let mut transaction = self.held(&request.id).await?.transaction();
         if !request.message.is_empty() {
@@ -222,7 +222,7 @@ impl Documents for DocumentService {
                 Some(Edit::Delete(true)) => transaction.delete(path),
                 Some(Edit::Increment(by)) => transaction.increment(path, by),
                 Some(Edit::Insert(json)) => transaction.insert(path, value(&json)?),
-                Some(Edit::Delete(false)) | None => return Err(invalid("an edit says nothing")),
+                Some(Edit::Delete(false)) | None => return Err(invalid("an edit is empty")),
             }
             .map_err(|error| status(&error))?;
         }
@@ -281,7 +281,7 @@ impl Documents for DocumentService {
                 }),
                 _ => What::Missed(api::DocumentMissed {}),
             };
-            // After its removal there is nothing to wait for.
+            // After the document's removal the stream ends.
             let gone = || Err(status(&Error::Document(DocumentError::Unknown(id))));
             let end = is_removed.then(gone);
             let events = stream::iter([event(what)].into_iter().chain(end));
@@ -303,7 +303,9 @@ impl Documents for DocumentService {
         );
         let readers = match (&request.readers, request.readable_by_everybody) {
             (Some(_), true) => {
-                return Err(invalid("some readers and everybody exclude each other"));
+                return Err(invalid(
+                    "`readers` and `readable_by_everybody` exclude each other",
+                ));
             }
             (Some(readers), false) => Some(Some(peers(&readers.peers)?)),
             (None, true) => Some(None),
@@ -350,9 +352,7 @@ impl Documents for DocumentService {
         let mut content = Vec::new();
         while let Some(chunk) = chunks.message().await? {
             if content.len() + chunk.data.len() > MAX_IMPORT {
-                return Err(invalid(
-                    "a document of more than 256 MiB cannot be imported",
-                ));
+                return Err(invalid("cannot import a document of more than 256 MiB"));
             }
             content.extend(chunk.data);
         }

@@ -1,7 +1,7 @@
-//! Where the API answers: a Unix socket in the home, and loopback TCP with a token.
+//! The endpoints of the API: a Unix socket in the home, and loopback TCP with a token.
 //!
-//! The socket's folder is for its owner alone, so who can open it is the owner. A TCP port is open to everybody on the machine, browsers
-//! included, hence the token.
+//! Only the owner can open the socket's folder, so the socket needs no token. Every user and program of the machine can
+//! connect to a TCP port, browsers included, so TCP needs the token.
 
 use std::{
     fs, io,
@@ -48,13 +48,13 @@ use super::{
 };
 use crate::exit::Failure;
 
-/// Bytes of a message of a call, with its attachments.
+/// Largest message of a call with its attachments, in bytes.
 const MAX_CALL_MESSAGE: usize = 280 << 20;
 
-/// Time after which a client that says nothing is asked whether it is there, and time that it has to answer.
+/// Time without traffic after which the server sends a keep-alive ping, and the longest wait for the client's answer.
 const ALIVE: Duration = Duration::from_secs(30);
 
-/// The longest path of a Unix socket: 108 bytes with the terminating zero on Linux, 104 on macOS.
+/// Longest path of a Unix socket, in bytes, for all systems: with the terminating zero, 108 on Linux and 104 on macOS.
 const MAX_SOCKET_PATH: usize = 103;
 
 /// The files through which clients of a home find its API.
@@ -63,7 +63,7 @@ pub(crate) struct ApiFiles {
     pub(crate) folder: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) token: PathBuf,
-    /// Holds `host:port`.
+    /// The file that contains `host:port`.
     pub(crate) address: PathBuf,
 }
 
@@ -78,7 +78,7 @@ impl ApiFiles {
         }
     }
 
-    /// Whether the socket's path is short enough to be one.
+    /// Returns true if the socket's path is short enough for a Unix socket.
     pub(crate) fn has_socket(&self) -> bool {
         self.socket.as_os_str().len() <= MAX_SOCKET_PATH
     }
@@ -94,21 +94,21 @@ pub(crate) struct ApiServer {
 }
 
 impl ApiServer {
-    /// Serves the API of `node`.
+    /// Starts serving the API of `node`, on the socket and on `address`.
     pub(crate) async fn serve(node: Node, address: SocketAddr) -> Result<Self, Failure> {
         if !address.ip().is_loopback() {
             return Err(Failure::usage(format!(
-                "the API is for this machine only, and {address} is not a loopback address"
+                "cannot serve the API on {address}: it is not a loopback address"
             ))
-            .hint("Use --api 127.0.0.1:PORT; reach it from elsewhere through ssh -L, say."));
+            .hint("Use --api 127.0.0.1:PORT; forward the port, for example with ssh -L, to use the API remotely."));
         }
         let files = ApiFiles::of(node.home());
         let failed = |what: &Path| {
             let what = what.display().to_string();
             move |error: io::Error| {
                 Failure::other(format!("cannot serve the API: {what}: {error}")).hint(
-                    "The home must be on a disk with room, and be this user's to write: make room, use chown or chmod, or\n\
-                     choose another home with --home DIR.",
+                    "The home needs free disk space, and this user must be able to write there: free space, use chown\n\
+                     or chmod, or choose another home with --home DIR.",
                 )
             }
         };
@@ -117,20 +117,20 @@ impl ApiServer {
             .mode(0o700)
             .create(&files.folder)
             .map_err(failed(&files.folder))?;
-        // It may have been there, with other rights.
+        // The folder may have existed with other permissions.
         fs::set_permissions(&files.folder, fs::Permissions::from_mode(0o700))
             .map_err(failed(&files.folder))?;
         let token = make_token(&files.token).map_err(failed(&files.token))?;
         let tcp = TcpListener::bind(address).await.map_err(|error| {
             Failure::other(format!("cannot serve the API on {address}: {error}"))
-                .hint("Choose another port with --api, or leave it out for a free one.")
+                .hint("Choose another port with --api, or leave the option out to use a free port.")
         })?;
         let bound = tcp.local_addr().map_err(failed(&files.address))?;
         write_private(&files.address, bound.to_string().as_bytes())
             .map_err(failed(&files.address))?;
         let mut names = vec![bound.to_string()];
         let socket = if files.has_socket() {
-            // We hold the home: a socket that is there is a dead node's.
+            // This node has locked the home, so an existing socket is left from a node that crashed.
             match fs::remove_file(&files.socket) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(failed(&files.socket)(error));
@@ -140,7 +140,10 @@ impl ApiServer {
             names.insert(0, format!("unix:{}", files.socket.display()));
             Some(UnixListener::bind(&files.socket).map_err(failed(&files.socket))?)
         } else {
-            tracing::warn!(path = %files.socket.display(), "too long for a Unix socket: the API is on TCP only");
+            tracing::warn!(
+                path = %files.socket.display(),
+                "the path is too long for a Unix socket: the API is on TCP only"
+            );
             None
         };
         let served = Served {
@@ -148,7 +151,7 @@ impl ApiServer {
             node,
         };
         let (stop, stopped) = oneshot::channel::<()>();
-        // An error means that the sender is gone, which is the same wish.
+        // An error means that the sender was dropped, which also asks the server to stop.
         let stopped = stopped.map(drop).shared();
         let token = Arc::new(token);
         let mut servers = vec![tokio::spawn(serve_tcp(
@@ -173,21 +176,21 @@ impl ApiServer {
         })
     }
 
-    /// Where it answers: `unix:PATH` and `host:port`.
+    /// Returns the endpoints, as `unix:PATH` and `host:port`.
     pub(crate) fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The files through which clients find it.
+    /// Returns the files through which clients find the API.
     pub(crate) fn files(&self) -> &ApiFiles {
         &self.files
     }
 
-    /// Takes no more calls, ends those that run, and takes the socket away.
+    /// Stops accepting requests, ends running requests, and removes the socket and the address file.
     pub(crate) async fn stop(mut self) {
         drop(self.stop.take());
         for server in &mut self.servers {
-            // Streams may run for hours: they are cut, as documented for each call.
+            // Streams may run for hours, so they are cut, as documented for each method.
             if tokio::time::timeout(Duration::from_millis(300), &mut *server)
                 .await
                 .is_err()
@@ -196,7 +199,7 @@ impl ApiServer {
             }
         }
         for file in [&self.files.socket, &self.files.address] {
-            // Gone already is as good.
+            // An error is ignored: the file may already be gone.
             let _ = fs::remove_file(file);
         }
     }
@@ -222,10 +225,10 @@ async fn serve_tcp(
                 Ok(request)
             }
             Some(_) => Err(Status::unauthenticated(
-                "the token is wrong; the node makes a new one at each start: read the home's api/token again",
+                "the token is wrong; the node creates a new token at each start: read the home's api/token again",
             )),
             None => Err(Status::unauthenticated(
-                "over TCP, send the metadata `authorization: Bearer <token>` with the token from the home's api/token",
+                "over TCP, send the metadata `authorization: Bearer <token>`, with the token from the home's api/token",
             )),
         }
     };
@@ -252,14 +255,15 @@ fn server() -> Server {
         .http2_keepalive_timeout(Some(ALIVE))
 }
 
-/// The node, and its service that all servers share: changes through one must not undo those through another.
+/// The node, and the service `Node`, which all servers share so that a change through one server does not undo a change
+/// through another.
 #[derive(Debug, Clone)]
 struct Served {
     node: Node,
     service: NodeService,
 }
 
-/// All services on one server: ours, health, reflection.
+/// Adds all services to a server: Weft's services, health and reflection.
 async fn router<L: Clone>(mut server: Server<L>, served: Served) -> Router<L> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<NodeServer<NodeService>>().await;
@@ -285,12 +289,12 @@ async fn router<L: Clone>(mut server: Server<L>, served: Served) -> Router<L> {
         .add_service(
             reflection()
                 .build_v1()
-                .expect("the schemas are those this was built from"),
+                .expect("the build has validated the schemas"),
         )
         .add_service(
             reflection()
                 .build_v1alpha()
-                .expect("the schemas are those this was built from"),
+                .expect("the build has validated the schemas"),
         )
         .add_service(calls.max_decoding_message_size(MAX_CALL_MESSAGE))
         .add_service(TopicsServer::new(TopicService::new(node.clone())))
@@ -301,12 +305,13 @@ async fn router<L: Clone>(mut server: Server<L>, served: Served) -> Router<L> {
         .add_service(ModelsServer::new(ModelService::new(node)))
 }
 
-/// In a time that does not depend on where they differ.
+/// Compares two byte strings in constant time, so that the time does not reveal where they differ.
 fn equal(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
 }
 
-/// 32 random bytes in hex, new at every start: what a dead node's address file leads to learns nothing that is still of use.
+/// Writes a new token to a file: 32 random bytes in hex. The token is new at every start. So if another program listens
+/// at the address in a crashed node's file, a token that a client sends to it is useless later.
 fn make_token(path: &Path) -> io::Result<String> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(io::Error::other)?;

@@ -1,4 +1,4 @@
-//! Long work of the node as a stream of events for a client.
+//! Turns a long operation of the node into a stream of events for a client.
 
 use std::{
     pin::Pin,
@@ -11,7 +11,8 @@ use weft::Operation;
 
 use super::status::status;
 
-/// An operation as a stream of events: progress, then the result. Dropping it, as when the client goes away, stops the work.
+/// A stream of an operation's events: progress, then the result. Dropping the stream, as when the client disconnects,
+/// stops the operation.
 pub(crate) struct Events<P, T, E> {
     operation: Option<Operation<P, T>>,
     progress: fn(P) -> E,

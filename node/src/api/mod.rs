@@ -1,4 +1,4 @@
-//! The local gRPC API: the SDK, for any language beside the node.
+//! The local gRPC API: the functions of the SDK for programs in any language.
 
 mod accept;
 mod calls;

@@ -1,4 +1,4 @@
-//! The service `Models`: adding, getting, reading, listing and removing models, over the SDK.
+//! The service `Models`: adding, fetching, reading, listing and removing models.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use super::{
     storage,
 };
 
-/// Files that an answer lists one by one, of maybe 100,000: a message of gRPC may have 4 MiB.
+/// Most files that an answer lists by name. A model may have 100,000 files, and a gRPC message at most 4 MiB.
 const MAX_TOLD: usize = 300;
 
 /// Implements the service.
@@ -88,7 +88,7 @@ impl Models for ModelService {
                 }
             }
             (None, true) => {}
-            (None, false) => return Err(invalid("a name is for one model: say which repo")),
+            (None, false) => return Err(invalid("`name` is for one model: give `repo` too")),
         }
         Ok(Response::new(Events::new(
             add.start(),
@@ -116,11 +116,13 @@ impl Models for ModelService {
         }
         if let Some(into) = request.hf_cache {
             if !request.to.is_empty() {
-                return Err(invalid("to and hf_cache are two places: give one"));
+                return Err(invalid(
+                    "`to` and `hf_cache` exclude each other: give one of them",
+                ));
             }
             if request.replace || request.verify {
                 return Err(invalid(
-                    "replace and verify are for a folder: a cache checks what it holds",
+                    "`replace` and `verify` apply to a folder only: files in a cache are always checked",
                 ));
             }
             let (cache, repo) = hf_cache(into)?;
@@ -366,20 +368,21 @@ fn bits(set: u64) -> Vec<u32> {
     (0..u64::BITS).filter(|bit| set >> bit & 1 == 1).collect()
 }
 
-/// The node has a working folder of its own, which a client cannot know.
+/// Checks that a path is absolute. A relative path would depend on the node's working folder, which a client does not
+/// know.
 fn absolute(field: &str, path: &str) -> Result<PathBuf, Status> {
     let path = PathBuf::from(path);
     if path.is_absolute() {
         Ok(path)
     } else {
         Err(invalid(format!(
-            "{field} must be an absolute path on the node's machine, and is {:?}",
+            "`{field}` must be an absolute path on the node's machine, but is {:?}",
             path.display()
         )))
     }
 }
 
-/// A cache, and what of it is asked for.
+/// Returns the folder of a Hugging Face cache, and the requested repository in it.
 fn hf_cache(asked: api::HfCache) -> Result<(PathBuf, Option<HfRepo>), Status> {
     let cache = match asked.cache_dir.is_empty() {
         true => weft::default_hf_cache().map_err(|error| status(&error))?,

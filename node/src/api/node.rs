@@ -1,4 +1,4 @@
-//! The service `Node`: identity, peers, reachability, limits, rates, access and trust, over the SDK.
+//! The service `Node`: identity, peers, reachability, limits, rates, access and trust.
 
 use std::sync::Arc;
 
@@ -12,16 +12,16 @@ use weft_proto::api::{self, node_server};
 
 use super::status::{invalid, peer_id, status};
 
-/// Rules in a list: each connection is held against all of them.
+/// Most rules in a list. Each connection is checked against all of them.
 const MAX_RULES: usize = 4096;
 
 /// Implements the service.
 #[derive(Debug, Clone)]
 pub(super) struct NodeService {
     node: Node,
-    /// Where the API answers, for the status.
+    /// The endpoints of the API, for the status.
     endpoints: Vec<String>,
-    /// So that no change undoes another that is made at the same time.
+    /// Serializes changes, so that concurrent changes do not undo each other.
     changing: Arc<Mutex<()>>,
 }
 
@@ -85,7 +85,7 @@ impl node_server::Node for NodeService {
             match split_peer_id(address) {
                 (_, Some(other)) if other != id => {
                     return Err(invalid(format!(
-                        "an address given for {id} is one of {other}"
+                        "an address given for {id} is an address of {other}"
                     )));
                 }
                 (address, _) => addresses.push(address),
@@ -94,7 +94,7 @@ impl node_server::Node for NodeService {
         let path = self.node.connect(id, addresses).await;
         let path = path.map_err(|error| status(&error))?;
         let known = self.node.peers().await.into_iter().find(|p| p.peer == id);
-        // It may be gone again; the path was open all the same.
+        // The peer may have disconnected again, but the path was open.
         let known = known.unwrap_or(PeerInfo {
             peer: id,
             path,
@@ -242,7 +242,9 @@ impl node_server::Node for NodeService {
                 }
             }
             if list.len() > MAX_RULES {
-                return Err(invalid(format!("more than {MAX_RULES} rules in a list")));
+                return Err(invalid(format!(
+                    "a list can have at most {MAX_RULES} rules"
+                )));
             }
         }
         self.node.set_access(access.clone()).await;

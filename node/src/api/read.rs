@@ -1,4 +1,4 @@
-//! A part of a file as a stream.
+//! Streams a part of a file to a client.
 
 use std::{
     io::SeekFrom,
@@ -15,10 +15,10 @@ use weft_proto::api::ReadResponse;
 use super::status::{failed, invalid, status};
 use crate::reason::Reason;
 
-/// Bytes in one message.
+/// Most bytes of content in one message.
 const PIECE: usize = 256 * 1024;
 
-/// Reads on with each message that is taken.
+/// A stream of messages with a file's content. Reads a piece each time it is polled.
 #[derive(Debug)]
 pub(crate) struct Reading {
     reader: Reader,
@@ -36,7 +36,7 @@ impl Reading {
         let size = reader.file().size;
         if offset > size {
             return Err(invalid(format!(
-                "the file has {size} bytes: nothing begins at {offset}"
+                "the offset {offset} is beyond the end of the file, which has {size} bytes"
             )));
         }
         reader
@@ -80,7 +80,7 @@ impl Stream for Reading {
     }
 }
 
-/// What kept a read from its bytes is inside.
+/// Returns the status of a failed read, from the first error of the SDK in the chain of sources.
 fn read_status(error: &std::io::Error) -> Status {
     let mut cause: Option<&(dyn std::error::Error + 'static)> =
         error.get_ref().map(|inner| inner as _);

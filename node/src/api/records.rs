@@ -1,4 +1,4 @@
-//! Records, for programs in any language.
+//! The service `Records`.
 
 use std::{pin::Pin, time::Duration};
 

@@ -1,4 +1,4 @@
-//! Registries of models, for programs in any language.
+//! The service `Registries`.
 
 use std::{
     pin::Pin,
@@ -23,7 +23,7 @@ pub(super) struct RegistryService {
 
 fn peer(text: &str) -> Result<PeerId, Status> {
     text.parse()
-        .map_err(|_| invalid(format!("{text:?} is no PeerId")))
+        .map_err(|_| invalid(format!("{text:?} is not a PeerId")))
 }
 
 fn pattern(text: &str) -> Result<NamePattern, Status> {

@@ -1,4 +1,4 @@
-//! Errors of the SDK as reasons, and reasons as statuses of gRPC and as failures of the program.
+//! Maps errors of the SDK to reasons, and reasons to gRPC statuses and failures of the program.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use crate::{exit::Failure, reason::Reason};
 /// The domain of the reasons in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
 
-/// Returns the status for an error: a code, the message, and an `ErrorInfo` whose reason programs can rely on.
+/// Returns the status of an error: a code, the message, and an `ErrorInfo` with the reason for programs.
 pub(super) fn status(error: &Error) -> Status {
     let mut metadata = HashMap::new();
     if let Error::SeveralPublishers { publishers, .. } = error {
@@ -32,29 +32,29 @@ impl From<Error> for Failure {
     }
 }
 
-/// Returns the text of an error, with the publishers that claim a name.
+/// Returns the text of an error, with a line for each publisher that claims an ambiguous name.
 fn message(error: &Error) -> String {
     let mut message = error.to_string();
     if let Error::SeveralPublishers { publishers, .. } = error {
         for (peer, model) in publishers {
-            message.push_str(&format!("\n  {peer} says it is {model}"));
+            message.push_str(&format!("\n  {peer} publishes it as {model}"));
         }
     }
     message
 }
 
-/// Returns the status for a failure of this side that is no error of the SDK. It has a reason, so that no client takes
-/// it for a lost connection.
+/// Returns the status of a failure that is not an error of the SDK. The status has a reason; without one, clients would
+/// report a lost connection.
 pub(super) fn failed(reason: Reason, message: impl Into<String>) -> Status {
     with_reason(reason, message, HashMap::new())
 }
 
-/// Refuses a request of a client.
+/// Returns the status of a malformed request.
 pub(super) fn invalid(message: impl Into<String>) -> Status {
     failed(Reason::InvalidInput, message)
 }
 
-/// Reads a PeerId of a request.
+/// Parses a PeerId in a request.
 pub(super) fn peer_id(text: &str) -> Result<PeerId, Status> {
     text.parse()
         .map_err(|_| invalid(format!("not a PeerId: {text}")))
@@ -120,13 +120,14 @@ impl From<&Error> for Reason {
             | Error::Target(_)
             | Error::Value(_) => Self::InvalidInput,
             Error::Store(_) | Error::Disk(_) => Self::Store,
-            // One that this program does not know yet, or that has no reason of its own.
+            // A new error of the SDK, or an error without a reason of its own.
             _ => Self::Other,
         }
     }
 }
 
-/// The reason for an error of the system on a file, wherever it was met: what to do about it is the same everywhere.
+/// Returns the reason for a system error on a file. The reason does not depend on the operation, because the remedy is
+/// always the same.
 fn of_system(error: &Error) -> Option<Reason> {
     use std::io::ErrorKind;
 
@@ -209,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_of_the_system_has_a_reason_of_its_own_wherever_it_was_met() {
+    fn a_system_error_has_the_same_reason_in_every_operation() {
         for (kind, reason) in [
             (io::ErrorKind::PermissionDenied, "PERMISSION"),
             (io::ErrorKind::ReadOnlyFilesystem, "PERMISSION"),

@@ -1,4 +1,4 @@
-//! Collection, quota and verification over the SDK: a part of the service `Models`.
+//! Garbage collection, quota and verification: a part of the service `Models`.
 
 use tonic::{Response, Status};
 use weft::{Condition, Node, Storage, Verified, VerifiedFile, VerifyPhase, VerifyProgress};

@@ -1,4 +1,4 @@
-//! Topics, for programs in any language.
+//! The service `Topics`.
 
 use std::pin::Pin;
 
@@ -60,7 +60,7 @@ impl Topics for TopicService {
             false => topics.subscribe_from(&request.topic, from).await,
         };
         let subscription = subscribed.map_err(|error| status(&error))?;
-        // Dropped with the stream, and the topic is left.
+        // The subscription is dropped with the stream, which leaves the topic.
         let messages = stream::unfold(subscription, async |mut subscription| {
             let what = match subscription.next().await? {
                 Ok(message) => What::Message(TopicMessage {

@@ -1,8 +1,10 @@
-//! The command line: its commands, with the arguments of each group of commands in a file of its own.
+//! The command line. The arguments of related commands share a file.
 
 mod address;
 mod calls;
 mod documents;
+mod examples;
+mod groups;
 mod mesh;
 mod models;
 mod records;
@@ -12,7 +14,7 @@ mod up;
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 pub(crate) use self::{
     calls::{Call, ServiceOptions},
@@ -25,101 +27,116 @@ pub(crate) use self::{
     up::{Relay, Up},
 };
 
-/// Machines that find each other and move models, with no server between them.
+/// Find peers, move models and call services, with no server in between
 #[derive(Debug, Parser)]
-#[command(name = "weft", version, max_term_width = 100, after_help = EXAMPLES)]
+#[command(
+    name = "weft",
+    version,
+    max_term_width = 100,
+    help_template = groups::template(),
+    after_help = groups::EXAMPLES,
+    disable_help_flag = true
+)]
 pub(crate) struct Cli {
-    /// The node's home folder: its identity and its store [env: WEFT_HOME]
-    #[arg(long, global = true, value_name = "DIR")]
+    /// Folder with the node's key and store [env: WEFT_HOME]
+    #[arg(long, global = true, value_name = "DIR", help_heading = "General")]
     pub(crate) home: Option<PathBuf>,
 
     /// Print JSON on standard output
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "General")]
     pub(crate) json: bool,
+
+    /// Print help (-h prints a summary)
+    #[arg(long, short, global = true, action = ArgAction::Help, help_heading = "General")]
+    help: Option<bool>,
 
     #[command(subcommand)]
     pub(crate) command: Command,
 }
 
-const EXAMPLES: &str = "Examples:
-  weft demo                                   three nodes on this machine move a model
-  weft up                                     run a node until Ctrl-C
-  weft add ./llama --name acme/llama          publish a folder of weights
-  weft get acme/llama --to ./llama            fetch it on another machine";
-
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a node until Ctrl-C
+    #[command(after_long_help = examples::UP)]
     Up(Up),
     /// Show the node's identity, addresses and activity
     Status,
-    /// List the connected peers, each with the path in use
+    /// List connected peers and the path to each
     Peers,
-    /// Connect to a peer, by its id or at an address ending in /p2p/<PeerId>
+    /// Connect to a peer by its PeerId or address
     Connect(Connect),
-    /// Measure the round trip to a peer
+    /// Measure the round-trip time to a peer
     Ping(Ping),
-    /// Call a method of a service at another node, with JSON
+    /// Call a method of a service on another node, with JSON
+    #[command(after_long_help = examples::CALL)]
     Call(Call),
-    /// List the peers that offer a service, in the order in which they would be asked
+    /// List the peers that offer a service, in the order of preference
+    #[command(after_long_help = examples::SERVICE)]
     Service(ServiceOptions),
-    /// Publish messages to topics, and watch them
-    #[command(subcommand)]
+    /// Publish messages to topics, and watch topics
+    #[command(subcommand, after_long_help = examples::TOPIC)]
     Topic(Topic),
-    /// Publish, read and watch records: signed values under a key that expire
-    #[command(subcommand)]
+    /// Publish, read and watch records: signed values that expire
+    #[command(subcommand, after_long_help = examples::RECORD)]
     Record(Record),
-    /// Read and write replicated documents: content like JSON that several nodes share, connected or not
-    #[command(subcommand)]
+    /// Read and write replicated documents: JSON that several nodes edit
+    #[command(subcommand, after_long_help = examples::DOC)]
     Doc(Doc),
-    /// Make and follow registries of models, which say which peers may publish which names
-    #[command(subcommand)]
+    /// Create and follow registries, which list who publishes which names
+    #[command(subcommand, after_long_help = examples::REGISTRY)]
     Registry(Registry),
-    /// Check how others reach this node (NAT, addresses from outside, relays), and say what to change
+    /// Check how peers reach this node, and suggest changes
+    ///
+    /// Checks the NAT, the external addresses and the relays.
     Doctor,
-    /// List the limits on what peers can make this node hold and do, with their use
+    /// List the limits on what peers can use, and their present use
     Limits,
-    /// Show or change the rate limits of content (not kept across restarts)
+    /// Show or change rate limits for content (not kept across restarts)
     Rates(RatesChange),
     /// Show or change the allow and block lists (not kept across restarts)
     Access(AccessChange),
-    /// Show or change the list of publishers whose names win over those of others
+    /// Show or change the publishers whose name claims take precedence
     #[command(subcommand)]
     Trust(Trust),
-    /// Run a node that relays for others from the start
+    /// Run a node that relays for other peers from the start
     Relay(Relay),
-    /// Publish a model: index a folder or file where it is, and announce it
+    /// Publish a model: index a folder or file in place, and advertise it
+    #[command(after_long_help = examples::ADD)]
     Add(Add),
     /// Fetch a model by name, id or ticket
+    #[command(after_long_help = examples::GET)]
     Get(Get),
-    /// Write a file of a model, or a part of it, to standard output, fetching what is not here
+    /// Write a file of a model to standard output; fetch missing parts
     Cat(Cat),
     /// List the peers that provide a model or part of it
     Providers(Providers),
     /// Search known model names by prefix
     Search(Search),
-    /// List the models this node holds
+    /// List the models on this node
     Ls,
-    /// Show one model with its files and tensors, and a ticket for it
+    /// Show one model: its files, tensors and a ticket
     Show(Show),
-    /// Forget a model, or drop one of its names; files stay unless told otherwise
+    /// Forget a model, or drop one of its names; keeps files by default
     Rm(Rm),
-    /// Add, list or remove tags; a tagged model is never evicted or removed
+    /// Add, list or remove tags, which pin models
     #[command(subcommand)]
     Tag(Tag),
-    /// Delete content that no model needs, and forget files that are gone or have changed; files added in place are
-    /// never deleted
+    /// Delete content that no model needs, and forget missing files
+    ///
+    /// Forgets files that are missing or have changed. Never deletes a file that was added in place.
     Gc(Gc),
     /// Show disk usage, or change the quota of fetched content
+    #[command(after_long_help = examples::STORAGE)]
     Storage(StorageOptions),
-    /// Read all content that is here again, and repair damage
+    /// Check stored content against its hashes, and repair damage
+    #[command(after_long_help = examples::VERIFY)]
     Verify(Verify),
-    /// Run three nodes in this process and move a model between them
+    /// Run three nodes in this process, and move a model between them
     Demo(Demo),
 }
 
-/// Returns true for a command whose standard output is content, with which no error may be mixed; also if the rest of
-/// the command line makes no sense.
+/// Returns true for a command that writes content to standard output. An error must not be mixed with content, even if
+/// the rest of the command line is invalid.
 pub(crate) fn writes_content(arguments: &[OsString]) -> bool {
     let lenient = Cli::command().ignore_errors(true);
     let matches = lenient.try_get_matches_from(arguments);
@@ -149,16 +166,18 @@ mod tests {
     }
 
     #[test]
-    fn help_says_what_a_command_or_option_is_and_stands_alone() {
+    fn each_command_and_option_has_help_that_stands_alone() {
         let free = [
-            "Who", "Whom", "What", "Where", "Which", "How", "Whether", "That", "Such", "Its",
+            "Who", "What", "Where", "Which", "How", "Whether", "That", "Such", "Its",
         ];
         let check = |name: &str, help: Option<&clap::builder::StyledStr>| {
             let help = help.map(ToString::to_string).unwrap_or_default();
             assert!(!help.is_empty(), "{name} has no help");
             let first = help.split([' ', ':', ',']).next().unwrap_or_default();
             assert!(!free.contains(&first), "{name}: {help}");
-            assert!(!help.starts_with("The same"), "{name}: {help}");
+            for reference in ["The same", "the same", " such a ", " such an ", " as above"] {
+                assert!(!help.contains(reference), "{name}: {help}");
+            }
         };
         each_command(&Cli::command(), &|command| {
             check(command.get_name(), command.get_about());
@@ -170,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_peer_or_socket_says_what_it_looks_like() {
+    fn the_error_for_a_malformed_peer_or_socket_shows_a_valid_one() {
         for (line, says) in [
             ("weft trust add nobody", "12D3KooW"),
             ("weft get a/b --publisher x", "weft status"),
@@ -182,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_model_is_not_taken_for_all_of_them() {
+    fn verify_refuses_an_empty_model_argument() {
         let error = Cli::try_parse_from(["weft", "verify", ""]).unwrap_err();
         assert!(error.to_string().contains("it is empty"), "{error}");
         for line in ["weft verify", "weft verify a/b"] {
@@ -191,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn both_commands_take_the_repository_of_a_cache_in_the_same_way() {
+    fn add_and_get_parse_hf_cache_alike() {
         for (line, repo) in [
             ("weft add --hf-cache", Some("")),
             ("weft add --hf-cache=a/b@v", Some("a/b@v")),
@@ -211,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn standard_output_of_cat_is_content_however_the_command_line_looks() {
+    fn commands_that_write_content_are_recognized_in_invalid_command_lines_too() {
         let arguments = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
         for (line, content) in [
             ("weft cat a/b file", true),

@@ -1,4 +1,4 @@
-//! Arguments of the commands on models, their storage and the demo.
+//! Arguments of the commands for models and storage, and of the demo.
 
 use std::path::PathBuf;
 
@@ -12,13 +12,20 @@ use super::{
 
 #[derive(Debug, Args)]
 pub(crate) struct Add {
-    /// A model folder, or one file
+    /// Folder of a model, or one file
     #[arg(required_unless_present = "hf_cache")]
     pub(crate) path: Option<PathBuf>,
 
     /// Publish from a Hugging Face cache, in place: one repository, as in --hf-cache=org/name or
-    /// --hf-cache=org/name@revision, or with no value all that refs point to, each as org/name@ref
-    #[arg(long, value_name = "REPO", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with = "path")]
+    /// --hf-cache=org/name@revision; without a value, each revision that a ref names, as org/name@ref
+    #[arg(
+        long,
+        value_name = "REPO",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "",
+        conflicts_with = "path"
+    )]
     pub(crate) hf_cache: Option<String>,
 
     /// The Hugging Face cache directory [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub,
@@ -26,24 +33,23 @@ pub(crate) struct Add {
     #[arg(long, value_name = "DIR", requires = "hf_cache")]
     pub(crate) cache_dir: Option<PathBuf>,
 
-    /// Publish it by this name: org/name or org/name@revision
+    /// Publish the model under this name: org/name or org/name@revision
     #[arg(long)]
     pub(crate) name: Option<ModelName>,
 
-    /// Refuse the folder where a file cannot be read as its name says (default: such a file is published as bytes, and
-    /// named)
+    /// Fail if a file is not in the format that its name implies (default: publish the file as bytes, and list it)
     #[arg(long)]
     pub(crate) strict: bool,
 
-    /// Include hidden files, not only .gitattributes and the like
+    /// Include all hidden files (default: only known ones, such as .gitattributes)
     #[arg(long, conflicts_with = "hf_cache")]
     pub(crate) hidden: bool,
 
-    /// Follow links to folders, and links that lead out of the folder
+    /// Follow symbolic links to folders, and links that lead out of the folder
     #[arg(long, conflicts_with = "hf_cache")]
     pub(crate) follow_links: bool,
 
-    /// Leave out files whose names some systems cannot hold (default: an error that lists them)
+    /// Leave out files whose names are invalid on some systems (default: fail and list them)
     #[arg(long, conflicts_with = "hf_cache")]
     pub(crate) skip_unportable: bool,
 }
@@ -53,14 +59,21 @@ pub(crate) struct Get {
     /// org/name[@revision], a model id (64 hex digits), or a ticket (weft:...)
     pub(crate) target: String,
 
-    /// The folder for the files [default: ./NAME, or ./ID for an id or a ticket; with --tensors, ./NAME-tensors-HASH,
-    /// with a hash of the patterns]
+    /// Folder for the files [default: ./NAME, or ./ID for an id or a ticket; with --tensors, ./NAME-tensors-HASH, where
+    /// HASH is a hash of the patterns]
     #[arg(long, value_name = "DIR")]
     pub(crate) to: Option<PathBuf>,
 
-    /// Into a Hugging Face cache, where huggingface_hub finds it: as the repository and revision of the name, or as
-    /// another, which an id or a ticket needs, as in --hf-cache=org/name or --hf-cache=org/name@revision
-    #[arg(long, value_name = "REPO", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with_all = ["to", "files", "tensors"])]
+    /// Write the model into a Hugging Face cache, where huggingface_hub finds it, as the repository and revision of its
+    /// name, or as in --hf-cache=org/name or --hf-cache=org/name@revision; an id or a ticket needs a value
+    #[arg(
+        long,
+        value_name = "REPO",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "",
+        conflicts_with_all = ["to", "files", "tensors"]
+    )]
     pub(crate) hf_cache: Option<String>,
 
     /// The Hugging Face cache directory [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub,
@@ -72,37 +85,38 @@ pub(crate) struct Get {
     #[arg(long, value_name = "PEERID", value_parser = peer_id)]
     pub(crate) publisher: Option<PeerId>,
 
-    /// At most so many bytes of content a second, such as 40M
+    /// Most content to receive, in bytes per second, such as 40M; 0: no limit
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
     pub(crate) max_rate: u64,
 
-    /// Only files whose path matches, such as '*.json'; may be repeated, and goes with --tensors
+    /// Fetch only files whose path matches, such as '*.json'; may be repeated, and combined with --tensors
     #[arg(long, value_name = "PATTERN")]
     pub(crate) files: Vec<Pattern>,
 
-    /// Only tensors whose name matches, such as 'model.layers.{0..11}.*', as safetensors files of these; may be repeated
+    /// Fetch only tensors whose name matches, such as 'model.layers.{0..11}.*', and write safetensors files of them;
+    /// may be repeated
     #[arg(long, value_name = "PATTERN")]
     pub(crate) tensors: Vec<Pattern>,
 
-    /// Go on until Ctrl-C, however long no provider can be reached; without it, the command ends two minutes after
-    /// content last came
+    /// Keep trying until Ctrl-C while no provider is reachable (default: give up two minutes after content last
+    /// arrived)
     #[arg(long)]
     pub(crate) keep_trying: bool,
 
-    /// low, normal or high: while content comes for one of higher priority, others wait
+    /// Priority: low, normal or high; a fetch waits while content arrives for one of higher priority
     #[arg(long, default_value_t)]
     pub(crate) priority: Priority,
 
-    /// Replace files of an earlier get of this node that hold something else: another revision, or a file that was
-    /// changed since. Each stands until the new one is whole
+    /// Replace files of an earlier `weft get` that have other content: another revision, or a file changed since. Each
+    /// file stays until the new one is complete
     #[arg(long, conflicts_with = "hf_cache")]
     pub(crate) replace: bool,
 
-    /// Read all files that are in place already, also those that nothing seems to have touched
+    /// Read and check all files that are already in place (default: only those that seem changed)
     #[arg(long, conflicts_with = "hf_cache")]
     pub(crate) verify: bool,
 
-    /// Show each provider that sends
+    /// Show each provider that sends content
     #[arg(long, short)]
     pub(crate) verbose: bool,
 }
@@ -112,14 +126,14 @@ pub(crate) struct Cat {
     /// org/name[@revision], a model id (64 hex digits), or a ticket (weft:...)
     pub(crate) target: String,
 
-    /// The file's path in the model
+    /// Path of the file in the model
     pub(crate) path: String,
 
-    /// The first byte
+    /// Offset of the first byte to write
     #[arg(long, value_name = "BYTE", default_value_t = 0)]
     pub(crate) offset: u64,
 
-    /// The number of bytes [default: to the end of the file]
+    /// Number of bytes to write [default: to the end of the file]
     #[arg(long, value_name = "BYTES")]
     pub(crate) length: Option<u64>,
 
@@ -133,7 +147,7 @@ pub(crate) struct Show {
     /// A name, an id, or the first six or more digits of an id
     pub(crate) model: String,
 
-    /// List the tensors of each file too
+    /// List also the tensors of each file
     #[arg(long)]
     pub(crate) tensors: bool,
 }
@@ -150,28 +164,27 @@ pub(crate) struct Providers {
 
 #[derive(Debug, Args)]
 pub(crate) struct Search {
-    /// The beginning of the names [default: any]
+    /// Prefix of the names [default: all names]
     #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
     pub(crate) prefix: String,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Rm {
-    /// An id, or the first six or more digits of one, to forget the model; or a name, to drop that name, and the model
-    /// with its last one
+    /// An id, or its first six or more digits, to forget the model; or a name, to drop the name, and with the last name
+    /// the model
     pub(crate) model: String,
 
-    /// Also delete the files that `weft get` wrote, in whatever folders, and that are unchanged; files added in place
-    /// are never deleted
+    /// Also delete unchanged files that `weft get` wrote, in all folders; files added in place are never deleted
     #[arg(long)]
     pub(crate) files: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Tag {
-    /// Keep a model here: it is not removed, collected or evicted until the tag is removed
+    /// Pin a model: it is not removed, collected or evicted until the tag is removed
     Add {
-        /// 1 to 128 letters, digits and . _ - / : @
+        /// Name of the tag: 1 to 128 letters, digits and . _ - / : @
         tag: String,
 
         /// A name, an id, or the first six or more digits of one
@@ -181,47 +194,48 @@ pub(crate) enum Tag {
     Ls,
     /// Remove a tag
     Rm {
-        /// The tag
+        /// Name of the tag
         tag: String,
     },
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Gc {
-    /// Only say what would go
+    /// List what would be deleted, and delete nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
 
-    /// Also forget files whose folder is gone, such as a deleted copy of a model; not while a disk that holds models is
-    /// away
+    /// Also forget files whose folder is missing, such as a deleted copy of a model. Do not use it while a disk with
+    /// models is disconnected
     #[arg(long)]
     pub(crate) gone: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct StorageOptions {
-    /// Bytes of fetched content in the node's home, such as 100GB, or none; kept across restarts
+    /// Set the quota of fetched content in the node's home, in bytes, such as 100GB, or none; kept across restarts
     #[arg(long, value_name = "BYTES", value_parser = quota)]
     pub(crate) quota: Option<Quota>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
-    /// A name, an id, or the first six or more digits of one [default: all that is here, also of models that were only
-    /// read]
+    /// A name, an id, or the first six or more digits of an id [default: all content of the node, also of models that
+    /// were only read with `weft cat`]
     #[arg(value_parser = model)]
     pub(crate) model: Option<String>,
 
-    /// Only say what is damaged; it is not used any more in either case
+    /// Report damage, and do not fetch damaged parts again; damaged content is not used in either case
     #[arg(long)]
     pub(crate) no_repair: bool,
 }
 
-/// A model that need not be given. An empty one, as of a variable that is not set, is not taken for none.
+/// Parses an optional model. An empty argument, as from an unset shell variable, is an error: it must not mean "all".
 fn model(text: &str) -> Result<String, String> {
     match text.is_empty() {
         true => Err(
-            "it is empty: give a name, an id, or the first six or more digits of one, or leave it out to verify all that is here"
+            "it is empty: give a name, an id, or the first six or more digits of an id, \
+             or leave it out to verify all content"
                 .to_owned(),
         ),
         false => Ok(text.to_owned()),
@@ -230,11 +244,11 @@ fn model(text: &str) -> Result<String, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct Demo {
-    /// A model folder to move [default: a safetensors model, written for the demo]
+    /// Folder of a model to move [default: a safetensors model that the demo generates]
     pub(crate) model: Option<PathBuf>,
 
-    /// Bytes of the model that is written for the demo, such as 64MiB, in steps of 8 MiB [default: 1GiB, or less where
-    /// the disk has no room for 2.5 times as much]
+    /// Size of the generated model in bytes, such as 64MiB, in steps of 8 MiB [default: 1GiB, or less if the disk has
+    /// no room for 2.5 times that]
     #[arg(long, value_name = "BYTES", value_parser = bytes, conflicts_with = "model")]
     pub(crate) size: Option<u64>,
 }

@@ -9,15 +9,15 @@ use super::{address::peer_id, units::time};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Record {
-    /// State a value under a key, signed, until its time is over
+    /// Publish a signed value under a key until it expires
     Put {
-        /// The key, 1 to 500 bytes
+        /// Key, 1 to 500 bytes
         key: String,
 
-        /// The value, at most 4,096 bytes; - reads it from standard input
+        /// Value, at most 4,096 bytes; - reads it from standard input
         value: String,
 
-        /// The part of the key, of this node's records under it
+        /// Second part of the key, so that this node can have several records under one key [default: empty]
         #[arg(
             long,
             value_name = "SUBKEY",
@@ -26,37 +26,37 @@ pub(crate) enum Record {
         )]
         subkey: String,
 
-        /// The time until it expires, as in 90s, 10m, 1h or 2d; at most 48h
+        /// Time until the record expires, such as 90s, 10m, 1h or 2d; at most 48h
         #[arg(long, value_name = "TIME", default_value = "1h", value_parser = time)]
         ttl: Duration,
     },
     /// Show the records of all publishers under a key
     Get {
-        /// The key
+        /// Key, 1 to 500 bytes
         key: String,
 
-        /// Only what this peer states; may be repeated
+        /// Show only records of this publisher; may be repeated
         #[arg(long, value_name = "PEER", value_parser = peer_id)]
         publisher: Vec<PeerId>,
     },
-    /// Print what is stated under a key, and how that changes, until Ctrl-C
+    /// Print the records under a key, and their changes, until Ctrl-C
     ///
-    /// In a mesh of less than some twenty nodes a change is printed as it arrives. In a larger one the key is looked up
-    /// every five seconds, and a value that does not last until the next look-up is not seen.
+    /// In a mesh of fewer than about twenty nodes, a change is printed when it arrives. In a larger mesh, the key is
+    /// looked up every five seconds, and a value that is replaced between two lookups is not seen.
     Watch {
-        /// The key
+        /// Key, 1 to 500 bytes
         key: String,
 
-        /// End after so many changes
+        /// Exit after this number of changes [default: no limit]
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
-    /// Take back what this node has stated
+    /// Withdraw a record of this node
     Rm {
-        /// The key
+        /// Key, 1 to 500 bytes
         key: String,
 
-        /// The part of the key, of this node's records under it
+        /// Second part of the record's key [default: empty]
         #[arg(
             long,
             value_name = "SUBKEY",
@@ -71,24 +71,24 @@ pub(crate) enum Record {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Topic {
-    /// Send a message to all who watch a topic
+    /// Send a message to all nodes that watch a topic
     Publish {
-        /// The topic's name
+        /// Name of the topic
         topic: String,
 
-        /// The message; - reads it from standard input
+        /// Message; - reads it from standard input
         data: String,
     },
-    /// Print the messages of a topic as they come, until Ctrl-C
+    /// Print the messages of a topic as they arrive, until Ctrl-C
     Watch {
-        /// The topic's name
+        /// Name of the topic
         topic: String,
 
-        /// Only what this peer publishes; may be repeated
+        /// Print only messages from this peer; may be repeated
         #[arg(long, value_name = "PEER", value_parser = peer_id)]
         from: Vec<PeerId>,
 
-        /// End after so many messages
+        /// Exit after this number of messages [default: no limit]
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },

@@ -10,31 +10,32 @@ use super::{address::peer_id, units::time};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Registry {
-    /// Make a registry, whose owner is this node, follow it, and print its id
+    /// Create a registry owned by this node, follow it, and print its id
     Create {
-        /// A label for people, at most 256 bytes
+        /// Label for people, at most 256 bytes
         #[arg(long, default_value = "", hide_default_value = true)]
         label: String,
 
-        /// A peer and the names that it publishes, as in PEER=acme/*; without a pattern all; may be repeated. Without
-        /// any this node publishes all
+        /// A publisher and the names that it may publish, as in PEER=acme/*; without a pattern, all names; may be
+        /// repeated [default: this node, all names]
         #[arg(long, value_name = "PEER[=PATTERN]")]
         publisher: Vec<Publisher>,
 
-        /// Another node that may change the publishers; may be repeated
+        /// PeerId of another node that may change the publishers; may be repeated
         #[arg(long, value_name = "PEER", value_parser = peer_id)]
         administrator: Vec<PeerId>,
 
-        /// Only owner, administrators and this peer may read it; may be repeated, and publishers are to be among them. Without it everybody in the network may
+        /// Allow only the owner, the administrators and this peer to read the registry; may be repeated; name the
+        /// publishers too [default: every node may read it]
         #[arg(long, value_name = "PEER", value_parser = peer_id)]
         reader: Vec<PeerId>,
     },
-    /// Follow a registry from now on: hold what it lists, and take its word for what names mean
+    /// Follow a registry: replicate its lists, and resolve names by them
     Follow {
         /// The registry's id
         id: DocumentId,
 
-        /// Only names that begin so are of interest
+        /// Follow only names with this prefix [default: all names]
         #[arg(
             long,
             value_name = "PREFIX",
@@ -43,21 +44,21 @@ pub(crate) enum Registry {
         )]
         prefix: String,
 
-        /// The time to wait for it, as in 30s or 5m
+        /// Longest time to wait until the registry is here, such as 30s or 5m
         #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
         wait: Duration,
     },
-    /// Follow a registry no longer, and delete what is here of it
+    /// Stop following a registry, and delete this node's replica of it
     Unfollow {
         /// The registry's id
         id: DocumentId,
     },
     /// List the registries that this node follows, or the models that one of them lists
     Ls {
-        /// The registry's id
+        /// The registry's id [default: list the registries]
         id: Option<DocumentId>,
 
-        /// Only names that begin so
+        /// List only names with this prefix [default: all names]
         #[arg(default_value = "", hide_default_value = true)]
         prefix: String,
     },
@@ -66,43 +67,44 @@ pub(crate) enum Registry {
         /// The registry's id
         id: DocumentId,
 
-        /// Let a peer publish names from now on, as in PEER=acme/*; without a pattern all names; may be repeated
+        /// Allow a peer to publish names, as in PEER=acme/*; without a pattern, all names; may be repeated
         #[arg(long, value_name = "PEER[=PATTERN]")]
         add: Vec<Publisher>,
 
-        /// Let a peer publish such names no longer; without a pattern no names at all; may be repeated
+        /// Withdraw a peer's right to publish names, as in PEER=acme/*; without a pattern, all its rights; may be
+        /// repeated
         #[arg(long, value_name = "PEER[=PATTERN]")]
         remove: Vec<Former>,
     },
-    /// List a model that this node holds; `weft add --name` does so by itself
+    /// List a model of this node in a registry; `weft add --name` does this by itself
     Publish {
         /// The registry's id
         id: DocumentId,
 
-        /// The name, as in org/name or org/name@revision
+        /// Name to list: org/name or org/name@revision
         name: ModelName,
 
-        /// The model's id, or the name by which this node knows it, if that is another
+        /// The model's id, or the name that it has on this node [default: NAME]
         model: Option<String>,
     },
-    /// List a name no longer; `weft rm` does so by itself
+    /// Remove a name from a registry; `weft rm` does this by itself
     Withdraw {
         /// The registry's id
         id: DocumentId,
 
-        /// The name
+        /// Name to remove: org/name or org/name@revision
         name: ModelName,
     },
 }
 
-/// `PEER`, or `PEER=PATTERN`.
+/// A publisher to add: `PEER=PATTERN`, or `PEER` for all names.
 #[derive(Debug, Clone)]
 pub(crate) struct Publisher {
     peer: PeerId,
     pattern: NamePattern,
 }
 
-/// As [`Publisher`], but for all patterns if none is given.
+/// A publisher to remove: `PEER=PATTERN`, or `PEER` for all its patterns.
 #[derive(Debug, Clone)]
 pub(crate) struct Former {
     peer: PeerId,
@@ -118,7 +120,7 @@ impl std::str::FromStr for Former {
             None => (text, None),
         };
         let peer = peer.parse().map_err(|_| {
-            format!("{peer:?} is no PeerId, which looks like 12D3KooW...: give PEER=PATTERN")
+            format!("{peer:?} is not a PeerId, which looks like 12D3KooW...: give PEER=PATTERN")
         })?;
         let pattern = pattern.map(str::parse).transpose();
         let pattern = pattern.map_err(|error: weft::ParsePatternError| error.to_string())?;

@@ -1,12 +1,12 @@
-//! Quantities on the command line: rates, sizes, quotas and times.
+//! Parses rates, sizes, quotas and durations on the command line.
 
 use std::time::Duration;
 
-/// Bytes a second: a number, and k, M or G for thousands, millions and milliards of them.
+/// Parses a rate in bytes per second: a number, with k, M or G for thousands, millions or billions.
 pub(super) fn rate(text: &str) -> Result<u64, String> {
     let wrong = || {
         format!(
-            "{text:?} is no rate: give bytes a second, such as 500k, 40M or 1.5G; 0 is no limit"
+            "{text:?} is not a rate: give bytes per second, such as 500k, 40M or 1.5G; 0 is no limit"
         )
     };
     let number = text.trim_end_matches("/s").trim_end_matches(['b', 'B']);
@@ -18,30 +18,30 @@ pub(super) fn rate(text: &str) -> Result<u64, String> {
     };
     let number: f64 = number.trim().parse().map_err(|_| wrong())?;
     let rate = number * unit;
-    // Below a byte a second, a limit would stand for none.
+    // A rate below one byte per second would be rounded to 0, which means no limit.
     match rate == 0.0 || (1.0..1e15).contains(&rate) {
         true => Ok(rate as u64),
         false => Err(wrong()),
     }
 }
 
-/// How much fetched content may take; `None` is no limit.
+/// The quota of fetched content, in bytes; `None` is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Quota(pub(crate) Option<u64>);
 
-/// Bytes as [`bytes`] reads them, or `none`.
+/// Parses a quota: bytes as [`bytes`] parses them, or `none`.
 pub(super) fn quota(text: &str) -> Result<Quota, String> {
     if text.eq_ignore_ascii_case("none") {
         return Ok(Quota(None));
     }
     let wrong =
-        |_| format!("{text:?} is no quota: give bytes, such as 500M, 100GB or 64GiB, or none");
+        |_| format!("{text:?} is not a quota: give bytes, such as 500M, 100GB or 64GiB, or none");
     bytes(text).map(|bytes| Quota(Some(bytes))).map_err(wrong)
 }
 
-/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024.
+/// Parses a size in bytes: a number, with k, M, G or T for powers of 1,000, or Ki, Mi, Gi or Ti for powers of 1,024.
 pub(super) fn bytes(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text:?} is no size: give bytes, such as 500M, 100GB or 64GiB");
+    let wrong = || format!("{text:?} is not a size: give bytes, such as 500M, 100GB or 64GiB");
     let number = text.trim_end_matches(['b', 'B']);
     let (number, base) = match number.strip_suffix('i') {
         Some(number) => (number, 1024_f64),
@@ -62,7 +62,7 @@ pub(super) fn bytes(text: &str) -> Result<u64, String> {
     }
 }
 
-/// `90s`, `10m`, `1h`, `2d`, or seconds.
+/// Parses a duration: `90s`, `10m`, `1h`, `2d`, or a number of seconds.
 pub(super) fn time(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let unit: u64 = match &text[digits.len()..] {
@@ -70,12 +70,12 @@ pub(super) fn time(text: &str) -> Result<Duration, String> {
         "m" => 60,
         "h" => 3600,
         "d" => 86_400,
-        _ => return Err("write it as in 90s, 10m, 1h or 2d".to_owned()),
+        _ => return Err("give a duration such as 90s, 10m, 1h or 2d".to_owned()),
     };
     let number: u64 = digits
         .parse()
-        .map_err(|_| "write it as in 90s, 10m, 1h or 2d".to_owned())?;
-    let seconds = number.checked_mul(unit).ok_or("that is too long")?;
+        .map_err(|_| "give a duration such as 90s, 10m, 1h or 2d".to_owned())?;
+    let seconds = number.checked_mul(unit).ok_or("the duration is too long")?;
     Ok(Duration::from_secs(seconds))
 }
 

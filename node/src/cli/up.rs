@@ -1,4 +1,4 @@
-//! Arguments of `weft up` and `weft relay`: a node with its addresses and limits.
+//! Arguments of `weft up` and `weft relay`: the node's addresses and limits.
 
 use std::{
     net::SocketAddr,
@@ -16,26 +16,44 @@ use super::{
 
 #[derive(Debug, Args)]
 pub(crate) struct Up {
-    /// A node to join the mesh through, ending in /p2p/<PeerId>; may be repeated
-    #[arg(long, value_name = "ADDR", value_parser = peer_address)]
+    /// Address of a node to join the mesh through, ending in /p2p/<PeerId>; may be repeated
+    #[arg(long, value_name = "ADDR", value_parser = peer_address, help_heading = NETWORK)]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
-    /// An address to listen on, as in /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws;
-    /// may be repeated [default: TCP and QUIC on all interfaces, port 9338, or a free one if that is taken]
-    #[arg(long, value_name = "ADDR", value_parser = address)]
+    /// Address to listen on, such as /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws;
+    /// may be repeated [default: TCP and QUIC on all interfaces, port 9338, or a free port if 9338 is taken]
+    #[arg(long, value_name = "ADDR", value_parser = address, help_heading = NETWORK)]
     pub(crate) listen: Vec<Multiaddr>,
 
-    /// An address that leads here from outside, such as a forwarded port's; may be repeated
-    #[arg(long, value_name = "ADDR", value_parser = address)]
+    /// External address of this node, such as that of a forwarded port; may be repeated
+    #[arg(long, value_name = "ADDR", value_parser = address, help_heading = NETWORK)]
     pub(crate) external: Vec<Multiaddr>,
 
-    /// A relay to hold a place on, ending in /p2p/<PeerId>; may be repeated
-    #[arg(long, value_name = "ADDR", value_parser = peer_address)]
+    /// Do not ask the gateway to map ports (PCP, NAT-PMP, UPnP)
+    #[arg(long, help_heading = NETWORK)]
+    pub(crate) no_port_mapping: bool,
+
+    /// Do not discover nodes on the local network (mDNS)
+    #[arg(long, help_heading = NETWORK)]
+    pub(crate) no_mdns: bool,
+
+    /// Do not open direct connections to peers that are connected through a relay
+    #[arg(long, help_heading = NETWORK)]
+    pub(crate) no_hole_punching: bool,
+
+    /// Address of a relay to hold a reservation on, ending in /p2p/<PeerId>; may be repeated
+    #[arg(long, value_name = "ADDR", value_parser = peer_address, help_heading = RELAY)]
     pub(crate) relay: Vec<Multiaddr>,
 
-    /// Relay for other peers: auto starts once strangers have reached this node, with small limits unless a limit is
-    /// given
-    #[arg(long, value_enum, default_value_t = RelayServerMode::Auto, value_name = "WHEN")]
+    /// Relay for other peers; auto starts when peers outside have reached this node, with small limits for each limit
+    /// that is not given
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = RelayServerMode::Auto,
+        value_name = "WHEN",
+        help_heading = RELAY
+    )]
     pub(crate) relay_server: RelayServerMode,
 
     #[command(flatten)]
@@ -47,8 +65,9 @@ pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) rates: RateOptions,
 
-    /// Bytes of fetched content in the node's home, such as 100GB, or none; what was used longest ago is evicted [default: as it was]
-    #[arg(long, value_name = "BYTES", value_parser = quota)]
+    /// Quota of fetched content in the node's home, in bytes, such as 100GB, or none; content used longest ago is
+    /// evicted first [default: as set before, at first none]
+    #[arg(long, value_name = "BYTES", value_parser = quota, help_heading = RATES)]
     pub(crate) quota: Option<Quota>,
 
     #[command(flatten)]
@@ -57,271 +76,306 @@ pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) web: WebOptions,
 
-    /// Stay on relays: open no direct connection beside a relayed one
-    #[arg(long)]
-    pub(crate) no_hole_punching: bool,
+    #[command(flatten)]
+    pub(crate) service: ServiceOptions,
+}
 
-    /// Do not ask the gateway of this network to forward ports (PCP, NAT-PMP, UPnP)
-    #[arg(long)]
-    pub(crate) no_port_mapping: bool,
+/// Headings of the options of `weft up` that stand in more than one struct.
+const NETWORK: &str = "Network";
+const RELAY: &str = "Relay";
+const RATES: &str = "Rates and storage";
 
-    /// Do not look for nodes on the local network
-    #[arg(long)]
-    pub(crate) no_mdns: bool,
-
-    /// The TCP address of the API; loopback only
+/// The addresses of the API and the metrics.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "API and metrics")]
+pub(crate) struct ServiceOptions {
+    /// TCP address of the API, on a loopback address; port 0 selects a free port
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = socket)]
     pub(crate) api: SocketAddr,
 
-    /// Serve metrics for Prometheus at http://IP:PORT/metrics
+    /// Serve metrics for Prometheus at http://IP:PORT/metrics [default: no metrics]
     #[arg(long, value_name = "IP:PORT", value_parser = socket)]
     pub(crate) metrics: Option<SocketAddr>,
 }
 
-/// How fast content may come and go.
+/// Limits on the rate of content, in bytes per second. Zero is no limit.
 #[derive(Debug, Default, Args)]
+#[command(next_help_heading = RATES)]
 pub(crate) struct RateOptions {
-    /// Bytes a second of content from all peers, such as 40M; 0: no limit
+    /// Most content to receive from all peers, in bytes per second, such as 40M; 0: no limit
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
     pub(crate) max_download: u64,
 
-    /// Bytes a second of content to all peers
+    /// Most content to send to all peers, in bytes per second, such as 40M; 0: no limit
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
     pub(crate) max_upload: u64,
 
-    /// Bytes a second of content from one peer
+    /// Most content to receive from one peer, in bytes per second, such as 40M; 0: no limit
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
     pub(crate) max_download_per_peer: u64,
 
-    /// Bytes a second of content to one peer
+    /// Most content to send to one peer, in bytes per second, such as 40M; 0: no limit
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
     pub(crate) max_upload_per_peer: u64,
 }
 
-/// What others can make this node hold.
+/// Limits on the resources that peers can use on this node.
 #[derive(Debug, Args)]
 pub(crate) struct LimitOptions {
-    /// Connections in all
+    #[command(flatten)]
+    connections: ConnectionOptions,
+
+    #[command(flatten)]
+    calls: CallOptions,
+
+    #[command(flatten)]
+    probes: ProbeOptions,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits on connections")]
+struct ConnectionOptions {
+    /// Most connections in total, incoming and outgoing
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().established)]
     pub(crate) max_connections: u32,
 
-    /// Connections opened by others; when there are too many, the least useful one of the place with most makes room
+    /// Most incoming connections; beyond, the least useful connection of the largest network group is closed
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().established_incoming)]
     pub(crate) max_incoming: u32,
 
-    /// Connections in the handshake, opened by others; when there are too many, those that have sent nothing make room
+    /// Most half-open incoming connections; beyond, connections that have sent nothing are closed
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().pending_incoming)]
     pub(crate) max_pending_incoming: u32,
 
-    /// Connections in the handshake, opened by this node
+    /// Most outgoing connections whose handshake has not ended
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().pending_outgoing)]
     pub(crate) max_pending_outgoing: u32,
 
-    /// Connections with one peer
+    /// Most connections to one peer
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_peer)]
     pub(crate) max_per_peer: u32,
 
-    /// Connections opened by others from one public IPv4 address or IPv6 /64; a /24, a /48 and a relay have twice as
-    /// many, a private address and this machine six times as many
+    /// Most incoming connections from one public IPv4 address or IPv6 /64; twice as many from an IPv4 /24, an IPv6 /48
+    /// or a relay, six times as many from a private address or this machine
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_address)]
     pub(crate) max_per_address: u32,
 
-    /// Streams that a peer may have open on one connection
+    /// Most streams that a peer may have open on one connection
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().streams)]
     pub(crate) max_streams: usize,
 
-    /// TCP connections that carry one bulk stream each; 0: bulk shares connections with everything else
+    /// Most lanes (TCP connections for one bulk stream each) in total; 0: bulk streams share connections
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().lanes)]
     pub(crate) max_lanes: usize,
 
-    /// TCP connections with one peer that carry one bulk stream each
+    /// Most lanes (TCP connections for one bulk stream each) to one peer
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().lanes_per_peer)]
     pub(crate) max_lanes_per_peer: usize,
 
-    /// Resident memory of this process beyond which others can open nothing; 0: no limit
+    /// Resident memory of this process, in bytes, above which peers cannot open connections or streams; 0: no limit
     #[arg(long, value_name = "BYTES", default_value_t = MAX_MEMORY)]
     pub(crate) max_memory: u64,
+}
 
-    /// Streams for calls that others may have open
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits on calls")]
+struct CallOptions {
+    /// Most sessions (streams for calls) that all peers together may have open
     #[arg(long, value_name = "N", default_value_t = CallLimits::default().sessions)]
     pub(crate) max_call_sessions: usize,
 
-    /// Streams for calls that one peer may have open
+    /// Most sessions (streams for calls) that one peer may have open
     #[arg(long, value_name = "N", default_value_t = CallLimits::default().sessions_per_peer)]
     pub(crate) max_call_sessions_per_peer: usize,
 
-    /// Bytes of all calls from others that wait to be taken by what answers
+    /// Most bytes received in calls from all peers that services have not read yet
     #[arg(long, value_name = "BYTES", default_value_t = CallLimits::default().held)]
     pub(crate) max_call_bytes: usize,
 
-    /// Calls that others may have open on one such stream
+    /// Most calls that a peer may have open on one session
     #[arg(long, value_name = "N", default_value_t = CallLimits::default().session.max_calls)]
     pub(crate) max_calls: usize,
 
-    /// Bytes of a message of a call
+    /// Largest message of a call, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = CallLimits::default().session.max_message)]
     pub(crate) max_call_message: usize,
 
-    /// Bytes of all attachments of such a message
+    /// Largest total size of the attachments of one message, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = CallLimits::default().session.max_attachments)]
     pub(crate) max_call_attachments: usize,
+}
 
-    /// Reachability probes a minute: dials by which this node tells peers whether they can be reached; 0: none
+/// Limits on reachability probes: the dials by which this node tells peers whether they are reachable (AutoNAT).
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Reachability probes")]
+struct ProbeOptions {
+    /// Most probes per minute for all peers; a probe dials a peer to tell it whether it is reachable; 0: no probes
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute)]
     pub(crate) autonat_per_minute: usize,
 
-    /// Reachability probes a minute for one peer
+    /// Most probes per minute for one peer
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_peer)]
     pub(crate) autonat_per_minute_per_peer: usize,
 
-    /// Reachability probes a minute for one IPv4 network of 24 bits or IPv6 network of 48
+    /// Most probes per minute for one IPv4 /24 or IPv6 /48
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_network)]
     pub(crate) autonat_per_minute_per_network: usize,
 
-    /// Reachability probes at a time
+    /// Most probes at the same moment
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().concurrent)]
     pub(crate) autonat_concurrent: usize,
 }
 
-/// A process that is nothing but a node needs a small part of this even with all its limits reached.
+/// The default of `--max-memory`, in bytes: 2 GiB. A node whose other limits are all reached needs a small part of it.
 const MAX_MEMORY: u64 = 2 << 30;
 
 impl LimitOptions {
-    /// Of calls from others.
+    /// Returns the limits on calls from peers.
     fn calls(&self) -> CallLimits {
         let default = CallLimits::default();
+        let given = &self.calls;
         CallLimits {
-            sessions: self.max_call_sessions,
-            sessions_per_peer: self.max_call_sessions_per_peer,
-            held: self.max_call_bytes,
+            sessions: given.max_call_sessions,
+            sessions_per_peer: given.max_call_sessions_per_peer,
+            held: given.max_call_bytes,
             session: weft_proto::rpc::Limits {
-                max_calls: self.max_calls,
-                max_message: self.max_call_message,
-                max_attachments: self.max_call_attachments,
+                max_calls: given.max_calls,
+                max_message: given.max_call_message,
+                max_attachments: given.max_call_attachments,
                 ..default.session
             },
         }
     }
 
+    /// Returns the limits on connections and probes.
     fn get(&self) -> weft::Limits {
+        let (given, probes) = (&self.connections, &self.probes);
         weft::Limits {
-            pending_incoming: self.max_pending_incoming,
-            pending_outgoing: self.max_pending_outgoing,
-            established_incoming: self.max_incoming,
-            established: self.max_connections,
-            per_peer: self.max_per_peer,
-            per_address: self.max_per_address,
-            streams: self.max_streams,
-            lanes: self.max_lanes,
-            lanes_per_peer: self.max_lanes_per_peer,
-            memory: (self.max_memory != 0).then_some(self.max_memory),
+            pending_incoming: given.max_pending_incoming,
+            pending_outgoing: given.max_pending_outgoing,
+            established_incoming: given.max_incoming,
+            established: given.max_connections,
+            per_peer: given.max_per_peer,
+            per_address: given.max_per_address,
+            streams: given.max_streams,
+            lanes: given.max_lanes,
+            lanes_per_peer: given.max_lanes_per_peer,
+            memory: (given.max_memory != 0).then_some(given.max_memory),
             autonat: weft::AutonatLimits {
-                per_minute: self.autonat_per_minute,
-                per_minute_per_peer: self.autonat_per_minute_per_peer,
-                per_minute_per_network: self.autonat_per_minute_per_network,
-                concurrent: self.autonat_concurrent,
+                per_minute: probes.autonat_per_minute,
+                per_minute_per_peer: probes.autonat_per_minute_per_peer,
+                per_minute_per_network: probes.autonat_per_minute_per_network,
+                concurrent: probes.autonat_concurrent,
             },
         }
     }
 }
 
-/// Whom to have to do with.
+/// The allow and block lists.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Access")]
 pub(crate) struct AccessOptions {
-    /// Connect with nobody but this PeerId, or network such as 192.0.2.0/24; may be repeated
+    /// Connect only with this PeerId or network, such as 192.0.2.0/24; may be repeated [default: any]
     #[arg(long, value_name = "RULE")]
     pub(crate) allow: Vec<Rule>,
 
-    /// Never connect with this PeerId, or network such as 192.0.2.0/24; may be repeated
+    /// Never connect with this PeerId or network, such as 192.0.2.0/24; may be repeated [default: none]
     #[arg(long, value_name = "RULE")]
     pub(crate) block: Vec<Rule>,
 }
 
-/// WebSocket.
+/// Options of the WebSocket listeners.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "WebSocket")]
 pub(crate) struct WebOptions {
-    /// The certificate chain for secure WebSocket (PEM), for browsers and proxies [default: one that only other nodes take]
+    /// PEM file with the certificate chain for secure WebSocket, for browsers and proxies [default: a self-signed
+    /// certificate that only Weft nodes accept]
     #[arg(long, value_name = "FILE", requires = "ws_key")]
     pub(crate) ws_certificate: Option<PathBuf>,
 
-    /// The private key of --ws-certificate (PEM)
+    /// PEM file with the private key of --ws-certificate
     #[arg(long, value_name = "FILE", requires = "ws_certificate")]
     pub(crate) ws_key: Option<PathBuf>,
 
-    /// Let web pages of this origin connect by WebSocket, such as https://example.org; * allows any; may be repeated
-    /// [default: no web page connects]
+    /// Allow web pages of this origin to connect by WebSocket, such as https://example.org; * allows any origin; may be
+    /// repeated [default: none]
     #[arg(long, value_name = "ORIGIN")]
     pub(crate) ws_origin: Vec<String>,
 
-    /// Take the word of a reverse proxy at this address or network, such as 127.0.0.1, for where connections come from:
-    /// by the PROXY protocol or X-Forwarded-For, one of which it must send; may be repeated
+    /// Address or network of a reverse proxy, such as 127.0.0.1, that must send the client's address, by the PROXY
+    /// protocol or X-Forwarded-For; may be repeated [default: none]
     #[arg(long, value_name = "ADDRESS", value_parser = network)]
     pub(crate) trusted_proxy: Vec<Rule>,
 }
 
-/// Whether to relay for others.
+/// When this node relays for other peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RelayServerMode {
+    /// When peers outside have reached this node
     Auto,
+    /// From the start
     Always,
+    /// Never
     Never,
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = RELAY)]
 pub(crate) struct RelayLimitOptions {
-    /// Peers that this node holds a place for as their relay
+    /// Most peers that may hold a reservation on this node
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().reservations)]
     pub(crate) relay_reservations: usize,
 
-    /// Seconds that a place holds without being asked for again
+    /// Duration of a reservation that is not renewed, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = weft::RelayLimits::default().reservation_duration.as_secs())]
     pub(crate) relay_reservation_seconds: u64,
 
-    /// Connections that this node relays at a time
+    /// Most circuits (relayed connections) at the same moment
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits)]
     pub(crate) relay_circuits: usize,
 
-    /// Connections that this node relays at a time for one peer
+    /// Most circuits (relayed connections) of one peer at the same moment
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits_per_peer)]
     pub(crate) relay_circuits_per_peer: usize,
 
-    /// Bytes that pass through a relayed connection each way before it is closed; 0: no limit
+    /// Bytes in each direction after which a circuit is closed; 0: no limit
     #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().circuit_bytes)]
     pub(crate) relay_circuit_bytes: u64,
 
-    /// Seconds that a relayed connection lasts before it is closed
+    /// Duration after which a circuit is closed, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = weft::RelayLimits::default().circuit_duration.as_secs())]
     pub(crate) relay_circuit_seconds: u64,
 
-    /// Bytes a second that this node relays in all; 0: no limit
+    /// Most bytes per second to relay for all peers; 0: no limit
     #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().rate)]
     pub(crate) relay_rate: u64,
 
-    /// Bytes a second that this node relays for one peer; 0: no limit
+    /// Most bytes per second to relay for one peer; 0: no limit
     #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().rate_per_peer)]
     pub(crate) relay_rate_per_peer: u64,
 
-    /// Bytes a day that this node relays in all; 0: no limit
+    /// Most bytes per day to relay for all peers; 0: no limit
     #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().daily_bytes)]
     pub(crate) relay_daily_bytes: u64,
 
-    /// Bytes a day that this node relays for one peer; 0: no limit
+    /// Most bytes per day to relay for one peer; 0: no limit
     #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().daily_bytes_per_peer)]
     pub(crate) relay_daily_bytes_per_peer: u64,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Relay {
-    /// A node to join the mesh through, ending in /p2p/<PeerId>; may be repeated
-    #[arg(long, value_name = "ADDR", value_parser = peer_address)]
+    /// Address of a node to join the mesh through, ending in /p2p/<PeerId>; may be repeated
+    #[arg(long, value_name = "ADDR", value_parser = peer_address, help_heading = NETWORK)]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
-    /// An address to listen on; may be repeated [default: as for weft up]
-    #[arg(long, value_name = "ADDR", value_parser = address)]
+    /// Address to listen on, such as /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws;
+    /// may be repeated [default: TCP and QUIC on all interfaces, port 9338, or a free port if 9338 is taken]
+    #[arg(long, value_name = "ADDR", value_parser = address, help_heading = NETWORK)]
     pub(crate) listen: Vec<Multiaddr>,
 
-    /// An address that leads here from outside, such as a forwarded port's; may be repeated
-    #[arg(long, value_name = "ADDR", value_parser = address)]
+    /// External address of this node, such as that of a forwarded port; may be repeated
+    #[arg(long, value_name = "ADDR", value_parser = address, help_heading = NETWORK)]
     pub(crate) external: Vec<Multiaddr>,
 
     #[command(flatten)]
@@ -336,17 +390,12 @@ pub(crate) struct Relay {
     #[command(flatten)]
     pub(crate) web: WebOptions,
 
-    /// The TCP address of the API; loopback only
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = socket)]
-    pub(crate) api: SocketAddr,
-
-    /// Serve metrics for Prometheus at http://IP:PORT/metrics
-    #[arg(long, value_name = "IP:PORT", value_parser = socket)]
-    pub(crate) metrics: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) service: ServiceOptions,
 }
 
 impl Up {
-    /// Returns the node that these options describe, on a home.
+    /// Returns a builder for the node that these options describe, with this home.
     pub(crate) fn builder(self, home: &Path) -> Result<weft::Builder, CertificateError> {
         let mut builder = Node::builder()
             .home(home)
@@ -435,8 +484,7 @@ impl From<Relay> for Up {
             no_hole_punching: false,
             no_port_mapping: true,
             no_mdns: true,
-            api: relay.api,
-            metrics: relay.metrics,
+            service: relay.service,
         }
     }
 }

@@ -31,7 +31,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
     let mut meter = Meter::new();
     let Some(repo) = options.hf_cache else {
         let path = options.path;
-        let path = path.ok_or_else(|| Failure::usage("a folder or file is needed"))?;
+        let path = path.ok_or_else(|| Failure::usage("give the path of a folder or file"))?;
         let path = absolute(path)?;
         let request = AddRequest {
             path,
@@ -48,7 +48,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
     };
     if repo.is_empty() && !name.is_empty() {
         return Err(Failure::usage(
-            "--name is for one model: say which repository, as in --hf-cache=org/name",
+            "--name is for one model: give its repository too, as in --hf-cache=org/name",
         ));
     }
     let request = AddHfCacheRequest {
@@ -57,11 +57,17 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
         strict: options.strict,
     };
     let events = client.models().add_hf_cache(request).await?.into_inner();
-    let done = shown(events, &mut meter, &mut stop, "what was added stays").await?;
+    let done = shown(
+        events,
+        &mut meter,
+        &mut stop,
+        "models added so far are kept",
+    )
+    .await?;
     print_cache(done, &node(client).await?, &meter, as_json)
 }
 
-/// Returns the node's status, which tells whether there were peers to announce the model to.
+/// Returns the node's status, to explain why a model was advertised to no node.
 async fn node(client: &Client) -> Result<StatusResponse, Failure> {
     let status = client.node().status(StatusRequest {}).await?;
     Ok(status.into_inner())
@@ -91,7 +97,7 @@ impl Event for AddHfCacheEvent {
     }
 }
 
-/// Shows progress until it is done; `stopped` is what is to be said when it is stopped before the model is added.
+/// Shows progress until the operation ends. `stopped` is the message if a signal stops it before the model is added.
 async fn shown<E: Event<Progress = AddProgress>>(
     events: Streaming<E>,
     meter: &mut Meter,
@@ -104,12 +110,12 @@ async fn shown<E: Event<Progress = AddProgress>>(
     let stopped = |last: &AddProgress| {
         Failure::interrupted(match last.phase.as_str() {
             "publishing" => {
-                "stopped; the model is added, and is announced when this node meets others"
+                "stopped; the model is added, and is advertised when this node connects to others"
                     .to_owned()
             }
-            "storing" => format!(
-                "stopped; {stopped}, unless it was just being written down: `weft ls` tells"
-            ),
+            "storing" => {
+                format!("stopped; {stopped}, unless it was just being stored: check `weft ls`")
+            }
             _ => format!("stopped; {stopped}"),
         })
     };
@@ -176,7 +182,7 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
     }
     if done.opaque_more > 0 {
         err!(
-            "and {} more without tensors",
+            "and {} more, without tensors",
             output::count(done.opaque_more.into(), "file")
         );
     }
@@ -188,7 +194,7 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
     }
     if !done.taken_from.is_empty() {
         let id = &done.taken_from;
-        err!("the name that you gave was taken from the model {id}, which stays here without it");
+        err!("the name was moved from the model {id}, which stays on this node without it");
     }
     for problem in &done.not_listed {
         err!("not listed in registry {problem}");
@@ -196,9 +202,9 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
     for one in &done.reserved {
         let (name, registry) = (&one.name, &one.registry);
         err!(
-            "attention: registry {registry} reserves the name {name} for {}: other nodes that follow it do not take \
-             the name for this model; use another name, or have its owner run `weft registry publishers {registry} \
-             --add` with this node's peer id",
+            "attention: registry {registry} reserves the name {name} for {}: nodes that follow the registry do not \
+             resolve the name to this model; use another name, or ask the registry's owner to run `weft registry \
+             publishers {registry} --add` with this node's PeerId",
             one.publishers.join(", ")
         );
     }
@@ -222,27 +228,30 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
         out!("  {}", not_announced(node));
     } else {
         out!(
-            "  announced to {}",
+            "  advertised to {}",
             output::count(done.announced_to.into(), "node")
         );
     }
 }
 
-/// Why no other node has taken the announcement of a model.
+/// Returns the reason why no other node has stored the records of a model.
 fn not_announced(node: &StatusResponse) -> String {
     if node.peer_count == 0 {
-        return "nobody is connected yet: it is announced when this node meets others".to_owned();
+        return "not advertised yet: no peer is connected; this node repeats it when it has peers"
+            .to_owned();
     }
     let peers = output::count(node.peer_count.into(), "connected peer");
     match node.clock.as_ref().is_some_and(|clock| clock.is_wrong) {
-        true => format!("none of {peers} has taken the announcement: this machine's clock is off"),
-        false => format!(
-            "none of {peers} has taken the announcement yet: it is repeated as nodes are met"
-        ),
+        true => {
+            format!("not advertised: {peers} refused the records: this machine's clock is wrong")
+        }
+        false => {
+            format!("not advertised yet: {peers} did not store the records; this node tries again")
+        }
     }
 }
 
-/// What of a cache was added, and an error if anything that should have been was not.
+/// Prints the models added from a cache. Returns an error if a model of the cache could not be added.
 fn print_cache(
     done: AddHfCacheDone,
     node: &StatusResponse,
@@ -277,7 +286,7 @@ fn print_cache(
         return result;
     }
     for skipped in &done.skipped {
-        err!("passed over {skipped}");
+        err!("skipped {skipped}");
     }
     for one in &done.failed {
         err!("not added: {}: {}", one.what, one.reason);
@@ -291,11 +300,11 @@ fn print_cache(
     warn_of_clock(node);
     if !done.failed.is_empty() {
         let problems = output::count(done.failed.len() as u64, "problem");
-        err!("{problems}: not everything that the cache should hold was added");
+        err!("{problems}: not all models of the cache were added");
         return result;
     }
     match done.added.len() {
-        0 => out!("there is no model in the cache that a ref points to"),
+        0 => out!("no ref in the cache points to a model"),
         1 => {}
         many => out!(
             "{}, {} in {} ({})",

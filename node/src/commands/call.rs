@@ -1,4 +1,4 @@
-//! `weft call`.
+//! `weft call` and `weft service`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -34,7 +34,7 @@ use crate::{
     },
 };
 
-/// Lines of standard input that wait to be sent.
+/// Most messages from standard input that are queued to be sent.
 const LINES: usize = 16;
 
 pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result<(), Failure> {
@@ -59,7 +59,7 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
     };
     let begin = CallBegin {
         method: format!("{}/{}", method.parent_service().full_name(), method.name()),
-        // IDEMPOTENCY_UNKNOWN is 0, and means that it is not.
+        // IDEMPOTENCY_UNKNOWN is 0, and means that the method is not idempotent.
         idempotent: method
             .method_descriptor_proto()
             .options
@@ -73,15 +73,15 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
     show(answers, &method, &options).await
 }
 
-/// The beginning of a call of no method yet: the peer or service, the metadata and the deadline.
+/// Returns the start of a call without its method: the peer or service, the metadata and the deadline.
 fn begin(options: &Call) -> Result<CallBegin, Failure> {
     let metadata = options
         .metadata
         .iter()
         .map(|pair| {
-            let (name, value) = pair.split_once('=').ok_or_else(|| {
-                Failure::usage(format!("--metadata {pair}: it must be NAME=VALUE"))
-            })?;
+            let (name, value) = pair
+                .split_once('=')
+                .ok_or_else(|| Failure::usage(format!("--metadata {pair}: must be NAME=VALUE")))?;
             Ok(CallMetadata {
                 name: name.to_owned(),
                 value: value.as_bytes().to_vec(),
@@ -101,14 +101,14 @@ fn begin(options: &Call) -> Result<CallBegin, Failure> {
         timeout_millis,
         metadata,
         bulk: options.bulk,
-        ..whom(&options.peer, chosen)?
+        ..callee(&options.peer, chosen)?
     })
 }
 
 /// Messages to send, in order.
 type Messages = stream::BoxStream<'static, CallMessage>;
 
-/// The messages that --data gives, the first with the attachments.
+/// Returns the messages in `--data`. The first one has the attachments.
 async fn messages(
     method: &MethodDescriptor,
     data: &[String],
@@ -153,7 +153,7 @@ async fn messages(
     }
 }
 
-/// Prints the answers as they come, and saves their attachments if asked to.
+/// Prints the answers as they arrive, and with `--save` writes their attachments to files.
 async fn show(
     mut answers: Streaming<CallMessage>,
     method: &MethodDescriptor,
@@ -164,10 +164,10 @@ async fn show(
     while let Some(answer) = answers.message().await.map_err(failed)? {
         let message = DynamicMessage::decode(method.output(), answer.data.as_slice());
         let message = message
-            .map_err(|error| Failure::other(format!("the answer cannot be decoded: {error}")))?;
+            .map_err(|error| Failure::other(format!("cannot decode the answer: {error}")))?;
         let text = serde_json::to_value(&message);
-        let mut text =
-            text.map_err(|error| Failure::other(format!("the answer is no JSON: {error}")))?;
+        let mut text = text
+            .map_err(|error| Failure::other(format!("cannot show the answer as JSON: {error}")))?;
         if !answer.attachments.is_empty() {
             let attachments = answer.attachments.iter().enumerate();
             let attachments = attachments.map(|(n, attachment)| {
@@ -183,7 +183,7 @@ async fn show(
     Ok(())
 }
 
-/// Describes an attachment, and writes it as a file of this name if a folder is given.
+/// Returns the JSON description of an attachment. If a folder is given, writes the attachment to a file there.
 fn attachment_json(
     attachment: &CallAttachment,
     name: &str,
@@ -203,7 +203,7 @@ fn attachment_json(
     }))
 }
 
-/// The only one of the messages for a method that takes one.
+/// Returns the only message for a method that takes one message; `None` if there is none.
 fn one<'a>(
     method: &MethodDescriptor,
     messages: &'a [impl AsRef<str>],
@@ -213,18 +213,19 @@ fn one<'a>(
         [only] => Ok(Some(only.as_ref())),
         more => {
             let (name, count) = (method.name(), more.len());
-            let text = format!("{name} takes one message, and these are {count}");
-            Err(Failure::usage(text).hint("Call it once for each."))
+            let text = format!("{name} takes one message, but {count} are given");
+            Err(Failure::usage(text).hint("Call the method once for each message."))
         }
     }
 }
 
-/// A peer, or whoever offers a service.
-fn whom(text: &str, chosen: FindServiceRequest) -> Result<CallBegin, Failure> {
+/// Returns the start of a call to a peer, or to any provider of a service.
+fn callee(text: &str, chosen: FindServiceRequest) -> Result<CallBegin, Failure> {
     if is_peer(text) {
         if !chosen.labels.is_empty() || !chosen.only.is_empty() || chosen.trusted {
             return Err(Failure::usage(
-                "--label, --only and --trusted choose among those that offer a service; give its name instead of a peer",
+                "--label, --only and --trusted choose among the providers of a service: give a service's name \
+                 instead of a peer",
             ));
         }
         let peer = super::reach::request(text)?;
@@ -243,7 +244,7 @@ fn whom(text: &str, chosen: FindServiceRequest) -> Result<CallBegin, Failure> {
     })
 }
 
-/// An address begins with a slash, and what is no PeerId is a name.
+/// Returns true if the text is an address, which begins with a slash, or a PeerId. Any other text names a service.
 fn is_peer(text: &str) -> bool {
     text.starts_with('/') || text.parse::<PeerId>().is_ok()
 }
@@ -252,13 +253,13 @@ fn labels(given: &[String]) -> Result<HashMap<String, String>, Failure> {
     let pairs = given.iter().map(|pair| {
         let (name, value) = pair
             .split_once('=')
-            .ok_or_else(|| Failure::usage(format!("--label {pair}: it must be NAME=VALUE")))?;
+            .ok_or_else(|| Failure::usage(format!("--label {pair}: must be NAME=VALUE")))?;
         Ok((name.to_owned(), value.to_owned()))
     });
     pairs.collect()
 }
 
-/// `x.bin`, or `F32:2x3:x.bin`.
+/// Reads an attachment that is given as `x.bin` or `F32:2x3:x.bin`.
 fn attachment(given: &str) -> Result<CallAttachment, Failure> {
     let typed = given.splitn(3, ':').collect::<Vec<_>>();
     let shape = |text: &str| {
@@ -269,7 +270,7 @@ fn attachment(given: &str) -> Result<CallAttachment, Failure> {
         [dtype, sizes, path] if !Path::new(given).exists() => {
             let shape = shape(sizes).ok_or_else(|| {
                 Failure::usage(format!(
-                    "--attach {given}: the shape must be numbers with x between them, as in 2x3"
+                    "--attach {given}: the shape must be numbers separated by x, as in 2x3"
                 ))
             })?;
             (*dtype, Some(shape), *path)
@@ -283,7 +284,7 @@ fn attachment(given: &str) -> Result<CallAttachment, Failure> {
         if wanted != Some(data.len() as u64) {
             let bytes = data.len();
             return Err(Failure::usage(format!(
-                "--attach {given}: {dtype} of that shape is not {bytes} bytes"
+                "--attach {given}: the file has {bytes} bytes, which does not match {dtype} and the shape"
             )));
         }
     }
@@ -294,7 +295,8 @@ fn attachment(given: &str) -> Result<CallAttachment, Failure> {
     })
 }
 
-/// Bytes of an element, of the types of safetensors that are whole bytes; what others are is between the caller and the called.
+/// Returns the size of an element in bytes, for the types of safetensors whose elements are whole bytes. Other types
+/// are not checked: their meaning is up to the caller and the service.
 fn size_of(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" => 1,
@@ -339,7 +341,7 @@ pub(super) async fn service(
         return Ok(());
     }
     if found.peers.is_empty() {
-        out!("nobody offers {:?}", options.name);
+        out!("no peer offers {:?}", options.name);
         return Ok(());
     }
     let heading = ["PEER", "PATH", "RTT", "LABELS"];
@@ -411,20 +413,22 @@ async fn call(
     client: &Client,
     begin: CallBegin,
     messages: impl stream::Stream<Item = CallMessage> + Send + 'static,
-    whom: &str,
+    callee: &str,
 ) -> Result<Streaming<CallMessage>, Failure> {
     let request = |what| CallRequest { what: Some(what) };
     let first = stream::iter([request(call_request::What::Begin(begin))]);
     let rest = messages.map(move |message| request(call_request::What::Message(message)));
     let answers = client.calls().call(first.chain(rest)).await;
-    Ok(answers.map_err(|status| failed(status, whom))?.into_inner())
+    Ok(answers
+        .map_err(|status| failed(status, callee))?
+        .into_inner())
 }
 
-/// What the services there look like.
+/// Fetches the schemas of the peer's services.
 async fn schemas(
     client: &Client,
     begin: &CallBegin,
-    whom: &str,
+    callee: &str,
 ) -> Result<DescriptorPool, Failure> {
     let begin = CallBegin {
         method: SCHEMAS.to_owned(),
@@ -432,13 +436,13 @@ async fn schemas(
         ..begin.clone()
     };
     let nothing = stream::iter([CallMessage::default()]);
-    let mut answers = call(client, begin, nothing, whom).await?;
+    let mut answers = call(client, begin, nothing, callee).await?;
     let answer = answers.message().await;
-    let answer = answer.map_err(|status| failed(status, whom))?;
+    let answer = answer.map_err(|status| failed(status, callee))?;
     let schemas = answer.unwrap_or_default().data;
     DescriptorPool::decode(schemas.as_slice()).map_err(|error| {
         Failure::other(format!(
-            "what that node says of its services is damaged: {error}"
+            "cannot decode the schemas of the services of {callee}: {error}"
         ))
     })
 }
@@ -448,7 +452,7 @@ enum Found {
     Method(MethodDescriptor),
 }
 
-fn find(pool: &DescriptorPool, name: &str, whom: &str) -> Result<Found, Failure> {
+fn find(pool: &DescriptorPool, name: &str, callee: &str) -> Result<Found, Failure> {
     let no_such = |text: String| Failure::new(Reason::NoSuchMethod, text);
     if !name.contains(['/', '.']) {
         let methods = pool
@@ -457,19 +461,19 @@ fn find(pool: &DescriptorPool, name: &str, whom: &str) -> Result<Found, Failure>
         let methods: Vec<_> = methods.filter(|method| method.name() == name).collect();
         match methods.as_slice() {
             [only] => return Ok(Found::Method(only.clone())),
-            // A service without a package has such a name.
+            // The name of a service without a package.
             [] if pool.get_service_by_name(name).is_some() => {}
             [] => {
-                let text = format!("no service of {whom} has a method {name}");
-                return Err(no_such(text).hint(format!("`weft call {whom}` lists the methods.")));
+                let text = format!("no service of {callee} has a method {name}");
+                return Err(no_such(text).hint(format!("`weft call {callee}` lists the methods.")));
             }
             several => {
                 let names = several
                     .iter()
                     .map(|method| format!("{}/{name}", method.parent_service().full_name()));
                 let names: Vec<_> = names.collect();
-                let text = format!("several services of {whom} have a method {name}");
-                return Err(no_such(text).hint(format!("Say which: {}.", names.join(", "))));
+                let text = format!("several services of {callee} have a method {name}");
+                return Err(no_such(text).hint(format!("Give one of {}.", names.join(", "))));
             }
         }
     }
@@ -480,13 +484,13 @@ fn find(pool: &DescriptorPool, name: &str, whom: &str) -> Result<Found, Failure>
     let known = || {
         let names: Vec<_> = pool.services().map(|s| s.full_name().to_owned()).collect();
         match names.is_empty() {
-            true => format!("{whom} does not say what its services look like."),
-            false => format!("It has {}.", names.join(", ")),
+            true => format!("{callee} does not publish the schemas of its services."),
+            false => format!("Its services are {}.", names.join(", ")),
         }
     };
     let service = pool
         .get_service_by_name(service)
-        .ok_or_else(|| no_such(format!("{whom} has no service {service}")).hint(known()))?;
+        .ok_or_else(|| no_such(format!("{callee} has no service {service}")).hint(known()))?;
     let Some(method) = method else {
         return Ok(Found::Service(service));
     };
@@ -494,12 +498,12 @@ fn find(pool: &DescriptorPool, name: &str, whom: &str) -> Result<Found, Failure>
     found.map(Found::Method).ok_or_else(|| {
         let names: Vec<_> = service.methods().map(|m| m.name().to_owned()).collect();
         let text = format!("{} has no method {method}", service.full_name());
-        no_such(text).hint(format!("It has {}.", names.join(", ")))
+        no_such(text).hint(format!("Its methods are {}.", names.join(", ")))
     })
 }
 
-/// Says which methods there are; that there are none is said as well.
-fn list(services: impl Iterator<Item = ServiceDescriptor>, whom: &str, as_json: bool) {
+/// Prints the methods of the services, or that there are none.
+fn list(services: impl Iterator<Item = ServiceDescriptor>, callee: &str, as_json: bool) {
     let methods: Vec<_> = services
         .flat_map(|s| s.methods().collect::<Vec<_>>())
         .collect();
@@ -521,7 +525,7 @@ fn list(services: impl Iterator<Item = ServiceDescriptor>, whom: &str, as_json: 
         return;
     }
     if methods.is_empty() {
-        out!("{whom} offers no service that says what it looks like");
+        out!("{callee} offers no service with a schema");
     }
     for method in methods {
         let stream = |streams| if streams { "stream " } else { "" };
@@ -550,7 +554,8 @@ fn encode(method: &MethodDescriptor, text: &str) -> Result<CallMessage, Failure>
     })
 }
 
-/// One message for each line of standard input, as it comes; one that makes no sense ends the stream, and says so.
+/// Returns one message for each line of standard input, as it arrives. An invalid line ends the stream and prints an
+/// error.
 fn lines(method: MethodDescriptor) -> ReceiverStream<CallMessage> {
     let (sender, messages) = tokio::sync::mpsc::channel(LINES);
     std::thread::spawn(move || {
@@ -575,21 +580,23 @@ fn lines(method: MethodDescriptor) -> ReceiverStream<CallMessage> {
     ReceiverStream::new(messages)
 }
 
-/// Converts the status of a failed call of `whom`. Errors of the local node, and of the connection to it, have their
+/// Converts the status of a failed call to `callee`. Errors of the local node, and of the connection to it, have their
 /// own reasons.
-fn failed(status: tonic::Status, whom: &str) -> Failure {
+fn failed(status: tonic::Status, callee: &str) -> Failure {
     if !status.metadata().contains_key(OF_CALL) {
         return status.into();
     }
     let code = Code::from_number(status.code() as u32);
     match code {
         Code::Unavailable => {
-            let hint = match is_peer(whom) {
+            let hint = match is_peer(callee) {
                 true => format!(
-                    "Check that the peer's node is up and that it offers services; `weft ping {whom}` tells."
+                    "Check that the peer's node is running and offers services; `weft ping {callee}` checks the \
+                     connection."
                 ),
                 false => format!(
-                    "Check that a node that offers it is up and that both share a bootstrap node; `weft service {whom}` shows who offers it."
+                    "Check that a provider of the service is running and shares a bootstrap node with this node; \
+                     `weft service {callee}` lists the providers."
                 ),
             };
             Failure::new(Reason::Unreachable, status.message()).hint(hint)
@@ -603,7 +610,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lost_connection_to_the_local_node_is_not_a_peer_that_cannot_be_reached() {
+    fn a_lost_connection_to_the_local_node_differs_from_an_unreachable_peer() {
         let peer = PeerId::random().to_string();
         let lost = failed(tonic::Status::unavailable("transport error"), &peer);
         assert_eq!((lost.code, lost.reason.as_str()), (6, "NOT_RUNNING"));

@@ -10,8 +10,8 @@ use weft_proto::api::ReadRequest;
 
 use crate::{cli::Cat, client::Client, exit::Failure, terminal::output::Meter};
 
-/// The time without progress on standard error: short enough that nobody wonders, and long enough that content which
-/// is here is read without a word.
+/// Time until progress is shown on standard error: short enough that the user does not wonder, and long enough that
+/// reading content from this node's disk shows no progress.
 const SILENT: Duration = Duration::from_millis(500);
 
 pub(crate) async fn run(client: &Client, options: Cat) -> Result<(), Failure> {
@@ -52,7 +52,7 @@ pub(crate) async fn run(client: &Client, options: Cat) -> Result<(), Failure> {
             .and_then(|()| output.flush())
         {
             Ok(()) => {}
-            // The reader has enough.
+            // The reader has closed the pipe, as `head` does.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
             Err(error) => {
                 return Err(Failure::other(format!(
@@ -66,10 +66,11 @@ pub(crate) async fn run(client: &Client, options: Cat) -> Result<(), Failure> {
 
 /// Progress on standard error while the content goes to standard output.
 struct Shown {
-    /// Absent until something took longer than [`SILENT`].
+    /// The progress meter; `None` until something has taken longer than [`SILENT`].
     meter: Option<Meter>,
     begun: Instant,
-    /// A bar and content on one terminal would overwrite each other.
+    /// True if standard output is a terminal. Then no bar is shown while content arrives, because they would overwrite
+    /// each other.
     is_terminal: bool,
     done: u64,
     total: u64,
@@ -86,7 +87,7 @@ impl Shown {
         }
     }
 
-    /// Waits for `work`, and says so with `text` as long as it takes.
+    /// Waits for `work`. Shows `text` if it takes longer than [`SILENT`].
     async fn until<T>(&mut self, work: impl Future<Output = T>, text: &str) -> T {
         tokio::pin!(work);
         loop {
@@ -100,7 +101,7 @@ impl Shown {
         }
     }
 
-    /// Counts `bytes` that are about to be written.
+    /// Counts bytes that are about to be written.
     fn arrived(&mut self, bytes: usize) {
         if bytes == 0 {
             return;

@@ -1,4 +1,4 @@
-//! Long work of the node, shown while it goes on.
+//! Follows the stream of events of a long operation of the node, and shows its progress.
 
 use tonic::Streaming;
 
@@ -7,16 +7,17 @@ use crate::{
     terminal::{output::Meter, stop::Stop},
 };
 
-/// What a stream of events says.
+/// An event of an operation: progress, or the result.
 pub(super) trait Event {
     type Progress: Default;
     type Done;
 
-    /// How far the work is, or what it came to; `None`: it says nothing that this program knows.
+    /// Returns the progress (`Ok`) or the result (`Err`); `None` for an event that this version does not know.
     fn event(self) -> Option<Result<Self::Progress, Self::Done>>;
 }
 
-/// What the work comes to; `show` is given each step, and `stopped` says how things are when a person has stopped it at the last of them.
+/// Follows an operation until it ends, and returns its result. Calls `show` for each event of progress. If a signal
+/// stops the command, returns the failure that `stopped` makes from the last progress.
 pub(super) async fn follow<E: Event>(
     mut events: Streaming<E>,
     (meter, stop): (&mut Meter, &mut Stop),
@@ -35,7 +36,11 @@ pub(super) async fn follow<E: Event>(
                 last = progress;
             }
             Ok(Some(Err(done))) => break Ok(done),
-            Ok(None) => break Err(Failure::other("the node ended the call without a result")),
+            Ok(None) => {
+                break Err(Failure::other(
+                    "the node ended the operation without a result",
+                ));
+            }
             Err(status) => break Err(status.into()),
         }
     };

@@ -25,7 +25,7 @@ use crate::{
     },
 };
 
-/// How often the providers are shown.
+/// Time between two lists of providers with `--verbose`.
 const VERBOSE_EVERY: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<(), Failure> {
@@ -37,7 +37,7 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
     let hf_cache = match options.hf_cache {
         Some(repo) if repo.is_empty() && !matches!(target, Target::Name(_)) => {
             return Err(Failure::usage(
-                "an id or a ticket names no repository of the cache: name it, as in --hf-cache=org/name",
+                "an id or a ticket has no repository name: give one, as in --hf-cache=org/name",
             ));
         }
         Some(repo) => Some(hf_cache(repo, options.cache_dir)?),
@@ -98,7 +98,8 @@ impl Event for GetEvent {
     }
 }
 
-/// Files that are made of some tensors do not stand beside files of the whole, nor beside those of other tensors.
+/// Returns the default target folder. A selection of tensors gets a folder of its own, because its files differ from
+/// those of the whole model and of other selections.
 fn default_folder(target: &Target, files: &[Pattern], tensors: &[Pattern]) -> PathBuf {
     let mut folder = match target {
         Target::Name(name) => name.name().to_owned(),
@@ -149,7 +150,7 @@ fn interrupted(last: &GetProgress) -> Failure {
         output::bytes(last.bytes_done),
         output::bytes(last.bytes_total)
     ))
-    .hint("The same command goes on from there.")
+    .hint("Run the same command again to continue.")
 }
 
 fn print(done: GetDone, as_json: bool) {
@@ -189,7 +190,7 @@ fn print(done: GetDone, as_json: bool) {
     }
     if done.bytes_moved == 0 {
         out!(
-            "{} is complete in {}; all of it was on this machine",
+            "{} is complete in {}; all content was already on this machine",
             output::bytes(done.bytes_total),
             done.folder
         );
@@ -203,19 +204,20 @@ fn print(done: GetDone, as_json: bool) {
         if done.bytes_reused > 0 {
             let share = done.bytes_reused as f64 * 100.0 / done.bytes_total.max(1) as f64;
             out!(
-                "  re-used    {} ({share:.0} %) that this machine had",
+                "  reused     {} ({share:.0} %) from this machine",
                 output::bytes(done.bytes_reused)
             );
         }
         out!("  folder     {}", done.folder);
     }
     for path in &done.results {
-        out!("  made       {path}");
+        out!("  wrote      {path}");
     }
     out!("  id         {}", model.id);
     if done.other_parts > 0 {
         out!(
-            "  a part of a commit on the Hugging Face hub, and {} published by the name; --files or --publisher chooses",
+            "  this is a part of a commit on the Hugging Face hub, and {} published under the name; choose with \
+             --files or --publisher",
             match done.other_parts {
                 1 => "another is".to_owned(),
                 n => format!("{n} others are"),

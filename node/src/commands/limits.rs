@@ -83,7 +83,8 @@ pub(super) async fn rates(
     }
     if !unchanged {
         out!(
-            "This holds until the node stops; give `weft up` the options --max-download, --max-upload, --max-download-per-peer and --max-upload-per-peer to keep it."
+            "These limits last until the node stops; to keep them, start it with --max-download, --max-upload, \
+             --max-download-per-peer and --max-upload-per-peer."
         );
     }
     Ok(())
@@ -96,8 +97,8 @@ pub(super) async fn access(
 ) -> Result<(), Failure> {
     let text = |rules: &[weft::Rule]| rules.iter().map(ToString::to_string).collect::<Vec<_>>();
     let change = api::ChangeAccessRequest {
-        allow: text(&options.add.allow),
-        block: text(&options.add.block),
+        allow: text(&options.allow),
+        block: text(&options.block),
         remove: text(&options.remove),
     };
     let unchanged = change == api::ChangeAccessRequest::default();
@@ -115,7 +116,7 @@ pub(super) async fn access(
     all_were_there(
         &absent,
         "no such rule in either list",
-        "`weft access` shows both lists; a rule is removed as it is written there.",
+        "`weft access` shows both lists; give a rule exactly as it is shown there.",
     )?;
     if as_json {
         out!(
@@ -132,10 +133,12 @@ pub(super) async fn access(
             out!("{}  {rule}", if i == 0 { name } else { "     " });
         }
     };
-    list("allow", &access.allow, "everybody who is not blocked");
-    list("block", &access.block, "nobody");
+    list("allow", &access.allow, "all peers that are not blocked");
+    list("block", &access.block, "none");
     if !unchanged {
-        out!("This holds until the node stops; give --allow and --block to `weft up` to keep it.");
+        out!(
+            "These lists last until the node stops; to keep them, start it with --allow and --block."
+        );
     }
     Ok(())
 }

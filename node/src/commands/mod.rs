@@ -31,7 +31,7 @@ use crate::{
     terminal::output::{self, out, out_raw},
 };
 
-/// Runs one.
+/// Runs the subcommand that the command line names.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     let json = cli.json;
     if let Command::Demo(options) = cli.command {
@@ -80,7 +80,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
-/// A path as the node understands it: absolute, in text.
+/// Returns a path in the form that the API takes: absolute, as text.
 fn absolute(path: PathBuf) -> Result<String, Failure> {
     let path = std::path::absolute(&path)
         .map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
@@ -89,7 +89,8 @@ fn absolute(path: PathBuf) -> Result<String, Failure> {
         .map_err(|path| Failure::usage(format!("{} is not UTF-8", path.display())))
 }
 
-/// A Hugging Face cache as the node understands it: by default that of whoever runs this command.
+/// Returns a Hugging Face cache in the form that the API takes. The default is the cache of the user who runs this
+/// command.
 fn hf_cache(repo: String, cache_dir: Option<PathBuf>) -> Result<api::HfCache, Failure> {
     if !repo.is_empty() {
         repo.parse::<weft::HfRepo>()
@@ -179,12 +180,15 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Fails if `absent` of a change's entries to be removed were not there. The rest of the change is done.
+/// Fails if the entries in `absent`, which were to be removed, did not exist. The rest of the change has been made.
 fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failure> {
     if absent.is_empty() {
         return Ok(());
     }
-    let text = format!("{what}: {}; all else was done as asked", absent.join(", "));
+    let text = format!(
+        "{what}: {}; the rest of the change was made",
+        absent.join(", ")
+    );
     Err(Failure::new(Reason::NoSuchEntry, text).hint(hint))
 }
 
@@ -208,12 +212,14 @@ fn clock_json(clock: Option<&api::ClockDifference>) -> serde_json::Value {
     })
 }
 
-/// Returns a warning about this machine's clock, with what to do; `None` if the clock is not known to be wrong.
+/// Returns a warning about this machine's clock, and the remedy; `None` if the clock is not known to be wrong.
 fn clock_warning(clock: Option<&api::ClockDifference>) -> Option<String> {
     let clock = clock.filter(|clock| clock.is_wrong)?;
     let effect = match (clock.peer_count, clock.difference_seconds < 0) {
-        (0, _) | (_, true) => "others may take its records for expired",
-        (_, false) => "it may take others' records for expired, and others refuse its own",
+        (0, _) | (_, true) => "other nodes may treat this node's records as expired",
+        (_, false) => {
+            "this node may treat other nodes' records as expired, and they refuse its records"
+        }
     };
     Some(format!("{}: {effect}; set the clock", clock.text))
 }
@@ -231,7 +237,7 @@ async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     if peers.is_empty() {
-        out!("connected to nobody; `weft status` shows what became of each bootstrap address");
+        out!("connected to no peer; `weft status` shows the result for each bootstrap address");
         return Ok(());
     }
     let heading = [
@@ -253,7 +259,7 @@ async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
             loss.map_or_else(String::new, |loss| format!("{:.1} %", loss * 100.0)),
             rate(sum(|path| path.receive_rate)),
             rate(sum(|path| path.send_rate)),
-            // It names the relay, if there is one.
+            // The address of a relayed path names the relay.
             peer.address.clone(),
         ]);
     }

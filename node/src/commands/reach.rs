@@ -16,13 +16,13 @@ use crate::{
     terminal::output::{self, out},
 };
 
-/// Between two looks at whether a path has become direct.
+/// Time between two checks whether the connection has become direct.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Between two pings.
+/// Time between two pings.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// As JSON.
+/// Returns the JSON form of a connected peer.
 pub(super) fn peer_json(peer: &api::Peer) -> Value {
     json!({
         "peer_id": peer.peer_id,
@@ -55,7 +55,7 @@ fn path_json(path: &api::PeerPath) -> Value {
     })
 }
 
-/// One peer, by any of its addresses.
+/// Parses the PeerId or the addresses of one peer.
 fn any_of(peers: &[String]) -> Result<api::ConnectRequest, Failure> {
     let mut all = peers.iter().map(|peer| request(peer));
     let mut first = all.next().unwrap_or_else(|| {
@@ -67,7 +67,7 @@ fn any_of(peers: &[String]) -> Result<api::ConnectRequest, Failure> {
         let other = other?;
         if other.peer_id != first.peer_id {
             return Err(Failure::usage(format!(
-                "these are addresses of two peers, {} and {}",
+                "the addresses belong to two peers, {} and {}: give addresses of one peer",
                 first.peer_id, other.peer_id
             )));
         }
@@ -76,7 +76,7 @@ fn any_of(peers: &[String]) -> Result<api::ConnectRequest, Failure> {
     Ok(first)
 }
 
-/// A peer by its id, or one of its addresses.
+/// Parses a PeerId, or an address that ends in one.
 pub(super) fn request(peer: &str) -> Result<api::ConnectRequest, Failure> {
     if let Ok(peer) = peer.parse::<PeerId>() {
         return Ok(api::ConnectRequest {
@@ -100,7 +100,7 @@ pub(super) fn request(peer: &str) -> Result<api::ConnectRequest, Failure> {
 
 async fn open(client: &Client, request: api::ConnectRequest) -> Result<api::Peer, Failure> {
     let response = client.node().connect(request).await?.into_inner();
-    let missing = || Failure::other("the node answers without a path");
+    let missing = || Failure::other("the node's answer has no path");
     response.peer.ok_or_else(missing)
 }
 
@@ -154,9 +154,9 @@ pub(super) async fn connect(
     if wait.is_some() && direct.is_none() {
         return Err(Failure::new(
             Reason::Unreachable,
-            format!("the path to {} is still relayed", peer.peer_id),
+            format!("the connection to {} is still relayed", peer.peer_id),
         )
-        .hint("It works as it is. `weft doctor` on both machines says what keeps them from a direct one."));
+        .hint("The relayed connection works. `weft doctor` on both machines shows why there is no direct one."));
     }
     Ok(())
 }
@@ -175,7 +175,12 @@ pub(super) async fn ping(client: &Client, options: Ping, as_json: bool) -> Resul
         if as_json {
             out!(
                 "{}",
-                json!({ "peer_id": peer_id, "rtt_micros": pong.rtt_micros, "path": pong.path, "transport": pong.transport })
+                json!({
+                    "peer_id": peer_id,
+                    "rtt_micros": pong.rtt_micros,
+                    "path": pong.path,
+                    "transport": pong.transport,
+                })
             );
         } else {
             let rtt = pong.rtt_micros as f64 / 1e3;
@@ -245,7 +250,7 @@ fn doctor_json(known: &api::DoctorResponse, advice: &[String]) -> Value {
     })
 }
 
-/// Prints a list under a name, or `none` for an empty one.
+/// Prints a list after its name, or the text `none` if the list is empty.
 fn show_list(name: &str, all: &[String], none: &str) {
     if all.is_empty() {
         out!("{name}  {none}");
@@ -260,39 +265,39 @@ fn show_addresses(known: &api::DoctorResponse) {
     show_list(
         "reached at ",
         &known.public_addresses,
-        "no stranger has reached this node yet",
+        "no peer outside has reached this node yet",
     );
     show_list(
         "seen at    ",
         &known.observed_addresses,
-        "nobody has told yet: connect to a peer outside this network",
+        "unknown: connect to a peer outside this network",
     );
     show_list(
         "forwarded  ",
         &known.mapped_addresses,
         match known.port_mapping {
-            true => "the gateway of this network forwards nothing",
-            false => "the gateway was not asked (--no-port-mapping)",
+            true => "none: the gateway of this network has mapped no port",
+            false => "none: the gateway was not asked (--no-port-mapping)",
         },
     );
     let verified = known.verified_addresses.iter();
     let verified: Vec<_> = verified
         .map(|v| format!("{}: {}", v.address, verdict(&v.verdict)))
         .collect();
-    show_list("tried      ", &verified, "nobody was asked yet");
+    show_list("probed     ", &verified, "no peer was asked yet");
 }
 
 fn show_nat(known: &api::DoctorResponse) {
     out!("NAT, TCP     {}", mapping(&known.tcp_mapping));
     out!("NAT, QUIC    {}", mapping(&known.quic_mapping));
-    out!("lets in      TCP: {}", filtering(&known.tcp_filtering));
+    out!("lets in      TCP:  {}", filtering(&known.tcp_filtering));
     out!("             QUIC: {}", filtering(&known.quic_filtering));
     out!(
         "UDP          {}",
         match known.udp {
-            Some(true) => "gets out",
-            Some(false) => "is blocked: peers that answer over TCP do not over QUIC",
-            None => "unknown: there was no peer outside to try it with",
+            Some(true) => "works",
+            Some(false) => "blocked: peers answer over TCP, but not over QUIC",
+            None => "unknown: no peer outside to try it with",
         }
     );
     out!(
@@ -311,14 +316,14 @@ fn show_relays(known: &api::DoctorResponse) {
     let bootstrap: Vec<_> = bootstrap
         .map(|one| format!("{}: {}", one.address, bootstrap_state(one)))
         .collect();
-    show_list("bootstrap  ", &bootstrap, "none was given");
+    show_list("bootstrap  ", &bootstrap, "none given");
     show_list("relays     ", &known.relays, "none");
     if known.lacks_relays && !known.relays.is_empty() {
-        out!("             more are being looked for");
+        out!("             (looking for more)");
     }
     if known.is_relay {
         out!(
-            "is a relay   for {} peers; {} connections now, {} in all, {} requests refused",
+            "is a relay   for {} peers; {} circuits now, {} relayed, {} requests refused",
             relayed.reservations,
             relayed.circuits,
             output::bytes(relayed.bytes),
@@ -331,13 +336,13 @@ fn show_relays(known: &api::DoctorResponse) {
         "clock        {}",
         match &known.clock {
             Some(clock) if clock.is_wrong => clock.text.as_str(),
-            Some(_) => "agrees with those of its peers",
-            None => "unknown: too few peers have told theirs",
+            Some(_) => "agrees with the clocks of peers",
+            None => "unknown: too few peers to compare with",
         }
     );
 }
 
-/// What to change, if anything.
+/// Returns suggestions to improve this node's reachability.
 fn advice(known: &api::DoctorResponse) -> Vec<String> {
     let mut advice = Vec::new();
     let mut say = |text: &str| advice.push(text.to_owned());
@@ -347,57 +352,63 @@ fn advice(known: &api::DoctorResponse) -> Vec<String> {
     let direct = !known.public_addresses.is_empty() || !known.mapped_addresses.is_empty();
     for one in known.bootstrap.iter().filter(|one| !one.error.is_empty()) {
         say(&format!(
-            "The bootstrap address {} cannot be reached: {}. Check that its node is up, and that the address and the PeerId are those that `weft status` shows there.",
+            "Cannot connect to the bootstrap address {}: {}. Check that its node is running, and that `weft status` on \
+             that node shows this address and PeerId.",
             one.address, one.error
         ));
     }
     if !direct && known.relays.is_empty() {
-        let relay = "give it a relay with --relay ADDR, or connect it to a node that is one";
+        let relay = "give it a relay with --relay ADDR, or connect it to a node that relays";
         say(&match ports(known) {
             Some(ports) => format!(
-                "Nobody from outside can reach this node. Forward {ports} to it and start it with --external ADDR, or {relay}."
+                "Peers outside this network cannot reach this node. Forward {ports} to it and start it with --external \
+                 ADDR, or {relay}."
             ),
             None => format!(
-                "Nobody from other machines can reach this node: it listens on this machine only. Start it with another --listen, or {relay}."
+                "Other machines cannot reach this node, because it listens on loopback only. Start it with another \
+                 --listen, or {relay}."
             ),
         });
     }
     let refused = known.verified_addresses.iter();
     for one in refused.filter(|v| v.verdict == "unreachable") {
         let whose = if known.mapped_addresses.contains(&one.address) {
-            "the gateway says that it forwards it"
+            "although the gateway reports a port mapping for it"
         } else {
-            "a firewall, or a NAT, keeps strangers out"
+            "probably because of a firewall or a NAT"
         };
         let seen = known.observed_addresses.contains(&one.address);
-        // A NAT that keeps strangers out is what a NAT is.
+        // An observed address that is unreachable is normal behind a NAT, and not worth a suggestion.
         if !seen {
             say(&format!(
-                "Others try {} in vain: {whose}. Let that port in, if you want to be reached there.",
+                "Peers cannot connect to {}, {whose}. To be reachable there, allow incoming traffic to that port.",
                 one.address
             ));
         }
     }
     if known.udp == Some(false) {
         say(
-            "No UDP gets out, so there is no QUIC, and direct connections through NATs are TCP's alone. Let UDP out if you can.",
+            "Outgoing UDP is blocked, so QUIC does not work, and hole punching works over TCP only. Allow outgoing UDP \
+             if you can.",
         );
     }
     let symmetric = |mapping: &str| mapping == "endpoint-dependent";
     if symmetric(&known.quic_mapping) || symmetric(&known.tcp_mapping) {
         say(
-            "This NAT gives every peer another port. Peers with the same kind of NAT are reached through relays only; a forwarded port, or IPv6, would change that.",
+            "This NAT uses another port for every peer. Peers behind the same kind of NAT are reachable through relays \
+             only, unless a port is forwarded or IPv6 is available.",
         );
     }
     if known.quic_mapping == "unknown" && known.tcp_mapping == "unknown" && !known.ipv6 {
         say(
-            "The kind of NAT shows once two peers in different places have seen this node: give it bootstrap nodes or relays outside this network with --bootstrap or --relay.",
+            "The kind of NAT is unknown until two peers in different networks have seen this node: give it bootstrap \
+             nodes or relays outside this network with --bootstrap or --relay.",
         );
     }
     advice
 }
 
-/// The ports that a gateway would have to forward.
+/// Returns the ports that a gateway has to forward to this node.
 fn ports(known: &api::DoctorResponse) -> Option<String> {
     match (known.tcp_port, known.quic_port) {
         (Some(tcp), Some(quic)) if tcp == quic => Some(format!("TCP and UDP port {tcp}")),
@@ -408,7 +419,7 @@ fn ports(known: &api::DoctorResponse) -> Option<String> {
     }
 }
 
-/// As JSON.
+/// Returns the JSON form of a bootstrap address and its state.
 pub(super) fn bootstrap_json(one: &api::BootstrapPeer) -> Value {
     json!({
         "peer_id": one.peer_id,
@@ -436,7 +447,8 @@ pub(super) fn bootstrap_state(one: &api::BootstrapPeer) -> String {
     }
 }
 
-/// Fails if the node is connected to nobody: what it did not find may be there all the same.
+/// Fails if the node is connected to no peer. A command calls this when it has found nothing, because the result may
+/// exist on nodes that were not asked.
 pub(super) async fn is_connected(client: &Client) -> Result<(), Failure> {
     let status = client
         .node()
@@ -461,11 +473,11 @@ pub(super) async fn is_connected(client: &Client) -> Result<(), Failure> {
 
 fn mapping(mapping: &str) -> &str {
     match mapping {
-        "unknown" => "unknown: two peers in different places must have seen this node",
+        "unknown" => "unknown: two peers in different networks must have seen this node",
         "none" => "none",
-        "endpoint-independent" => "the same port for everyone: direct connections can be opened",
+        "endpoint-independent" => "the same port for every peer: hole punching works",
         "endpoint-dependent" => {
-            "another port for every peer: a direct connection needs a peer that is reachable or has an easier NAT"
+            "another port for every peer: hole punching needs a reachable peer, or one behind an easier NAT"
         }
         other => other,
     }
@@ -473,9 +485,9 @@ fn mapping(mapping: &str) -> &str {
 
 fn filtering(filtering: &str) -> &str {
     match filtering {
-        "unknown" => "unknown: nobody has tried yet",
-        "endpoint-independent" => "everybody",
-        "address-dependent" => "whoever is where this node has sent to",
+        "unknown" => "unknown: no peer has tried yet",
+        "endpoint-independent" => "all peers",
+        "address-dependent" => "peers at addresses to which this node has sent",
         "address-and-port-dependent" => "answers only",
         other => other,
     }
@@ -483,9 +495,9 @@ fn filtering(filtering: &str) -> &str {
 
 fn verdict(verdict: &str) -> &str {
     match verdict {
-        "reached" => "others reach it",
-        "by-contacts" => "only those reach it that this node has sent to",
-        "unreachable" => "two others have tried in vain",
+        "reached" => "reachable",
+        "by-contacts" => "reachable only for peers to which this node has sent",
+        "unreachable" => "unreachable: two peers could not connect",
         other => other,
     }
 }

@@ -18,7 +18,8 @@ use crate::{
     },
 };
 
-/// Bytes read of standard input: one more than a value may have, so that the node says what is wrong.
+/// Most bytes read from standard input: one more than a value may have, so that the node reports a value that is too
+/// large.
 const MOST: u64 = 4096 + 1;
 
 pub(super) async fn run(client: &Client, command: Record, as_json: bool) -> Result<(), Failure> {
@@ -58,8 +59,13 @@ async fn put(
         return Ok(());
     }
     match taken_by {
-        0 => out!("kept here; no other node has taken it yet, and this one goes on offering it"),
-        n => out!("kept here and by {}", output::count(n.into(), "other node")),
+        0 => {
+            out!("stored on this node; no other node has stored it yet, and this node keeps trying")
+        }
+        n => out!(
+            "stored on this node and on {}",
+            output::count(n.into(), "other node")
+        ),
     }
     Ok(())
 }
@@ -77,9 +83,9 @@ async fn get(
     let publishers: Vec<_> = publishers.iter().map(ToString::to_string).collect();
     records.retain(|record| publishers.is_empty() || publishers.contains(&record.publisher));
     if records.is_empty() {
-        let text = format!("nobody states anything under {key:?}");
+        let text = format!("no record under the key {key:?}");
         return Err(Failure::new(Reason::NoSuchRecord, text).hint(
-            "Check the spelling, and that `weft status` shows peers; records end with their time.",
+            "Check the spelling, and that `weft status` shows peers; the record may have expired.",
         ));
     }
     show(&records, as_json, false);
@@ -90,7 +96,7 @@ async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
     let listed = client.records().list(api::ListRecordsRequest {}).await?;
     let records = listed.into_inner().records;
     if records.is_empty() && !as_json {
-        out!("this node states nothing");
+        out!("this node publishes no records");
         return Ok(());
     }
     show(&records, as_json, true);
@@ -103,7 +109,7 @@ fn show(records: &[api::SignedRecord], as_json: bool, own: bool) {
         out!("{}", json!({ "records": records }));
         return;
     }
-    // One's own are of many keys and one publisher.
+    // The node's own records have many keys and one publisher.
     let heading = [
         if own { "KEY" } else { "PUBLISHER" },
         "SUBKEY",
@@ -129,7 +135,7 @@ fn show(records: &[api::SignedRecord], as_json: bool, own: bool) {
     out_raw!("{}", table(&rows));
 }
 
-/// What a terminal could take for commands is shown and not obeyed.
+/// Returns bytes as text, with characters escaped that could control the terminal.
 fn text(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => text.escape_debug().to_string(),
@@ -147,7 +153,7 @@ fn record_json(record: &api::SignedRecord) -> Value {
         "publisher": record.publisher,
         "subkey": bytes_json(&record.subkey),
         "value": bytes_json(&record.value),
-        // A number of JSON is one of 53 bits to many.
+        // A string, because many JSON parsers have only 53 bits for a number.
         "sequence": record.sequence.to_string(),
         "remaining_millis": record.remaining_millis,
     })
@@ -165,17 +171,16 @@ async fn remove(
     };
     let removed = client.records().remove(request).await?.into_inner();
     if !removed.existed {
-        let text = format!("this node states nothing under {key:?} and that subkey");
-        return Err(
-            Failure::new(Reason::NoSuchRecord, text).hint("`weft record ls` shows what it states.")
-        );
+        let text = format!("this node publishes no record under the key {key:?} and this subkey");
+        return Err(Failure::new(Reason::NoSuchRecord, text)
+            .hint("`weft record ls` lists the records of this node."));
     }
     if as_json {
         out!("{}", json!({ "heard_by": removed.heard_by }));
         return Ok(());
     }
     let heard = output::count(removed.heard_by.into(), "other node");
-    out!("taken back; {heard} heard it");
+    out!("withdrawn; {heard} told");
     Ok(())
 }
 

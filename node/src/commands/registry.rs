@@ -75,8 +75,8 @@ pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Re
             });
             all_were_there(
                 &absent.collect::<Vec<_>>(),
-                "no such publisher before",
-                "`weft registry publishers ID` shows the publishers and their names.",
+                "no such publisher",
+                "`weft registry publishers ID` lists the publishers and their names.",
             )?;
             publishers(&registry, as_json)
         }
@@ -134,7 +134,7 @@ async fn follow(
         prefix: prefix.clone(),
         wait_millis: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
     };
-    // Without a wait first: the registry is followed from then on, and what is here already is shown at once.
+    // The first request does not wait: the registry is followed from now on, and its state is known at once.
     let mut registries = client.registries();
     let mut registry = registries
         .follow(request(Duration::ZERO))
@@ -143,7 +143,7 @@ async fn follow(
     if !registry.arrived && !wait.is_zero() {
         if !as_json {
             err!(
-                "followed; looking for a node that has the registry, for {} at most",
+                "followed; looking for a node with the registry, for at most {}",
                 output::duration(wait)
             );
         }
@@ -153,20 +153,20 @@ async fn follow(
         out!("{}", registry_json(&registry));
     } else if registry.arrived {
         out!(
-            "here: {}; their names come as they are found",
+            "arrived: {}; their names arrive as holders are found",
             output::count(registry.catalogues, "catalogue")
         );
     } else {
         out!(
-            "followed, and nothing is here yet: no node that has the registry and lets this node read it has been found"
+            "followed, but not arrived yet: no node was found that has the registry and lets this node read it"
         );
         let status = client.node().status(api::StatusRequest {}).await?;
         if status.into_inner().peer_count == 0 {
-            err!("this node is connected to nobody: `weft connect ADDRESS` connects it");
+            err!("this node is connected to no peer: connect it with `weft connect ADDRESS`");
         }
         err!(
-            "this node goes on looking, also after a restart; `weft registry ls` shows whether the registry has come; if \
-             the id is wrong, run `weft registry unfollow {id}`"
+            "this node keeps looking, also after a restart; `weft registry ls` shows whether the registry has arrived; \
+             if the id is wrong, run `weft registry unfollow {id}`"
         );
     }
     Ok(())
@@ -180,7 +180,9 @@ async fn unfollow(client: &Client, id: DocumentId, as_json: bool) -> Result<(), 
     }
     match as_json {
         true => out!("{}", json!({ "id": id.to_string() })),
-        false => out!("no longer followed; what this node made itself stays until `weft doc rm`"),
+        false => {
+            out!("no longer followed; documents that this node created stay until `weft doc rm`")
+        }
     }
     Ok(())
 }
@@ -206,7 +208,7 @@ async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
             "LABEL",
             "NAMES",
             "CATALOGUES",
-            "OF INTEREST",
+            "PREFIX",
             "PUBLISHES",
         ]
         .map(str::to_owned)
@@ -218,7 +220,7 @@ async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
                 registry.name_count.to_string(),
                 format!("{} of {}", registry.catalogues_here, registry.catalogues),
             ),
-            false => ("not here yet".to_owned(), String::new()),
+            false => ("not arrived yet".to_owned(), String::new()),
         };
         vec![
             registry.id.clone(),
@@ -257,13 +259,13 @@ async fn models(
         let registry = find(client, id).await?;
         if registry.catalogues_here < registry.catalogues {
             out!(
-                "no such names in what is here: {} of {} have arrived; the others come when a node that holds them is \
-                 found, and a publisher that lists nothing has none",
+                "no such names so far: {} of {} have arrived; the others arrive when a holder is found; a \
+                 publisher without names has no catalogue",
                 registry.catalogues_here,
                 output::count(registry.catalogues, "catalogue"),
             );
         } else {
-            out!("nothing is listed under such names");
+            out!("the registry lists no such names");
         }
         return Ok(());
     }
@@ -319,11 +321,11 @@ fn publishers(registry: &api::Registry, as_json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     if !registry.arrived {
-        out!("not here yet");
+        out!("not arrived yet");
         return Ok(());
     }
     if registry.publishers.is_empty() {
-        out!("nobody publishes");
+        out!("the registry has no publishers");
         return Ok(());
     }
     let mut rows = vec![["PUBLISHER", "NAMES"].map(str::to_owned).to_vec()];
@@ -370,14 +372,14 @@ async fn withdraw(
     if !answer.existed {
         let text = format!("this node does not list {name} in registry {id}");
         return Err(Failure::new(Reason::NoSuchName, text)
-            .hint("`weft registry ls ID` shows who lists what."));
+            .hint("`weft registry ls ID` lists the names and their publishers."));
     }
     match as_json {
         true => out!(
             "{}",
             json!({ "id": id.to_string(), "name": name.to_string() })
         ),
-        false => out!("{name} is listed by this node no longer"),
+        false => out!("{name} is no longer listed by this node"),
     }
     Ok(())
 }

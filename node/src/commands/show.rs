@@ -24,7 +24,7 @@ pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> 
         return Ok(());
     }
     if models.is_empty() {
-        out!("no models yet: weft add PATH, or weft get NAME");
+        out!("no models yet: add one with `weft add PATH`, or fetch one with `weft get NAME`");
         return Ok(());
     }
     let heading = ["NAME", "ID", "SIZE", "FILES", "HERE", "TAGS", "FOLDER"];
@@ -80,7 +80,7 @@ pub(crate) async fn providers(
         return Ok(());
     }
     if found.providers.is_empty() {
-        out!("no other node that can be found says that it has it");
+        out!("no other node is known to provide this model");
         return Ok(());
     }
     let heading = ["PEER", "HAS", "CONNECTED", "EXPIRES IN", "ADDRESSES"];
@@ -198,7 +198,7 @@ pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Resul
             .filter(|name| !removed.names.contains(name));
         let others: Vec<_> = others.map(String::as_str).collect();
         out!("dropped the name {}", removed.names.join(", "));
-        out!("  the model {} stays, as {}", model.id, others.join(", "));
+        out!("  the model {} is kept, as {}", model.id, others.join(", "));
     } else {
         out!("forgot {}", model.id);
         for name in &removed.names {
@@ -211,17 +211,17 @@ pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Resul
                 removed.folders.join(", ")
             );
         } else if !with_files {
-            out!("  its files stay in {}", model.folder);
+            out!("  its files are kept in {}", model.folder);
         }
         for one in &removed.not_deleted {
-            out!("  stays    {}: {}", one.file, one.reason);
+            out!("  kept     {}: {}", one.file, one.reason);
         }
         if removed.not_deleted_more > 0 {
             let more = output::count(removed.not_deleted_more.into(), "file");
             out!("  and {more} more");
         }
         if with_files && removed.files_deleted == 0 && removed.not_deleted.is_empty() {
-            out!("  there was no file of it to delete");
+            out!("  it had no files to delete");
         }
     }
     for problem in &removed.not_withdrawn {
@@ -277,7 +277,7 @@ fn here(model: &api::Model) -> String {
     if model.complete {
         return "all".to_owned();
     }
-    // Rounded down: only "all" is all.
+    // At most 99 %: a model that is not complete never shows 100 %.
     let percent = match model.size {
         0 => 0,
         size => (u128::from(model.bytes_here) * 100 / u128::from(size)).min(99),

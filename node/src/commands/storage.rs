@@ -55,10 +55,10 @@ pub(super) async fn storage(
             bytes(now.counted_bytes),
             bytes(quota)
         ),
-        None => out!("together            {}, no quota", bytes(now.counted_bytes)),
+        None => out!("total               {}, no quota", bytes(now.counted_bytes)),
     }
     out!("Outside the quota:");
-    out!("fetched elsewhere   {}", bytes(now.elsewhere_bytes));
+    out!("fetched, external   {}", bytes(now.elsewhere_bytes));
     out!("added in place      {}", bytes(now.in_place_bytes));
     out!("metadata            {}", bytes(now.metadata_bytes));
     out!("free on the disk    {}", bytes(now.free_bytes));
@@ -107,12 +107,12 @@ pub(super) async fn gc(client: &Client, options: Gc, as_json: bool) -> Result<()
     for one in kinds.iter().filter(|one| one.count > 0) {
         let what = match one.kind.as_str() {
             "files" => "fetched file of no model",
-            "owned" => "file of the store's own",
+            "owned" => "file of the store",
             "parts" => "part file",
-            "outboards" => "tree",
+            "outboards" => "outboard",
             _ => "manifest",
         };
-        // The word that is counted comes first in "file of ...".
+        // The plural is formed of the words before "of".
         let what = match what.split_once(" of ") {
             Some((file, of)) => format!("{} of {of}", count(one.count, file)),
             None => count(one.count, what),
@@ -121,14 +121,15 @@ pub(super) async fn gc(client: &Client, options: Gc, as_json: bool) -> Result<()
     }
     if collected.locations > 0 {
         let what = match collected.locations {
-            1 => "that is gone or has changed; `weft add` or `weft get` takes it in again",
-            _ => "that are gone or have changed; `weft add` or `weft get` takes them in again",
+            1 => "that is missing or has changed; add it again with `weft add` or `weft get`",
+            _ => "that are missing or have changed; add them again with `weft add` or `weft get`",
         };
         out!("{forgets} {} {what}", count(collected.locations, "file"));
     }
     if !options.gone {
         out!(
-            "A copy whose folder was deleted is known still, as its disk may only be away: `weft gc --gone` forgets it."
+            "Files whose folder is missing are not forgotten, because their disk may only be disconnected: \
+             `weft gc --gone` forgets them."
         );
     }
     Ok(())

@@ -22,7 +22,7 @@ pub(super) async fn run(client: &Client, command: Tag, as_json: bool) -> Result<
             let model = tagged.model.unwrap_or_default();
             match as_json {
                 true => out!("{}", json!({ "tag": tag, "model": model_json(&model) })),
-                false => out!("{tag} keeps {}", model.id),
+                false => out!("{tag} pins {}", model.id),
             }
         }
         Tag::Rm { tag } => {
@@ -30,7 +30,7 @@ pub(super) async fn run(client: &Client, command: Tag, as_json: bool) -> Result<
             let untagged = client.models().untag(request).await?.into_inner();
             match as_json {
                 true => out!("{}", json!({ "tag": tag, "model_id": untagged.model_id })),
-                false => out!("{tag} no longer keeps {}", untagged.model_id),
+                false => out!("{tag} no longer pins {}", untagged.model_id),
             }
         }
         Tag::Ls => {
@@ -50,7 +50,7 @@ fn list(tags: &[api::Tag], as_json: bool) {
         return;
     }
     if tags.is_empty() {
-        out!("no tags: weft tag add TAG MODEL keeps a model here");
+        out!("no tags: `weft tag add TAG MODEL` pins a model");
         return;
     }
     let mut rows = vec![["TAG", "MODEL"].map(str::to_owned).to_vec()];

@@ -14,7 +14,8 @@ use crate::{
     },
 };
 
-/// Bytes read of standard input: one more than a message may have, so that the node says what is wrong.
+/// Most bytes read from standard input: one more than a message may have, so that the node reports a message that is
+/// too large.
 const MOST: u64 = 64 * 1024 + 1;
 
 pub(super) async fn run(client: &Client, command: Topic, as_json: bool) -> Result<(), Failure> {
@@ -52,7 +53,7 @@ async fn publish(
         return Ok(());
     }
     match peers {
-        0 => out!("published; no other node that has subscribed could be found now"),
+        0 => out!("published, but no other subscribed node is reachable now"),
         _ => out!("published to {}", output::count(peers.into(), "peer")),
     }
     Ok(())
@@ -79,14 +80,14 @@ async fn watch(
                         "{}",
                         json!({
                             "from": message.from,
-                            // A number of JSON is one of 53 bits to many.
+                            // A string, because many JSON parsers have only 53 bits for a number.
                             "sequence": message.sequence.to_string(),
                             "text": text,
                             "base64": BASE64.encode(&message.data),
                         })
                     );
                 } else {
-                    // What a terminal could take for commands is shown and not obeyed.
+                    // Escaped, so that a message cannot control the terminal.
                     let shown = text.map(printable);
                     let bytes = || format!("base64 {}", BASE64.encode(&message.data));
                     out!("{}  {}", message.from, shown.unwrap_or_else(bytes));
@@ -94,7 +95,7 @@ async fn watch(
             }
             Some(What::Missed(missed)) if as_json => out!("{}", json!({ "missed": missed })),
             Some(What::Missed(missed)) => {
-                out!("({missed} messages came faster than they could be shown)");
+                out!("({missed} messages were dropped, because they came too fast)");
             }
             Some(What::Subscribed(_)) if as_json => out!("{}", json!({ "subscribed": true })),
             Some(What::Subscribed(_)) | None => {}

@@ -41,15 +41,17 @@ pub(super) async fn run(client: &Client, change: Trust, as_json: bool) -> Result
     let peers = trusted.into_inner().peers;
     all_were_there(
         &absent,
-        "not trusted before",
-        "`weft trust ls` shows the trusted publishers.",
+        "not a trusted publisher",
+        "`weft trust ls` lists the trusted publishers.",
     )?;
     if as_json {
         out!("{}", json!({ "trusted": peers }));
         return Ok(());
     }
     if peers.is_empty() {
-        out!("nobody is trusted: a name that several publish as different models is refused");
+        out!(
+            "no trusted publishers: a name that several peers publish as different models is refused"
+        );
     }
     for peer in peers {
         out!("{peer}");
@@ -81,7 +83,7 @@ pub(super) async fn search(client: &Client, options: Search, as_json: bool) -> R
     }
     if names.is_empty() {
         out!(
-            "this node has seen no name that begins with {:?}; others may have",
+            "this node knows no name that begins with {:?}; other nodes may know one",
             options.prefix
         );
         return Ok(());

@@ -43,7 +43,7 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
     let failure = Failure::new(
         Reason::Damaged,
         format!(
-            "{} not as it should be",
+            "{} damaged, changed or missing",
             match done.problems {
                 1 => "1 file of a model, or its manifest, is".to_owned(),
                 problems => format!("{problems} files, manifests included, are"),
@@ -52,16 +52,17 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
     );
     let hint = match options.no_repair {
         true => {
-            "`weft verify` without --no-repair gets the damaged parts of fetched files from other nodes, and makes hash trees again."
+            "`weft verify` without --no-repair fetches damaged parts of fetched files again, and rebuilds outboards."
         }
         false => {
-            "A fetched file that is missing or changed comes again with `weft get ID --to FOLDER --replace`, from a node that has it; in a Hugging\n\
-             Face cache, delete its blob and run `weft get` again. Restore one that was added in place from a backup; `weft add` would publish\n\
-             its new content as another model. `weft gc --gone` forgets a copy whose folder was deleted."
+            "To fetch a missing or changed file again, run `weft get ID --to FOLDER --replace`; in a Hugging Face\n\
+             cache, delete the file's blob first and run `weft get` again. Restore a file that was added in place\n\
+             from a backup; `weft add` would publish its new content as another model. `weft gc --gone` forgets a\n\
+             copy whose folder was deleted."
         }
     };
     match as_json {
-        // The result has been printed, and says it.
+        // The printed result explains the failure.
         true => Err(Failure::silent(Reason::Damaged)),
         false => Err(failure.hint(hint)),
     }
@@ -117,7 +118,7 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
         out!("{}", line(file));
     }
     for one in &done.failed {
-        err!("{} was not fetched again: {}", one.model_id, one.reason);
+        err!("cannot fetch {} again: {}", one.model_id, one.reason);
     }
     let not_read = done.files.len() as u64 - done.files_read.min(done.files.len() as u64);
     let mut found = String::new();

@@ -1,4 +1,4 @@
-//! Metrics for Prometheus, over HTTP, for whoever may connect to the address.
+//! Metrics for Prometheus, over HTTP without authentication.
 
 use std::{fmt::Write, net::SocketAddr};
 
@@ -8,7 +8,7 @@ use weft::{ClockDifference, LimitUse, Node, PathKind, PeerInfo, Reachability};
 
 use crate::exit::Failure;
 
-/// The server; dropping it ends it.
+/// The running metrics server. Dropping it stops the server.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     address: SocketAddr,
@@ -34,7 +34,7 @@ impl Metrics {
             .with_state(node);
         let server = tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
-                tracing::warn!(%error, "metrics are not served any more");
+                tracing::warn!(%error, "the metrics server has stopped");
             }
         });
         Ok(Self { address, server })
@@ -50,10 +50,10 @@ async fn answer(State(node): State<Node>) -> impl IntoResponse {
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
 }
 
-/// The state of the node at one moment, of which the metrics show parts.
+/// A snapshot of the node's state, from which the metrics are computed.
 struct Observed {
     peers: Vec<PeerInfo>,
-    /// Empty once the node has stopped.
+    /// Use of the limits; empty if the node has stopped.
     limits: Vec<LimitUse>,
     clock: Option<ClockDifference>,
     reachability: Option<Reachability>,
@@ -72,10 +72,10 @@ impl Observed {
     }
 }
 
-/// One value of a metric, and its labels as Prometheus writes them.
+/// The labels of a sample in Prometheus's format, and its value.
 type Sample = (String, f64);
 
-/// One metric, and the samples that an observation gives; `None` leaves the metric out.
+/// A metric, and the function that computes its samples. A metric without samples (`None`) is left out.
 struct Metric {
     name: &'static str,
     kind: &'static str,
@@ -87,85 +87,85 @@ const METRICS: &[Metric] = &[
     Metric {
         name: "weft_peers",
         kind: "gauge",
-        help: "Connected peers by the kind of the best path.",
+        help: "Connected peers, by the kind of the best path to each.",
         samples: |now| Some(peers(now)),
     },
     Metric {
         name: "weft_limit_used",
         kind: "gauge",
-        help: "What is used of a limit now.",
+        help: "Present use of each limit, in the limit's unit.",
         samples: |now| Some(limits(now, |limit| Some(limit.used))),
     },
     Metric {
         name: "weft_limit",
         kind: "gauge",
-        help: "Limits; those that are none are left out.",
+        help: "Value of each limit that is set, in the limit's unit.",
         samples: |now| Some(limits(now, |limit| limit.limit)),
     },
     Metric {
         name: "weft_limit_refused_total",
         kind: "counter",
-        help: "What was refused because of a limit since the start.",
+        help: "Number of refusals because of each limit since the node started.",
         samples: |now| Some(limits(now, |limit| Some(limit.refused))),
     },
     Metric {
         name: "weft_clock_difference_seconds",
         kind: "gauge",
-        help: "Seconds by which this machine's clock is ahead of its peers'; none while there are too few peers to tell.",
+        help: "Seconds by which this machine's clock is ahead of its peers' clocks; absent with too few peers.",
         samples: |now| Some(clock(now, |clock| clock.seconds() as f64)),
     },
     Metric {
         name: "weft_clock_peers",
         kind: "gauge",
-        help: "Peers whose clocks are compared with this machine's.",
+        help: "Peers whose clocks are compared with this machine's clock.",
         samples: |now| Some(clock(now, |clock| clock.peers as f64)),
     },
     Metric {
         name: "weft_relay_bytes_total",
         kind: "counter",
-        help: "Bytes relayed for others since the start, both ways.",
+        help: "Bytes relayed for peers since the node started, in both directions.",
         samples: |now| one(now.reachability.as_ref()?.relay_use.bytes as f64),
     },
     Metric {
         name: "weft_relays_held",
         kind: "gauge",
-        help: "Relays that hold a place for this node.",
+        help: "Relays on which this node holds a reservation.",
         samples: |now| one(now.reachability.as_ref()?.relays.len() as f64),
     },
     Metric {
         name: "weft_reachable_addresses",
         kind: "gauge",
-        help: "Addresses at which strangers reach this node.",
+        help: "External addresses at which peers reach this node.",
         samples: |now| one(now.reachability.as_ref()?.public.len() as f64),
     },
     Metric {
         name: "weft_uptime_seconds",
         kind: "counter",
-        help: "Time since the start.",
+        help: "Seconds since the node started.",
         samples: |now| one(now.status.as_ref()?.uptime.as_secs_f64()),
     },
     Metric {
         name: "weft_dht_nodes",
         kind: "gauge",
-        help: "Nodes in the DHT's routing table.",
+        help: "Nodes in the routing table of the DHT.",
         samples: |now| one(now.status.as_ref()?.dht_nodes as f64),
     },
     Metric {
         name: "weft_dht_records",
         kind: "gauge",
-        help: "Records kept for the DHT.",
+        help: "DHT records stored on this node.",
         samples: |now| one(now.status.as_ref()?.dht_records as f64),
     },
     Metric {
         name: "weft_models",
         kind: "gauge",
-        help: "Models held, whole or in part.",
+        help: "Models on this node, complete or partial.",
         samples: |now| one(now.status.as_ref()?.models as f64),
     },
     Metric {
         name: "weft_model_bytes",
         kind: "gauge",
-        help: "The sum of their sizes.",
+        help: "Total size of the models on this node, in bytes.",
         samples: |now| one(now.status.as_ref()?.model_bytes as f64),
     },
 ];
@@ -188,7 +188,7 @@ fn text(now: &Observed) -> String {
     text
 }
 
-/// The sample of a metric without labels.
+/// Returns the sample of a metric without labels.
 fn one(value: f64) -> Option<Vec<Sample>> {
     Some(vec![(String::new(), value)])
 }

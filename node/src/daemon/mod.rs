@@ -1,4 +1,4 @@
-//! `weft up`.
+//! The commands `weft up` and `weft relay`: run a node, its API and its metrics until a signal.
 
 mod metrics;
 
@@ -22,10 +22,11 @@ use crate::{
     },
 };
 
-/// Open files, sockets included, that a node asks for.
+/// The limit on open files, sockets included, that a node requests from the system.
 const FILES: u64 = 65_536;
 
-/// Connections, lanes and files take a descriptor each, and many systems give a program 1,024 unless it asks for more.
+/// Raises the soft limit on open files to [`FILES`], as far as the hard limit allows. Each connection, lane and file
+/// takes a descriptor, and the soft limit is 1,024 on many systems.
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     let wanted = limit.maximum.unwrap_or(FILES).min(FILES);
@@ -35,20 +36,20 @@ fn raise_file_limit() {
             ..limit
         };
         if let Err(error) = setrlimit(Resource::Nofile, raised) {
-            tracing::debug!(%error, "the limit on open files stays as it is");
+            tracing::debug!(%error, "cannot raise the limit on open files");
         }
     }
 }
 
-/// The longest time that a start waits for a node that is stopping on the same home. A node takes four seconds at most
-/// to say goodbye to its peers.
+/// Longest wait at the start for a node that is stopping on the same home. A node takes at most four seconds to close
+/// its connections.
 const HANDOVER: Duration = Duration::from_secs(10);
 
-/// The pause between two attempts to take the home meanwhile.
+/// Pause between two attempts to take the home.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Starts a node. If another one is just stopping on the home, it waits for its end, so that a restart needs no pause
-/// between the two commands.
+/// Starts a node. If another node is stopping on the home, waits for its end, so that a restart needs no pause between
+/// the two commands.
 async fn spawn(builder: weft::Builder, home: &Path) -> Result<Node, Failure> {
     let begin = Instant::now();
     let mut is_told = false;
@@ -65,17 +66,17 @@ async fn spawn(builder: weft::Builder, home: &Path) -> Result<Node, Failure> {
             return Err(failure);
         }
         if !std::mem::replace(&mut is_told, true) {
-            err!("waiting until the node that used this home has stopped");
+            err!("waiting for the node that uses this home to stop");
         }
         sleep(RETRY).await;
     }
 }
 
-/// Runs a node and its API until a signal.
+/// Runs a node and its API until a signal to stop.
 pub(crate) async fn up(home: &Path, options: Up, as_json: bool) -> Result<(), Failure> {
     let mut stop = Stop::new()?;
     raise_file_limit();
-    let (api, metrics) = (options.api, options.metrics);
+    let (api, metrics) = (options.service.api, options.service.metrics);
     let builder = options.builder(home);
     let builder = builder.map_err(|error| Failure::usage(error.to_string()))?;
     let node = spawn(builder, home).await?;
@@ -95,7 +96,7 @@ pub(crate) async fn up(home: &Path, options: Up, as_json: bool) -> Result<(), Fa
     Ok(())
 }
 
-/// Says that the node is up, and where.
+/// Prints the node's id, home and addresses.
 async fn announce(node: &Node, api: &ApiServer, metrics: Option<&Metrics>, as_json: bool) {
     let addresses = node.addresses().await;
     if as_json {

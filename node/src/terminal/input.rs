@@ -1,4 +1,4 @@
-//! Standard input, read without keeping the program from hearing a signal.
+//! Reads standard input in a thread, so that a signal can stop the program meanwhile.
 
 use std::{io::Read, thread};
 
@@ -6,8 +6,8 @@ use tokio::sync::oneshot;
 
 use crate::exit::Failure;
 
-/// Reads standard input to its end, and at most `limit` bytes of it. Dropping the future lets go of it: the thread that
-/// reads ends with the program.
+/// Reads standard input to its end, but at most `limit` bytes. If the future is dropped, the thread that reads goes on
+/// until the program ends.
 pub(crate) async fn read(limit: u64) -> Result<Vec<u8>, Failure> {
     let failed = |error: std::io::Error| Failure::other(format!("standard input: {error}"));
     let (sender, content) = oneshot::channel();
@@ -27,5 +27,5 @@ pub(crate) async fn read(limit: u64) -> Result<Vec<u8>, Failure> {
 /// Reads standard input as text, as [`read`] does.
 pub(crate) async fn read_text(limit: u64) -> Result<String, Failure> {
     String::from_utf8(read(limit).await?)
-        .map_err(|error| Failure::usage(format!("standard input is no UTF-8 text: {error}")))
+        .map_err(|error| Failure::usage(format!("standard input is not UTF-8 text: {error}")))
 }

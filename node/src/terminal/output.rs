@@ -1,4 +1,4 @@
-//! Numbers, tables and progress for people.
+//! Prints text, numbers, tables and progress.
 
 use std::{
     fmt,
@@ -7,8 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// As `println!`, but a reader that has gone away, such as `head`, is no reason to end otherwise than planned; and
-/// names that strangers chose do not steer the terminal: see [`escaped`].
+/// Prints a line like `println!`, with two differences. A closed pipe, as after `head`, is not an error. Characters
+/// that control the terminal are escaped, because peers choose some of the printed text: see [`escaped`].
 macro_rules! out {
     () => {{
         use std::io::Write;
@@ -16,32 +16,44 @@ macro_rules! out {
     }};
     ($($argument:tt)*) => {{
         use std::io::Write;
-        $crate::terminal::output::wrote(writeln!(std::io::stdout(), "{}", crate::terminal::output::escaped(format_args!($($argument)*))));
+        $crate::terminal::output::wrote(writeln!(
+            std::io::stdout(),
+            "{}",
+            $crate::terminal::output::escaped(format_args!($($argument)*))
+        ));
     }};
 }
 
-/// As `print!`, likewise.
+/// Prints like `print!`, escaped as in `out!`.
 macro_rules! out_raw {
     ($($argument:tt)*) => {{
         use std::io::Write;
-        $crate::terminal::output::wrote(write!(std::io::stdout(), "{}", crate::terminal::output::escaped(format_args!($($argument)*))));
+        $crate::terminal::output::wrote(write!(
+            std::io::stdout(),
+            "{}",
+            $crate::terminal::output::escaped(format_args!($($argument)*))
+        ));
     }};
 }
 
-/// As `eprintln!`, likewise.
+/// Prints a line like `eprintln!`, escaped as in `out!`. Ignores write errors.
 macro_rules! err {
     ($($argument:tt)*) => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stderr(), "{}", crate::terminal::output::escaped(format_args!($($argument)*)));
+        let _ = writeln!(
+            std::io::stderr(),
+            "{}",
+            $crate::terminal::output::escaped(format_args!($($argument)*))
+        );
     }};
 }
 
 pub(crate) use {err, out, out_raw};
 
-/// The first error of standard output, such as a full disk; a reader that has gone away is none.
+/// The first error on standard output, such as a full disk. A closed pipe is not an error.
 static LOST: OnceLock<String> = OnceLock::new();
 
-/// Takes note of the result of a write to standard output.
+/// Records the result of a write to standard output.
 pub(crate) fn wrote(result: io::Result<()>) {
     if let Err(error) = result
         && error.kind() != io::ErrorKind::BrokenPipe
@@ -51,7 +63,7 @@ pub(crate) fn wrote(result: io::Result<()>) {
     }
 }
 
-/// Returns why standard output is incomplete, if it is.
+/// Returns the first error on standard output, if there was one.
 pub(crate) fn lost() -> Option<&'static str> {
     use std::io::Write;
     wrote(io::stdout().flush());
@@ -60,9 +72,9 @@ pub(crate) fn lost() -> Option<&'static str> {
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Returns true for a character that changes how other characters are shown, or that is invisible: control characters,
-/// and those of Unicode's format characters that turn the direction of text or have no width. Characters that join
-/// emoji and letters stay.
+/// Returns true for a character that is invisible or changes how other characters are shown: control characters, and
+/// Unicode's format characters that change the direction of text or have no width. Characters that join emoji and
+/// letters are not escaped.
 fn is_escaped(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -70,13 +82,13 @@ fn is_escaped(c: char) -> bool {
             | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// Text as it is, but for characters that would steer the terminal or hide what is there: those are written `\uXXXX`,
-/// as in JSON, which stays the same JSON. Line breaks and tabs stay.
+/// Returns the text with characters that control the terminal or hide text written as `\uXXXX`. Escaped JSON has the
+/// same meaning as before. Line breaks and tabs are kept.
 pub(crate) fn escaped(text: impl fmt::Display) -> impl fmt::Display {
     Escaped(text, |c| matches!(c, '\n' | '\t'))
 }
 
-/// As [`escaped`], on one line.
+/// Returns the text as [`escaped`] does, with line breaks and tabs escaped too.
 pub(crate) fn printable(text: &str) -> String {
     Escaped(text, |_| false).to_string()
 }
@@ -109,16 +121,17 @@ impl<T: fmt::Display> fmt::Display for Escaped<T> {
     }
 }
 
-/// Says that the disk of the home is full, and what to do.
-pub(crate) const FULL_DISK: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
+/// A warning that the disk of the home is full, and what to do.
+pub(crate) const FULL_DISK: &str = "full: stored content is served, but little or nothing can be stored; \
+    `weft storage` shows disk usage, `weft gc` and `weft rm` free space";
 
-/// How often a plain line of progress is printed where there is no terminal.
+/// Time between two lines of progress if standard error is not a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
-/// The span over which a plain line's rate is measured, as a share of the old value that is kept.
+/// Smoothing of the rate in a line of progress: the weight of the old value.
 const RATE_DECAY: f64 = 0.6;
 
-/// `1.5 GB`: powers of 1,000, as rates, disks and the Hugging Face hub count.
+/// Formats a size, as in `1.5 GB`. Units are powers of 1,000, as for rates, disks and the Hugging Face hub.
 pub(crate) fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
     let mut value = n as f64;
@@ -135,7 +148,7 @@ pub(crate) fn bytes(n: u64) -> String {
     }
 }
 
-/// `2 h 5 min`, `3 min 20 s`, `1.5 s`, `12 ms`.
+/// Formats a duration, as in `2 h 5 min`, `3 min 20 s`, `1.5 s` or `12 ms`.
 pub(crate) fn duration(d: Duration) -> String {
     let s = d.as_secs();
     match s {
@@ -147,13 +160,13 @@ pub(crate) fn duration(d: Duration) -> String {
     }
 }
 
-/// Bytes a second over a span.
+/// Formats the mean rate of `n` bytes over a time span.
 pub(crate) fn rate(n: u64, span: Duration) -> String {
     let seconds = span.as_secs_f64().max(1e-6);
     per_second((n as f64 / seconds) as u64)
 }
 
-/// Bytes a second.
+/// Formats a rate in bytes per second.
 pub(crate) fn per_second(rate: u64) -> String {
     match rate {
         0..1_000 => format!("{rate} B/s"),
@@ -163,7 +176,7 @@ pub(crate) fn per_second(rate: u64) -> String {
     }
 }
 
-/// `1 file`, `2 files`.
+/// Formats a number of things, as in `1 file` or `2 files`.
 pub(crate) fn count(n: u64, what: &str) -> String {
     if n == 1 {
         format!("1 {what}")
@@ -172,7 +185,7 @@ pub(crate) fn count(n: u64, what: &str) -> String {
     }
 }
 
-/// Left-aligned columns; the first row is the heading. A cell is one line, whatever is in it.
+/// Formats a table with left-aligned columns. The first row is the heading. Line breaks in cells are escaped.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows
         .iter()
@@ -201,14 +214,14 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Progress in bytes: a bar on a terminal, now and then a plain line elsewhere. On standard error in both cases.
+/// Progress in bytes on standard error: a bar on a terminal, otherwise a line every [`LINE_EVERY`].
 #[derive(Debug)]
 pub(crate) struct Meter {
     bar: Option<ProgressBar>,
     started: Instant,
     last_line: Instant,
     last_bytes: u64,
-    /// Smoothed, bytes a second; zero until measured.
+    /// Smoothed rate, in bytes per second; zero until measured.
     rate: f64,
     last_text: String,
 }
@@ -231,7 +244,7 @@ impl Meter {
         }
     }
 
-    /// Makes a meter for work that has been named in a line of its own: `text` alone is no reason for another line.
+    /// Creates a meter for work that a printed line has already announced, so that `text` alone causes no other line.
     pub(crate) fn begun(text: &str) -> Self {
         let meter = Self {
             last_text: text.to_owned(),
@@ -243,18 +256,18 @@ impl Meter {
         meter
     }
 
-    /// Shows `text`, and how many of `total` bytes are done if the total is known.
+    /// Shows `text`, and the bytes done of `total` if the total is not zero.
     pub(crate) fn update(&mut self, text: &str, done: u64, total: u64) {
         self.show(text, (done, total), false);
     }
 
-    /// Shows as [`update`](Self::update); no rate and no time left while the work `waits`.
+    /// Shows progress as [`update`](Self::update) does, without a rate and a time left while the work `waits`.
     pub(crate) fn show(&mut self, text: &str, (done, total): (u64, u64), waits: bool) {
         if let Some(bar) = &self.bar {
             if total > 0 && bar.length() != Some(total) {
                 bar.set_style(style());
                 bar.set_length(total);
-                // What was there before is not this run's speed.
+                // Bytes of an earlier run must not count for this run's rate.
                 bar.set_position(done);
                 bar.reset_eta();
             }
@@ -297,7 +310,7 @@ impl Meter {
         );
     }
 
-    /// Prints lines of its own beside the bar.
+    /// Prints lines above the bar.
     pub(crate) fn lines(&self, lines: &[String]) {
         for line in lines {
             match &self.bar {
@@ -307,7 +320,7 @@ impl Meter {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(crate) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -336,7 +349,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_read_well() {
+    fn numbers_are_formatted_with_units() {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(1500), "1.5 kB");
@@ -352,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_strangers_chose_do_not_steer_the_terminal() {
+    fn text_from_peers_cannot_control_the_terminal() {
         for (text, shown) in [
             (
                 "plain, caf\u{e9} cafe\u{301} \u{6a21}",
@@ -375,12 +388,12 @@ mod tests {
             serde_json::from_str::<serde_json::Value>(&text).unwrap(),
             value
         );
-        // A cell does not become two.
+        // A line break does not split a cell.
         let cell = |text: &str| vec![text.to_owned()];
         assert_eq!(table(&[cell("a\nb"), cell("c")]), "a\\u000ab\nc\n");
     }
 
-    /// The keys of JSON objects in a source file: those in quotation marks before a colon.
+    /// Returns the keys of JSON objects in a source file: names in quotation marks before a colon.
     fn keys(source: &str) -> impl Iterator<Item = &str> {
         let code = source.split("#[cfg(test)]").next().unwrap_or_default();
         code.match_indices("\":").filter_map(move |(end, _)| {
@@ -391,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn each_key_of_json_is_documented_and_names_its_thing_as_the_others_do() {
+    fn each_json_key_is_documented_and_consistently_named() {
         let operations = include_str!("../../../docs/operations.md");
         let section = operations.split("\n## JSON\n").nth(1).unwrap();
         let section = section.split("\n## ").next().unwrap();
@@ -416,7 +429,7 @@ mod tests {
                 section.contains(&format!("`{key}`")),
                 "{key} is not documented"
             );
-            // Each of these had another name beside it.
+            // Another name is used for each of these.
             let others = ["peer", "directory", "seconds", "time", "token", "added_at"];
             assert!(!others.contains(&key), "{key}");
             count += 1;

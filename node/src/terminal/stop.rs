@@ -1,8 +1,8 @@
 //! The signals that ask the program to stop: Ctrl-C, SIGTERM, and SIGHUP of a terminal that was closed.
 //!
-//! [`race`] runs the whole program against them, so no command can forget to listen. A command that has something to
-//! finish or to say waits for the signal itself with [`Stop::wait`]; all others are dropped. The second signal ends
-//! the program at once, whatever it is doing.
+//! [`race`] runs the whole command until it ends or a signal arrives, so every command stops on a signal. A command
+//! that must finish or print something waits for the signal itself with [`Stop::wait`]; all other commands are dropped.
+//! The second signal ends the process at once.
 
 use std::{
     io,
@@ -19,22 +19,22 @@ use tokio::{
 
 use crate::{exit::Failure, reason::INTERRUPTED, terminal::output::err};
 
-/// The state of this process; signals are sent to a process.
+/// The state of this process. It is global because signals are sent to a process.
 static STATE: OnceLock<State> = OnceLock::new();
 
 #[derive(Debug)]
 struct State {
     stopped: watch::Receiver<bool>,
-    /// Commands that wait for the signal, or have been told of it.
+    /// Number of commands that wait for the signal, or have received it.
     handlers: AtomicUsize,
 }
 
-/// Waits for a signal to stop.
+/// A handle to wait for a signal to stop.
 #[derive(Debug)]
 pub(crate) struct Stop(());
 
 impl Stop {
-    /// Returns a handle. The program watches for signals from the first one on.
+    /// Returns a handle. The first call installs the signal handlers.
     pub(crate) fn new() -> Result<Self, Failure> {
         if STATE.get().is_none() {
             let state = State {
@@ -43,13 +43,13 @@ impl Stop {
                 })?,
                 handlers: AtomicUsize::new(0),
             };
-            // Commands run one at a time, and so nobody else has set it.
+            // One command runs at a time, so the state has not been set meanwhile.
             let _ = STATE.set(state);
         }
         Ok(Self(()))
     }
 
-    /// Returns once a signal has come. The caller then ends in its own way and is not dropped.
+    /// Waits for a signal. The caller then ends by itself and is not dropped.
     pub(crate) async fn wait(&mut self) {
         let Some(state) = STATE.get() else {
             return;
@@ -60,7 +60,7 @@ impl Stop {
     }
 }
 
-/// Counts a command among the handlers while it waits, and for good once it was told.
+/// Counts a command as a handler while it waits, and permanently once it has received the signal.
 struct Handling {
     state: &'static State,
     is_told: bool,
@@ -86,11 +86,11 @@ impl Drop for Handling {
 
 async fn received(state: &State) {
     let mut stopped = state.stopped.clone();
-    // Closed only when the runtime ends, and this with it.
+    // The channel is closed only when the runtime ends, which also ends this task.
     let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
-/// Runs a command until it ends or a signal comes.
+/// Runs a command until it ends or a signal arrives.
 pub(crate) async fn race(
     command: impl Future<Output = Result<(), Failure>>,
 ) -> Result<(), Failure> {
@@ -100,7 +100,7 @@ pub(crate) async fn race(
     };
     tokio::pin!(command);
     tokio::select! {
-        // First, so that a command that waits for the signal has heard of it.
+        // The command is polled first, so that one that waits for the signal receives it before the check below.
         biased;
         result = &mut command => return result,
         () = received(state) => {}
@@ -111,7 +111,7 @@ pub(crate) async fn race(
     Err(Failure::interrupted("stopped"))
 }
 
-/// Watches for the signals in a task of its own. The second one ends the process.
+/// Watches for the signals in a separate task. The second signal ends the process.
 fn watch_signals() -> io::Result<watch::Receiver<bool>> {
     let (tell, stopped) = watch::channel(false);
     let mut interrupt = listen(SignalKind::interrupt())?;
@@ -142,7 +142,7 @@ async fn next(signal: &mut Option<Signal>) {
     }
 }
 
-/// Listens for a signal, unless the parent process has it ignored: `nohup weft up` outlives its terminal.
+/// Listens for a signal, unless the parent process set it to be ignored: `nohup weft up` outlives its terminal.
 fn listen(kind: SignalKind) -> io::Result<Option<Signal>> {
     match is_ignored(kind) {
         true => Ok(None),
@@ -150,8 +150,8 @@ fn listen(kind: SignalKind) -> io::Result<Option<Signal>> {
     }
 }
 
-/// Returns true if a signal was ignored when the program started. Only Linux tells without unsafe code; elsewhere no
-/// signal counts as ignored.
+/// Returns true if a signal was ignored when the program started. Only Linux reports this without unsafe code; on other
+/// systems this returns false.
 fn is_ignored(kind: SignalKind) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

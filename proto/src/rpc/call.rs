@@ -1,4 +1,4 @@
-//! One call: its state, and its two directions.
+//! The state of one call, and its two directions.
 
 use std::{
     any::Any,
@@ -27,68 +27,68 @@ use super::{
 };
 use crate::wire::{RpcAttachment, RpcRequest};
 
-/// Messages up to this many bytes are copied into one frame, so that they keep no larger buffer alive.
+/// Messages of at most this many bytes are copied into a frame, so that they do not keep a larger buffer alive.
 const SHORT: usize = 4096;
 
-/// One call, at either side.
+/// A call, on the calling or on the called side.
 pub(super) struct Call {
     pub(super) id: u32,
     pub(super) state: Mutex<CallState>,
-    /// What begins it is on its way to the stream. Set and read with the queue of what is to be written locked, and so is the next.
+    /// True once the call's request is in the outbox. Set and read while the outbox's queue is locked.
     pub(super) begun: AtomicBool,
-    /// Nobody here waits for it any more.
+    /// True once this side has cancelled the call. Set and read while the outbox's queue is locked.
     pub(super) given_up: AtomicBool,
-    /// It has been given to the stream.
+    /// True once the request is being written to the stream.
     pub(super) written: AtomicBool,
-    /// At the called side: the last message says that it has ended well.
+    /// On the called side: true if the last message has already reported success.
     pub(super) finished: AtomicBool,
 }
 
 #[derive(Default)]
 pub(super) struct CallState {
-    /// Messages that nobody has taken, and what each cost.
+    /// Unread messages, each with its cost in credit and its bytes in the budget.
     pub(super) queue: VecDeque<(Message, u32, usize)>,
-    /// How it ended; for the called side, that nothing more comes.
+    /// The call's result. On the called side, `Ok` means that the caller sends no more messages.
     pub(super) ended: Option<Result<(), Status>>,
-    /// The other side has ended it.
+    /// True if the other side has ended the call.
     pub(super) ended_there: bool,
     pub(super) waker: Option<Waker>,
     pub(super) partial: Partial,
-    /// Cost of what has come and was not given back.
+    /// Cost of received frames for which credit has not been returned.
     pub(super) unreturned: u64,
-    /// What was taken and is still to be given back.
+    /// Credit for read messages, to be returned.
     pub(super) owed: u32,
-    /// What may be sent.
+    /// Credit for sending.
     pub(super) credit: u64,
     pub(super) credit_waker: Option<Waker>,
-    /// Something has come.
+    /// True if the other side has sent something for this call.
     pub(super) heard: bool,
-    /// Nobody takes messages any more: what comes is dropped.
+    /// True if this side no longer reads messages: received bytes are dropped.
     pub(super) unwanted: bool,
-    /// At the called side, ends what answers.
+    /// On the called side, aborts the handler.
     pub(super) task: Option<AbortHandle>,
 }
 
-/// A message that is coming.
+/// A message that has not arrived completely.
 #[derive(Default)]
 pub(super) struct Partial {
     pub(super) attachments: Vec<Attachment>,
-    /// The one that is coming, and its size.
+    /// The incomplete attachment, its bytes so far, and its size.
     pub(super) raw: Option<(RpcAttachment, BytesMut, usize)>,
-    /// Bytes of all attachments that were announced.
+    /// Total size of all attachments of the message so far.
     pub(super) announced: u64,
     pub(super) message: BytesMut,
     pub(super) buffered: usize,
-    /// Bytes that have come of it since somebody last looked; `None` if nobody has yet.
+    /// Bytes received since the last check of progress; `None` before the first check.
     pub(super) lately: Option<usize>,
 }
 
-/// The part of what has come of a message that has to come anew in [`Limits::patience`](super::Limits::patience).
+/// Required progress in [`Limits::patience`](super::Limits::patience): this part of the received bytes.
 const PACE: usize = 64;
 
 impl CallState {
-    /// Looks whether the message that is coming has gone on since the last look. If not, though the sender may send,
-    /// drops it, and returns what it held.
+    /// Checks the progress of the incomplete message since the last check. If it has stalled although the sender has
+    /// credit, drops it and returns the number of bytes that it held.
     pub(super) fn has_stalled(&mut self, window: u32) -> Option<usize> {
         let frame = frame::MAX_FRAME as u64 + u64::from(OVERHEAD);
         let may_send = self.unreturned + frame <= window.into();
@@ -121,10 +121,10 @@ impl Call {
         })
     }
 
-    /// It is over; the first end counts. Messages that came before stay.
+    /// Ends the call. The first result counts. Unread messages are kept.
     pub(super) fn end(&self, how: Result<(), Status>, there: bool) {
         let mut state = lock(&self.state);
-        // Whoever has sent all that it had can still give the call up.
+        // The caller may cancel after it has sent all its messages.
         let gives_up = how.is_err() && matches!(state.ended, Some(Ok(())));
         if state.ended.is_none() || gives_up {
             state.ended = Some(how);
@@ -136,15 +136,15 @@ impl Call {
     }
 }
 
-/// The messages that come from the other side.
+/// Receives the messages of the other side.
 pub struct Receiver {
     pub(super) shared: Arc<Shared>,
     pub(super) call: Arc<Call>,
     pub(super) caller: bool,
-    /// The call has ended, and all that came was taken.
+    /// True if the call has ended and all messages have been read.
     pub(super) over: bool,
     pub(super) deadline: Option<Instant>,
-    /// Dropped with it.
+    /// A value that is dropped with the receiver.
     pub(super) held: Option<Box<dyn Any + Send + Sync>>,
 }
 
@@ -157,17 +157,17 @@ impl fmt::Debug for Receiver {
 }
 
 impl Receiver {
-    /// Keeps something until this is dropped: what counts the calls that are open, for example.
+    /// Keeps a value until the receiver is dropped, such as a guard that counts open calls.
     #[must_use]
     pub fn holding(mut self, held: impl Any + Send + Sync) -> Self {
         self.held = Some(Box::new(held));
         self
     }
 
-    /// The next message; `None` when there is none any more, and at the calling side the call has ended well.
+    /// Receives the next message. Returns `None` after the last one; on the calling side, the call has then succeeded.
     ///
     /// # Errors
-    /// How the call ended otherwise.
+    /// The status of a call that failed.
     pub async fn next(&mut self) -> Result<Option<Message>, Status> {
         let Some(deadline) = self.deadline else {
             return poll_fn(|cx| self.poll_next(cx)).await;
@@ -183,7 +183,7 @@ impl Receiver {
         let mut state = lock(&self.call.state);
         if let Some((message, cost, buffered)) = state.queue.pop_front() {
             state.owed += cost;
-            // Not for every few bytes.
+            // Credit is returned in large amounts, not for each message.
             let give = state.owed >= self.shared.ours.window / 4 && state.ended.is_none();
             let back = match give {
                 true => std::mem::take(&mut state.owed),
@@ -240,11 +240,11 @@ impl Drop for Receiver {
 pub struct Sender {
     pub(super) shared: Arc<Shared>,
     pub(super) call: Arc<Call>,
-    /// What begins the call, to go out with the first message.
+    /// The call's request, which is sent with the first message.
     pub(super) begin: Option<RpcRequest>,
     pub(super) caller: bool,
     pub(super) closed: bool,
-    /// A message is being sent. If it stays so, it went out in part at most.
+    /// True while a message is being sent. If the future is dropped it stays true: the message was sent in part.
     pub(super) partly: bool,
     pub(super) deadline: Option<Instant>,
 }
@@ -258,11 +258,12 @@ impl fmt::Debug for Sender {
 }
 
 impl Sender {
-    /// Sends a message. Waits while the other side has given no credit, or too much waits to be written. Whoever drops the future before it is ready gives
-    /// the call up.
+    /// Sends a message. Waits for credit from the other side and for room in the outbox. Dropping the future before it
+    /// is ready cancels the call.
     ///
     /// # Errors
-    /// If the call has ended, or the message is over a limit of the other side's, which leaves the call as it is.
+    /// Fails if the call has ended, or if the message is over a limit of the other side. In the second case the call
+    /// can go on.
     pub async fn send(&mut self, message: Message) -> Result<(), Status> {
         let left = self.left();
         within(left, self.write(message, false)).await
@@ -273,14 +274,14 @@ impl Sender {
         Some(deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// Gives the call up, both directions of it: the other side is not to take what has come for all.
+    /// Cancels the call in both directions, so that the other side does not mistake the sent messages for all of them.
     pub fn cancel(mut self) {
         self.give_up();
     }
 
     fn give_up(&mut self) {
         self.closed = true;
-        // What has ended there already has come to what it has.
+        // A call that the other side has already ended keeps its result.
         if self.caller && !lock(&self.call.state).ended_there {
             let status = Status::new(Code::Cancelled, "cancelled here");
             self.call.end(Err(status), false);
@@ -288,23 +289,23 @@ impl Sender {
         }
     }
 
-    /// Sends the last message. At the called side, the call ends well with it.
+    /// Sends the last message. On the called side, this ends the call with success.
     ///
     /// # Errors
-    /// As [`Sender::send`].
+    /// The same as those of [`Sender::send`].
     pub async fn send_last(&mut self, message: Message) -> Result<(), Status> {
         let left = self.left();
         within(left, self.write(message, true)).await
     }
 
-    /// Says that no more messages come. Dropping it at the calling side says so too. Waits for nothing, so that nothing
-    /// is left half done if the future is dropped.
+    /// Tells the other side that no more messages follow. Dropping the sender on the calling side does the same. Does
+    /// not wait, so dropping the future leaves nothing half done.
     pub async fn close(&mut self) {
         if self.closed || !self.caller {
             return;
         }
         if self.partly {
-            // The other side is not to take what has come for all.
+            // The other side must not mistake the sent messages for all of them.
             return self.give_up();
         }
         self.closed = true;
@@ -322,14 +323,14 @@ impl Sender {
 
     pub(super) async fn write(&mut self, message: Message, last: bool) -> Result<(), Status> {
         if self.closed {
-            let text = "nothing can follow the last message";
+            let text = "cannot send after the last message";
             return Err(Status::new(Code::FailedPrecondition, text));
         }
         self.check(&message).await?;
         self.write_checked(message, last).await
     }
 
-    /// Of a message that is known to be within the limits.
+    /// Sends a message that is within the other side's limits.
     pub(super) async fn write_checked(
         &mut self,
         message: Message,
@@ -337,7 +338,7 @@ impl Sender {
     ) -> Result<(), Status> {
         if self.partly {
             self.give_up();
-            let text = "the message before this one went out in part only";
+            let text = "the previous message was sent only in part";
             return Err(Status::new(Code::Cancelled, text));
         }
         self.partly = true;
@@ -413,14 +414,14 @@ impl Sender {
         Ok(())
     }
 
-    /// Takes so much of the credit that the other side has given.
+    /// Waits for credit, and uses it.
     pub(super) async fn pay(&self, cost: u32) -> Result<(), Status> {
         let cost = u64::from(cost);
         poll_fn(|cx| {
             let mut state = lock(&self.call.state);
             match &state.ended {
                 Some(Err(status)) => return Poll::Ready(Err(status.clone())),
-                // Whoever called may end what it sends while answers still go to it.
+                // On the called side, `Ok` only means that the caller sends no more messages.
                 Some(Ok(())) if self.caller => {
                     let text = "the call has ended";
                     return Poll::Ready(Err(Status::new(Code::Cancelled, text)));

@@ -20,28 +20,29 @@ use super::{
 };
 use crate::wire::{RpcHello, RpcShutdown};
 
-/// Bytes read at a time: while little comes, and while every read is filled.
+/// Sizes of the read buffer, in bytes: the smallest, and the largest, to which it grows while reads fill it.
 const READ: usize = 16 * 1024;
 const READ_MUCH: usize = 256 * 1024;
 
-/// After so many small reads in a row, little comes.
+/// Number of small reads in a row after which the read buffer shrinks.
 const LITTLE: u32 = 64;
 
-/// Bytes written at a time, and bytes for which a session that has nothing to write keeps room.
+/// Bytes after which the write buffer is written, and the size of the buffer that an idle session keeps.
 const WRITE: usize = 256 * 1024;
 const KEPT: usize = 16 * 1024;
 
-/// With so many calls open and so few frames to be written, these wait until whoever can run has run: others are about to add to them.
+/// With at least `MANY` open calls and fewer than `FEW` queued frames, the writer first lets other tasks run, because
+/// they are likely to queue more frames for the same write.
 const MANY: usize = 24;
 const FEW: usize = 4;
 
-/// How long the other side may take to end a session that this side has ended.
+/// Longest wait for the other side to end a session that this side has ended.
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long the other side may take for its `RpcHello`.
+/// Longest wait for the other side's `RpcHello`.
 pub(super) const HELLO: Duration = Duration::from_secs(10);
 
-/// Why a session has ended.
+/// The error with which a session has ended.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionError {
@@ -51,12 +52,12 @@ pub enum SessionError {
     /// The other side broke the protocol.
     #[error("the other side broke the protocol: {0}")]
     Violation(#[from] Violation),
-    /// The other side did not say what it takes.
+    /// The other side sent no `RpcHello` in time.
     #[error("no hello within {} s", HELLO.as_secs())]
     TimedOut,
 }
 
-/// Reads and writes until the calling side has done, or one fails.
+/// Reads and writes frames until the caller ends the session, or a side fails.
 pub(super) async fn drive<S>(
     stream: S,
     shared: Arc<Shared>,
@@ -80,7 +81,7 @@ where
                 _ = tick.tick() => shared.tick(serving.is_some(), &mut used),
                 read = &mut reading, if !read_to_end => match read {
                     Ok(()) if serving.is_none() => break Ok(()),
-                    // Whoever called waits for nothing any more. What is written last says that all is well.
+                    // The caller has ended the session. The last frames confirm this.
                     Ok(()) => {
                         read_to_end = true;
                         shared.abandon();
@@ -88,12 +89,12 @@ where
                     Err(error) => break Err(error),
                 },
                 wrote = &mut writing => match wrote {
-                    // The other side is to see the end, and not a stream that is gone.
+                    // Wait so that the other side sees the end, and not a failed stream.
                     Ok(()) if !read_to_end => {
                         let last = timeout(FAREWELL, &mut reading).await;
                         break last.unwrap_or(Ok(()));
                     }
-                    // Nobody listens any more.
+                    // The caller no longer reads.
                     Err(_) if read_to_end => break Ok(()),
                     wrote => break wrote,
                 },
@@ -106,15 +107,15 @@ where
     }
     drop(ended);
     if serving.is_some() {
-        // Those that have not begun are dropped with it.
+        // Drops the calls that have not begun.
         drop(serving);
-        // A limit on sessions has to cover the handlers too: they go on until they next wait.
+        // Aborted handlers run until they next wait, and the limit on sessions must count them too.
         shared.all_answered().await;
     }
     result
 }
 
-/// Ends the calls also if the session is dropped.
+/// Ends the calls if the session's future is dropped.
 pub(super) struct EndOnDrop(Arc<Shared>);
 
 impl Drop for EndOnDrop {
@@ -123,7 +124,7 @@ impl Drop for EndOnDrop {
     }
 }
 
-/// Writes what there is, until nobody calls any more and all is done.
+/// Writes queued frames until the session ends and no call is open.
 pub(super) async fn write<W>(
     mut writer: W,
     shared: &Shared,
@@ -140,7 +141,7 @@ where
         let waits = poll_fn(|cx| {
             let mut queue = lock(&shared.outbox.queue);
             if !queue.is_empty() {
-                // Nobody need wake what is awake.
+                // The writer runs, so nothing needs to wake it.
                 queue.waker = None;
                 let queued = queue.frames;
                 drop(queue);
@@ -180,7 +181,7 @@ where
                 Out::Frames(frames) if buffer.is_empty() => buffer = frames,
                 Out::Frames(frames) => buffer.extend_from_slice(&frames),
                 Out::Part(head, bytes) => {
-                    // In one piece with what is before and after it, and so in few records and packets.
+                    // Copied next to other frames, so that they need few TLS records and packets.
                     buffer.reserve(HEAD + bytes.len());
                     head.write(&mut buffer);
                     buffer.extend_from_slice(&bytes);
@@ -207,14 +208,14 @@ where
     Ok(())
 }
 
-/// The stream, with what was read and not looked at.
+/// The stream, with a buffer of bytes that have been read but not handled.
 pub(super) struct Input<R> {
     reader: R,
-    /// Read so far: `at..end`.
+    /// The bytes that have not been handled are `at..end`.
     buffer: Box<[u8]>,
     at: usize,
     end: usize,
-    /// Reads in a row that a small buffer would have done for.
+    /// Number of small reads in a row.
     little: u32,
 }
 
@@ -233,7 +234,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
         &self.buffer[self.at..self.end]
     }
 
-    /// Whether a whole frame is here.
+    /// Returns true if the buffer has a complete frame.
     fn has_frame(&self) -> bool {
         let here = self.here();
         let length = here.get(HEAD - 4..HEAD);
@@ -241,7 +242,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
         length.is_some_and(|length| here.len() - HEAD >= u32::from_le_bytes(length) as usize)
     }
 
-    /// Reads what there is, to where there is room.
+    /// Reads from the stream into the free part of the buffer. Returns false at the end of the stream.
     async fn more(&mut self) -> io::Result<bool> {
         if self.at == self.end {
             (self.at, self.end) = (0, 0);
@@ -258,7 +259,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
         Ok(n > 0)
     }
 
-    /// Room for `size` bytes in one piece, and for more if there is much.
+    /// Makes room for `size` contiguous bytes, and enlarges the buffer if reads fill it.
     fn make_room(&mut self, size: usize) {
         let full = self.end == self.buffer.len();
         let wanted = match full {
@@ -279,7 +280,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
         (self.at, self.end) = (0, self.end - self.at);
     }
 
-    /// Waits for so many bytes; `false` if the stream ends before the first of them.
+    /// Reads until the buffer has `size` bytes. Returns false if the stream ends before the first of them.
     async fn fill(&mut self, size: usize) -> io::Result<bool> {
         while self.end - self.at < size {
             self.make_room(size);
@@ -313,7 +314,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
         Ok(bytes)
     }
 
-    /// Straight to where they belong.
+    /// Appends `length` bytes to another buffer, without a second copy.
     pub(super) async fn append(&mut self, length: u32, to: &mut BytesMut) -> io::Result<()> {
         let mut left = length as usize;
         while left > 0 {
@@ -333,7 +334,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
         Ok(())
     }
 
-    /// Of a call that is not open any more.
+    /// Skips the bytes of a frame for a call that is no longer open.
     pub(super) async fn skip(&mut self, length: u32) -> Result<(), SessionError> {
         self.bytes(length).await.map(drop)
     }
@@ -354,7 +355,7 @@ where
             return Ok(None);
         };
         if head.kind != Kind::Hello || head.call != 0 {
-            return Err(Violation::Order("the first frame is no hello").into());
+            return Err(Violation::Order("the first frame is not a hello").into());
         }
         limit("a hello", head.length.into(), MAX_CONTROL)?;
         let bytes = input.bytes(head.length).await?;
@@ -369,7 +370,7 @@ where
     }
     shared.greeted(Limits::of(&hello));
     loop {
-        // What has come is begun before anything is waited for.
+        // Start the received calls before waiting for more bytes.
         if let (Some(server), false) = (serving, input.has_frame()) {
             server.start();
         }

@@ -1,59 +1,61 @@
-//! Frames: ten bytes of head, then up to [`MAX_FRAME`] bytes.
+//! Frames: a head of ten bytes, then up to [`MAX_FRAME`] bytes.
 //!
-//! The head: the kind (1 byte), flags (1), the call's number (4, little-endian), the length of what follows (4, little-endian).
+//! The head consists of the kind (1 byte), flags (1), the call's number (4, little-endian) and the length of the bytes
+//! that follow (4, little-endian).
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 
-/// The version of the protocol, told in `RpcHello`; the only one there is.
+/// The only version of the protocol, sent in `RpcHello`.
 pub(crate) const VERSION: u32 = 1;
 
-/// Bytes of a frame's head.
+/// Size of a frame's head, in bytes.
 pub(crate) const HEAD: usize = 10;
 
-/// Bytes of a frame without its head. Messages and attachments that are longer are cut: nothing else waits longer than for one of these.
+/// Largest frame in bytes, without its head. Longer messages and attachments are split into several frames, so that
+/// other calls wait for one frame at most.
 pub(crate) const MAX_FRAME: usize = 64 * 1024;
 
-/// What a frame costs in credit beside its bytes, so that empty ones are not free.
+/// Cost of a frame in credit, in addition to its bytes, so that empty frames are not free.
 pub(crate) const OVERHEAD: u32 = 16;
 
-/// More of the message follows in another frame.
+/// Flag: the message continues in another frame.
 pub(crate) const MORE: u8 = 1;
 
-/// Nothing more comes on this call from this side. From the side that was called: it has ended well.
+/// Flag: the last frame of this side for this call. From the called side, it means that the call succeeded.
 pub(crate) const LAST: u8 = 2;
 
-/// What a frame is.
+/// The kind of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Kind {
-    /// `RpcHello`; first, and of call 0.
+    /// `RpcHello`: the first frame, with call number 0.
     Hello = 0,
-    /// `RpcRequest`: a new call.
+    /// `RpcRequest`: begins a call.
     Request = 1,
     /// A message or a part of one.
     Data = 2,
-    /// `RpcAttachment`, of the message that comes next.
+    /// `RpcAttachment`: describes an attachment of the next message.
     Attachment = 3,
-    /// Bytes of the attachment that was named last.
+    /// Bytes of the attachment that was described last.
     Raw = 4,
-    /// How many bytes more may be sent on this call: 4 bytes, little-endian.
+    /// More credit for this call, in bytes: 4 bytes, little-endian.
     Credit = 5,
-    /// The caller waits for no answer any more.
+    /// The caller cancels the call.
     Cancel = 6,
     /// `RpcStatus`: the call has ended.
     End = 7,
-    /// `RpcShutdown`, of call 0: no new calls are looked at.
+    /// `RpcShutdown`, with call number 0: this side handles no new calls.
     Shutdown = 8,
-    /// Nothing more comes from this side, but it takes what comes. An empty frame.
+    /// The caller sends no more messages, but still receives. An empty frame.
     Close = 9,
 }
 
-/// Why a peer's bytes end a session.
+/// A violation of the protocol by the other side, which ends the session.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Violation {
-    /// There is no such kind of frame, or such a flag.
+    /// The kind or the flags of a frame are unknown.
     #[error("there is no frame of kind {kind} with flags {flags}")]
     Unknown {
         /// The kind.
@@ -61,28 +63,28 @@ pub enum Violation {
         /// The flags.
         flags: u8,
     },
-    /// A frame, a message, an attachment, metadata, calls or credit over its limit.
+    /// A frame, message, attachment, metadata, number of calls or credit is over its limit.
     #[error("{what} of {size} is over the limit of {limit}")]
     Limit {
-        /// Which limit.
+        /// The limited thing.
         what: &'static str,
-        /// What came.
+        /// Its size.
         size: u64,
-        /// What may come.
+        /// The limit.
         limit: u64,
     },
-    /// A message that cannot be decoded.
+    /// A message cannot be decoded.
     #[error("{what} cannot be decoded: {reason}")]
     Malformed {
-        /// What it should have been.
+        /// The expected message.
         what: &'static str,
-        /// Why not.
+        /// The decoder's error.
         reason: String,
     },
-    /// A frame that makes no sense at this point.
+    /// A frame is not allowed at this point.
     #[error("{0}")]
     Order(&'static str),
-    /// Both sides speak, but no version in common.
+    /// The two sides have no version of the protocol in common.
     #[error("no version in common: this side speaks 1, the other {0:?}")]
     Version(Vec<u32>),
 }
@@ -141,7 +143,7 @@ impl Head {
     }
 }
 
-/// Appends a frame that holds this protobuf message.
+/// Appends a frame with a protobuf message.
 pub(crate) fn put_message(to: &mut BytesMut, kind: Kind, call: u32, message: &impl Message) {
     let head = Head {
         kind,
@@ -153,10 +155,10 @@ pub(crate) fn put_message(to: &mut BytesMut, kind: Kind, call: u32, message: &im
     head.write(to);
     message
         .encode(to)
-        .expect("there is room for what it says that it takes");
+        .expect("the buffer has room for the encoded length");
 }
 
-/// Appends a frame of a few bytes.
+/// Appends a short frame.
 pub(crate) fn put(to: &mut BytesMut, kind: Kind, flags: u8, call: u32, bytes: &[u8]) {
     to.reserve(HEAD + bytes.len());
     let head = Head {
@@ -179,7 +181,7 @@ pub(crate) fn decode<M: Message + Default>(
     })
 }
 
-/// The frames of which bytes that are cut at [`MAX_FRAME`] consist, with whether each is the last.
+/// Splits bytes into parts of at most [`MAX_FRAME`] bytes. Each part comes with true if it is the last one.
 pub(crate) fn parts(bytes: &Bytes) -> impl Iterator<Item = (Bytes, bool)> + use<> {
     let bytes = bytes.clone();
     let count = bytes.len().div_ceil(MAX_FRAME).max(1);
@@ -208,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_head_is_refused() {
+    fn an_invalid_head_is_refused() {
         let unknown = |kind, flags| Err(Violation::Unknown { kind, flags });
         for (kind, flags) in [(10, 0), (255, 0), (2, 3), (2, 4), (1, 1), (5, 2)] {
             let mut bytes = [0; HEAD];
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_cut_into_frames() {
+    fn bytes_are_split_into_frames() {
         let lengths = |n: usize| -> Vec<(usize, bool)> {
             let bytes = Bytes::from(vec![0; n]);
             parts(&bytes)

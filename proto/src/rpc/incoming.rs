@@ -1,4 +1,4 @@
-//! What the frames of the other side do.
+//! Handles the frames of the other side.
 
 use std::{sync::Arc, task::Waker};
 
@@ -17,23 +17,23 @@ use super::{
 };
 use crate::wire::{RpcAttachment, RpcRequest, RpcShutdown, RpcStatus};
 
-/// What a message or an attachment holds beside its bytes.
+/// Memory of a message or an attachment, in bytes, in addition to its content.
 const HELD_BESIDE: usize = 256;
 
-/// An attachment has room for so many times what has come of it.
+/// Largest buffer of an incomplete attachment, as a multiple of its received bytes.
 const GROWTH: usize = 16;
 
 impl Shared {
-    /// The other side has said what it takes.
+    /// Applies the limits in the other side's hello.
     pub(super) fn greeted(&self, theirs: Limits) {
         let more = u64::from(theirs.window - LEAST.window);
         let open: Vec<_> = {
-            // Whoever begins a call at the same time gives it either the one window or the other.
+            // The lock makes a call that begins now use either the old window or the new one, not both.
             let calls = lock(&self.calls);
             self.theirs.get_or_init(|| theirs);
             calls.open.values().cloned().collect()
         };
-        self.places.add_permits(theirs.max_calls - LEAST.max_calls);
+        self.slots.add_permits(theirs.max_calls - LEAST.max_calls);
         self.greeted.send_replace(true);
         for call in open {
             let mut state = lock(&call.state);
@@ -44,7 +44,7 @@ impl Shared {
         }
     }
 
-    /// Takes one frame, whose head has been read.
+    /// Handles one frame, whose head has been read.
     pub(super) async fn take<R>(
         self: &Arc<Self>,
         head: Head,
@@ -63,7 +63,8 @@ impl Shared {
         }
         let call = lock(&self.calls).open.get(&head.call).cloned();
         let Some(call) = call else {
-            // It has ended here, and the other side does not know yet. What was never opened is another matter.
+            // The call has ended on this side, and the other side does not know yet. A call that was never opened is a
+            // violation.
             if head.call == 0 || (!serves && head.call > lock(&self.calls).next) {
                 return Err(Violation::Order("a frame of a call that was never made").into());
             }
@@ -87,7 +88,7 @@ impl Shared {
             Kind::End => {
                 limit("a status", length, MAX_CONTROL)?;
                 if serves {
-                    return Err(Violation::Order("a status from the side that calls").into());
+                    return Err(Violation::Order("a status from the caller").into());
                 }
                 call.ended(&input.bytes(head.length).await?)?;
             }
@@ -108,12 +109,12 @@ impl Shared {
         let length = u64::from(head.length);
         let most = MAX_CONTROL + self.ours.max_metadata as u64;
         limit("a request", length, most)?;
-        // A caller that opens calls without end is to hold up nobody else.
+        // A caller that opens calls without end must not delay other tasks.
         tokio::task::consume_budget().await;
         let bytes = input.bytes(head.length).await?;
         let request: RpcRequest = frame::decode("a request", &bytes)?;
         let Some(server) = serving else {
-            let text = "a request from the side that is called";
+            let text = "a request from the called side";
             return Err(Violation::Order(text).into());
         };
         Ok(self.requested(head.call, request, length, server).await?)
@@ -130,7 +131,7 @@ impl Shared {
     {
         limit("a shutdown", head.length.into(), MAX_CONTROL)?;
         if serves {
-            return Err(Violation::Order("a shutdown from the side that calls").into());
+            return Err(Violation::Order("a shutdown from the caller").into());
         }
         let bytes = input.bytes(head.length).await?;
         let shutdown: RpcShutdown = frame::decode("a shutdown", &bytes)?;
@@ -138,13 +139,11 @@ impl Shared {
         Ok(())
     }
 
-    /// The caller waits for no answer any more.
+    /// Handles a cancellation by the caller.
     fn cancelled(&self, call: &Call, length: u64, serves: bool) -> Result<(), Violation> {
         limit("a cancellation", length, 0)?;
         if !serves {
-            return Err(Violation::Order(
-                "a cancellation by the side that is called",
-            ));
+            return Err(Violation::Order("a cancellation from the called side"));
         }
         self.cut_off(lock(&self.calls), Which::One(call.id), |_, _| {
             Some(Status::new(Code::Cancelled, "the caller has cancelled"))
@@ -152,7 +151,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Counts what has come on a call against what it was given. Whether anybody still waits for it.
+    /// Charges a received frame to the call's credit. Returns true if this side still reads messages.
     pub(super) fn charge(&self, state: &mut CallState, cost: u64) -> Result<bool, Violation> {
         if state.ended_there {
             return Err(Violation::Order("more after the last message"));
@@ -160,14 +159,14 @@ impl Shared {
         state.heard = true;
         state.unreturned += cost;
         limit(
-            "what was sent without credit",
+            "data sent without credit",
             state.unreturned,
             self.ours.window.into(),
         )?;
         Ok(state.ended.is_none() && !state.unwanted)
     }
 
-    /// Holds so many bytes more for a call, unless there are too many already: then the call fails, and no other.
+    /// Holds more bytes for a call. If the budget is used up, ends only this call, and returns false.
     pub(super) fn hold(&self, state: &mut CallState, bytes: usize) -> bool {
         let full = match self.reserve(bytes) {
             Ok(()) => {
@@ -188,10 +187,11 @@ impl Shared {
         false
     }
 
-    /// Gives credit back while a message is coming and nothing waits before it: whoever takes it cannot before it is whole.
+    /// Returns credit for an incomplete message if no message is queued before it: it cannot be read before it is
+    /// complete, so the sender would otherwise run out of credit.
     pub(super) fn go_on(&self, call: &Call, state: &mut CallState, cost: u64) {
         state.owed += cost as u32;
-        // Not for every few bytes; what is left of the window takes the longest frame.
+        // In large amounts only; the rest of the window has room for the longest frame.
         if state.queue.is_empty() && state.owed >= self.ours.window / 4 {
             let back = std::mem::take(&mut state.owed);
             state.unreturned -= u64::from(back);
@@ -217,7 +217,9 @@ impl Shared {
             return Ok(());
         }
         if state.partial.raw.is_some() {
-            return Err(Violation::Order("a message before its attachment is whole"));
+            return Err(Violation::Order(
+                "a message before its attachment is complete",
+            ));
         }
         let size = (state.partial.message.len() + bytes.len()) as u64;
         limit("a message", size, self.ours.max_message as u64)?;
@@ -240,7 +242,7 @@ impl Shared {
         state
             .queue
             .push_back((message, cost as u32, whole.buffered));
-        // At the called side, more may still go out.
+        // The called side may still send.
         if flags & LAST != 0 {
             state.ended = Some(Ok(()));
             state.ended_there = true;
@@ -287,7 +289,7 @@ impl Shared {
             });
         } else {
             let size = announced.size as usize;
-            // Grows as bytes come: what is only announced takes no memory.
+            // The buffer grows as bytes arrive, so a large announced size takes no memory.
             state.partial.raw = Some((announced, BytesMut::new(), size));
         }
         Ok(())
@@ -325,7 +327,8 @@ impl Shared {
             return input.skip(length).await;
         };
         if buffer.capacity() - buffer.len() < length as usize {
-            // Up to what was announced, as far as what has come lets one believe it; so little of it is ever moved.
+            // Grows to the announced size, but at most to `GROWTH` times the received bytes, so that bytes are rarely
+            // copied and a false size takes little memory.
             let room = (buffer.len() * GROWTH).max(MAX_FRAME * 4).min(size);
             buffer.reserve(room.max(buffer.len() + length as usize) - buffer.len());
         }
@@ -348,23 +351,23 @@ impl Shared {
         Ok(())
     }
 
-    /// The other side looks at no call with a higher number.
+    /// Handles a shutdown: the other side does not handle calls with higher numbers.
     pub(super) fn shut_down(&self, last: u32) {
         let mut calls = lock(&self.calls);
         calls.shutdown = Some(last);
         self.cut_off(calls, Which::After(last), |_, _| {
-            let why = "the other side takes no more calls";
+            let why = "the other side accepts no more calls";
             Some(Status::lost(Seen::No, why))
         });
     }
 }
 
 impl Call {
-    /// The other side takes more bytes.
+    /// Handles a frame with credit.
     fn credited(&self, bytes: &[u8]) -> Result<(), Violation> {
         let bytes: [u8; 4] = bytes
             .try_into()
-            .map_err(|_| Violation::Order("credit that is no number of four bytes"))?;
+            .map_err(|_| Violation::Order("credit that is not a number of four bytes"))?;
         let more = u64::from(u32::from_le_bytes(bytes));
         let mut state = lock(&self.state);
         state.heard = true;
@@ -376,17 +379,17 @@ impl Call {
         Ok(())
     }
 
-    /// Nothing more comes from the caller.
+    /// Handles a close: the caller sends no more messages.
     fn closed(&self, length: u64, serves: bool) -> Result<(), Violation> {
         limit("a close", length, 0)?;
         if !serves {
-            return Err(Violation::Order("a close by the side that is called"));
+            return Err(Violation::Order("a close from the called side"));
         }
         self.end(Ok(()), true);
         Ok(())
     }
 
-    /// The called side says how the call has ended.
+    /// Handles the status with which the called side ends the call.
     fn ended(&self, bytes: &[u8]) -> Result<(), Violation> {
         let status: RpcStatus = frame::decode("a status", bytes)?;
         lock(&self.state).heard = true;

@@ -1,4 +1,4 @@
-//! What a side takes, and says that it takes.
+//! Limits of a session, and budgets of memory for several sessions.
 
 use std::{
     collections::HashMap,
@@ -12,7 +12,7 @@ use std::{
 use super::{frame::VERSION, session::lock};
 use crate::wire::RpcHello;
 
-/// What everybody takes, before their `RpcHello` has come.
+/// The limits that every side accepts at least. They hold until the other side's `RpcHello` has arrived.
 pub(super) const LEAST: Limits = Limits {
     max_message: 64 * 1024,
     max_attachments: 64 * 1024,
@@ -24,65 +24,66 @@ pub(super) const LEAST: Limits = Limits {
     idle: IDLE,
 };
 
-/// Bytes of an `RpcHello`, an `RpcRequest` without metadata, an `RpcStatus` and the like.
+/// Largest control message, in bytes: an `RpcHello`, an `RpcRequest` without metadata, an `RpcStatus` and so on.
 pub(super) const MAX_CONTROL: u64 = 16 * 1024;
 
-/// Attachments of a message.
+/// Most attachments of a message.
 pub(super) const MAX_ATTACHMENTS: usize = 64;
 
-/// Dimensions of an attachment.
+/// Most dimensions of an attachment.
 pub(super) const MAX_RANK: usize = 16;
 
-/// Bytes of a status's text and of its details; what is longer is cut, or left out.
+/// Largest text and details of a status, in bytes. A longer text is truncated; longer details are left out.
 pub(super) const MAX_TEXT: usize = 2048;
 pub(super) const MAX_DETAILS: usize = 8192;
 
-/// A frame of 64 KiB takes so long at 1.1 KB/s, the slowest that a transfer may be too; a message of any size takes an
-/// hour at most.
+/// The default of [`Limits::patience`]. A frame of 64 KiB takes this long at 1.1 KB/s, which is also the slowest rate
+/// of a transfer. A message of any size takes an hour at most.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Callers end a session two to four minutes after its last call.
+/// The default of [`Limits::idle`]. Callers end a session two to four minutes after its last call, so they end it
+/// first.
 const IDLE: Duration = Duration::from_secs(300);
 
-/// What a side takes.
+/// The limits of one side of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of a message, without attachments. At least 64 KiB.
+    /// Largest message in bytes, without attachments. At least 64 KiB.
     pub max_message: usize,
-    /// Bytes of all attachments of a message together. At least 64 KiB.
+    /// Largest total size of the attachments of a message, in bytes. At least 64 KiB.
     pub max_attachments: usize,
-    /// Bytes of metadata, names and values together, and 64 for each. At least 4 KiB.
+    /// Largest metadata of a call in bytes: names, values and 64 bytes for each entry. At least 4 KiB.
     pub max_metadata: usize,
-    /// Calls that the other side may have open. At least 16.
+    /// Most calls that the other side may have open. At least 16.
     pub max_calls: usize,
-    /// Bytes that the other side may send on a call before somebody has taken them. At least 128 KiB.
+    /// Most bytes that the other side may send on a call before they are read. At least 128 KiB.
     pub window: u32,
-    /// Bytes of all calls together that are held and nobody has taken. A call that would need more fails.
+    /// Most unread bytes of all calls of the session together. A call that needs more fails.
     pub max_buffered: usize,
-    /// Time in which a message that has begun has to go on: a frame at least, and a 64th of what has come of it.
-    /// Otherwise the call fails and what came is dropped, after twice this time at the latest. Time in which the sender
-    /// has no credit does not count. A minute by default.
+    /// Time in which an incomplete message must make progress: at least one frame, and a 64th of its received bytes.
+    /// Otherwise the call fails and the received part is dropped, after twice this time at the latest. Time in which
+    /// the sender has no credit does not count. One minute by default.
     pub patience: Duration,
-    /// Time after which the called side ends a session on which no call is open and none was made. Rounded up to a
-    /// multiple of `patience`. Five minutes by default.
+    /// Time without calls after which the called side ends the session. Rounded up to a multiple of `patience`. Five
+    /// minutes by default.
     pub idle: Duration,
 }
 
-/// A share is this part of a [`Budget`]. It takes so many of those who are named to use it up.
+/// Number of shares in a [`Budget`]. A budget is used up only by at least this many names, if each holds one share.
 const SHARES: usize = 8;
 
-/// More than a share may be held by one while so many other shares are free: one alone may send the largest message,
-/// and three others still have theirs.
+/// Number of shares that must stay free when a name holds more than one share. So a single name can hold the largest
+/// message, and three other names still have their shares.
 const SPARE_SHARES: usize = 3;
 
-/// Bytes that may be held, of one session or of several together. Cheap to clone; all clones are one.
+/// A limit on the bytes that one session, or several sessions together, may hold. Clones share the limit.
 ///
-/// Bytes that are taken [in somebody's name](Self::of) also count against the share of that name, an eighth of the
-/// budget. More than a share is given only while three eighths of the budget are free after it.
+/// Bytes that are held [under a name](Self::of) also count towards the share of that name, an eighth of the budget. A
+/// name may hold more than its share only while three eighths of the budget stay free.
 #[derive(Debug, Clone)]
 pub struct Budget {
     whole: Arc<Whole>,
-    /// Those in whose name it is taken.
+    /// The shares of the names under which bytes are held.
     shares: Arc<[Arc<Share>]>,
 }
 
@@ -100,29 +101,27 @@ struct Share {
     used: AtomicUsize,
 }
 
-/// The number of times that bytes of a [`Budget`] were refused.
+/// Number of refusals of a [`Budget`], by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Refused {
-    /// Because the whole was used up.
+    /// Refusals because the whole budget was used up.
     pub whole: u64,
-    /// Because a share was.
+    /// Refusals because the share of a name was used up.
     pub share: u64,
 }
 
-/// Why bytes cannot be held.
+/// The reason why bytes cannot be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Full {
-    /// So many are held in all.
-    #[error("{0} bytes wait here to be taken, and no more may")]
+    /// The whole budget, of this many bytes, is used up.
+    #[error("the limit of {0} unread bytes for all calls is reached")]
     Whole(usize),
-    /// So many are held in the name of one.
-    #[error(
-        "{0} bytes of this peer or its network wait here to be taken, and there is no room for more"
-    )]
+    /// The share of a name, of this many bytes, is used up.
+    #[error("the limit of {0} unread bytes for this peer or its network group is reached")]
     Share(usize),
 }
 
-/// Takes bytes if the result fits.
+/// Adds bytes to a counter if the sum fits. Returns true if it did.
 fn add(used: &AtomicUsize, bytes: usize, fits: impl Fn(usize) -> bool) -> bool {
     let more = |used: usize| used.checked_add(bytes).filter(|used| fits(*used));
     let taken = used.fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
@@ -130,7 +129,7 @@ fn add(used: &AtomicUsize, bytes: usize, fits: impl Fn(usize) -> bool) -> bool {
 }
 
 impl Budget {
-    /// So many bytes.
+    /// Creates a budget of `bytes` bytes.
     pub fn new(bytes: usize) -> Self {
         let whole = Whole {
             used: AtomicUsize::new(0),
@@ -145,8 +144,8 @@ impl Budget {
         }
     }
 
-    /// The same budget, for one who is known by these names, such as a peer's and its network's. Whatever is taken in
-    /// the same name, by anybody, has one share.
+    /// Returns this budget for a user with these names, such as those of a peer and of its network group. All bytes
+    /// held under the same name count towards one share.
     #[must_use]
     pub fn of(&self, names: impl IntoIterator<Item = String>) -> Self {
         let mut known = lock(&self.whole.shares);
@@ -167,12 +166,12 @@ impl Budget {
         }
     }
 
-    /// Bytes held now.
+    /// Returns the number of bytes held now.
     pub fn used(&self) -> usize {
         self.whole.used.load(Ordering::Relaxed)
     }
 
-    /// The most bytes that are held now in one name.
+    /// Returns the most bytes held now under one name.
     pub fn used_by_one(&self) -> usize {
         let shares = lock(&self.whole.shares);
         let shares = shares.values().filter_map(Weak::upgrade);
@@ -180,12 +179,12 @@ impl Budget {
         used.max().unwrap_or_default()
     }
 
-    /// Bytes of a share.
+    /// Returns the size of a share, in bytes.
     pub fn share(&self) -> usize {
         self.whole.most / SHARES
     }
 
-    /// How often a call has failed because there were none left.
+    /// Returns the number of refusals so far.
     pub fn refused(&self) -> Refused {
         Refused {
             whole: self.whole.refused.load(Ordering::Relaxed),
@@ -193,12 +192,12 @@ impl Budget {
         }
     }
 
-    /// Bytes that may be held.
+    /// Returns the size of the budget, in bytes.
     pub fn size(&self) -> usize {
         self.whole.most
     }
 
-    /// Holds so many bytes until what this returns is dropped; `None` if there are not so many left.
+    /// Holds bytes until the returned value is dropped. Returns `None` if not enough are left.
     pub fn hold(&self, bytes: usize) -> Option<Held> {
         let held = || Held {
             budget: self.clone(),
@@ -207,7 +206,7 @@ impl Budget {
         self.take(bytes).is_ok().then(held)
     }
 
-    /// Takes so many, if there are so many left.
+    /// Takes bytes, to be returned with [`give`](Self::give). Counts a refusal.
     pub(super) fn take(&self, bytes: usize) -> Result<(), Full> {
         let taken = self.try_take(bytes);
         match taken {
@@ -246,16 +245,16 @@ impl Budget {
     }
 }
 
-/// Bytes of a [`Budget`], given back when dropped.
+/// Bytes held in a [`Budget`]. Dropping it returns them.
 #[derive(Debug)]
-#[must_use = "what is dropped is given back"]
+#[must_use = "dropping it returns the bytes"]
 pub struct Held {
     budget: Budget,
     bytes: usize,
 }
 
 impl Held {
-    /// Number of bytes.
+    /// Returns the number of bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -335,10 +334,10 @@ mod tests {
     fn one_name_never_uses_up_a_budget() {
         let all = Budget::new(800);
         let one = named(&all, &["mallory", "192.0.2"]);
-        // Alone it may have more than a share, but three shares are left.
+        // A single name may hold more than a share, but three shares stay free.
         one.take(500).unwrap();
         assert_eq!(one.take(1), Err(Full::Share(100)));
-        // The same name elsewhere is the same share.
+        // Another user of the same name has the same share.
         assert_eq!(named(&all, &["mallory"]).take(1), Err(Full::Share(100)));
         assert_eq!(
             named(&all, &["other", "192.0.2"]).take(1),
@@ -348,16 +347,16 @@ mod tests {
             let other = named(&all, &[name]);
             other.take(100).unwrap();
             assert!(other.take(1).is_err());
-            // It stays counted though nobody has the name's budget any more.
+            // The bytes stay counted although the name's budget is dropped.
         }
         assert_eq!(named(&all, &["d"]).take(1), Err(Full::Whole(800)));
         let refused = all.refused();
-        // The last of the three names met the whole, and so did "d".
+        // The last of the three names, and "d", were refused by the whole budget.
         assert_eq!((all.used(), refused.whole, refused.share), (800, 2, 5));
     }
 
     #[test]
-    fn what_is_refused_takes_nothing_and_what_is_given_back_counts_no_more() {
+    fn refused_bytes_take_nothing_and_returned_bytes_no_longer_count() {
         let all = Budget::new(800);
         let one = named(&all, &["peer", "network"]);
         let held = one.hold(90).unwrap();

@@ -1,26 +1,27 @@
-//! What goes over a call: messages, what is attached to them, and names and values beside.
+//! Messages of a call, their attachments, and the call's metadata.
 
 use bytes::Bytes;
 
 use crate::wire::RpcMetadata;
 
-/// Bytes of a stated type and shape beside a message, such as a tensor.
+/// Bytes beside a message, with an element type and a shape, such as a tensor.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attachment {
-    /// As in safetensors: `F32`, `BF16`, `I64` and so on. Empty: bytes. Nobody checks that it fits.
+    /// The element type, as in safetensors: `F32`, `BF16`, `I64` and so on. Empty for plain bytes. Not checked against
+    /// the number of bytes.
     pub dtype: String,
-    /// Its dimensions, the slowest first.
+    /// The dimensions, outermost first.
     pub shape: Vec<u64>,
-    /// The bytes.
+    /// The content.
     pub bytes: Bytes,
 }
 
-/// A message as it goes over the wire: encoded, with what is attached.
+/// An encoded message with its attachments.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Message {
     /// The encoded message.
     pub bytes: Bytes,
-    /// What is attached.
+    /// The attachments.
     pub attachments: Vec<Attachment>,
 }
 
@@ -33,10 +34,10 @@ impl From<Bytes> for Message {
     }
 }
 
-/// Names and values beside a call.
+/// Names and values that are sent with a call.
 pub type Metadata = Vec<(String, Bytes)>;
 
-/// What a name and a value cost beside their bytes.
+/// Size of a metadata entry, in bytes, in addition to its name and value.
 const EACH: usize = 64;
 
 pub(super) fn metadata_size(metadata: &[(String, Bytes)]) -> usize {

@@ -1,14 +1,16 @@
-//! Calls by protobuf over any byte stream, many at a time: `/weft/rpc/1`.
+//! Concurrent calls with protobuf messages over any byte stream: the protocol `/weft/rpc/1`.
 //!
-//! A [`Session`] is one side of a stream. The side that opened the stream calls; the other answers with a [`Handler`]. Calls are
-//! unary or stream in either direction or both; messages carry [`Attachment`]s, bytes that never pass through protobuf. Every call has its own credit, so that
-//! one whose receiver is slow holds up no other, and ends with a gRPC [`Status`].
+//! A [`Session`] is one side of a stream. The side that opened the stream makes calls; the other side answers them with
+//! a [`Handler`]. A call is unary, or streams messages in one or both directions. Messages can have [`Attachment`]s:
+//! bytes that are not copied into the protobuf message. Every call has its own credit, so that a slow receiver delays
+//! no other call, and ends with a gRPC [`Status`].
 //!
-//! It promises: what a peer can make us hold is bounded by [`Limits`], whatever it sends; a violation ends the session with an error that names it;
-//! a call that is dropped is cancelled at the other side, and its handler's future dropped; a call that fails for want of a connection says whether the
-//! other side had seen it.
+//! - [`Limits`] bounds the memory that a peer can use, whatever it sends.
+//! - A violation of the protocol ends the session, with an error that names the violation.
+//! - Dropping a call cancels it on the other side, and drops the handler's future there.
+//! - A call that fails because the session ended reports whether the other side has seen it.
 //!
-//! It leaves out: where streams come from, and making a call again on another one.
+//! The module neither opens streams nor makes a failed call again on another stream.
 
 mod call;
 mod drive;
@@ -22,8 +24,8 @@ mod session;
 mod status;
 mod typed;
 
-/// The service that every node has: its one method, called with an empty message, answers with what the services there look like, as an encoded
-/// `FileDescriptorSet`.
+/// The method of a service that every node has. Called with an empty message, it returns the schemas of the node's
+/// services as an encoded `FileDescriptorSet`.
 pub const SCHEMAS: &str = "weft.rpc.v1.Schemas/Get";
 
 pub use self::{

@@ -1,4 +1,4 @@
-//! What waits to be written.
+//! The outbox of a session: frames that are queued for writing.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,42 +18,42 @@ use super::{
 };
 use crate::wire::RpcRequest;
 
-/// Bytes that wait to be written before whoever has more has to wait too.
+/// Queued bytes above which senders wait for room.
 pub(super) const OUTBOX: usize = 512 * 1024;
 
-/// What waits to be written.
+/// The queue of frames to write.
 pub(super) struct Outbox {
     pub(super) queue: Mutex<Queue>,
-    /// There is room again.
+    /// Notified when there is room again.
     pub(super) room: Notify,
 }
 
 #[derive(Default)]
 pub(super) struct Queue {
     pub(super) out: VecDeque<Out>,
-    /// Frames in it.
+    /// Number of queued frames.
     pub(super) frames: usize,
-    /// Calls that begin with it.
+    /// Calls whose request is queued.
     pub(super) begun: Vec<Arc<Call>>,
     pub(super) bytes: usize,
-    /// By call: what has not been written yet adds up.
+    /// Credit to send for each call: amounts for one call are added up until they are written.
     pub(super) credits: HashMap<u32, u32>,
     pub(super) waker: Option<Waker>,
     pub(super) closed: bool,
 }
 
 pub(super) enum Out {
-    /// Frames, whole.
+    /// Encoded frames.
     Frames(BytesMut),
-    /// One frame whose bytes are copied only when it is written.
+    /// A frame whose bytes are copied only when it is written.
     Part(Head, Bytes),
 }
 
-/// What a frame holds.
+/// The bytes of a frame.
 pub(super) enum Body<'a> {
-    /// Copied at once.
+    /// Bytes that are copied into the queue.
     Short(&'a [u8]),
-    /// Copied when it is written.
+    /// Bytes that are copied only when they are written.
     Long(Bytes),
 }
 
@@ -74,7 +74,7 @@ pub(super) struct Frame<'a> {
 }
 
 impl<'a> Frame<'a> {
-    /// One whose bytes are few.
+    /// Creates a frame with few bytes.
     pub(super) fn short(kind: Kind, flags: u8, bytes: &'a [u8]) -> Self {
         let body = Body::Short(bytes);
         Self { kind, flags, body }
@@ -88,12 +88,12 @@ impl Queue {
         }
         match self.out.back_mut() {
             Some(Out::Frames(frames)) => frames,
-            _ => unreachable!("put there if it was not"),
+            _ => unreachable!("pushed above"),
         }
     }
 
-    /// With what begins the call before it, if that has not been sent. What begins a call that was given up before it could is left out: the other side is not
-    /// to hear of it after its cancellation.
+    /// Queues a frame, after the call's request if that has not been queued. Queues nothing for a call that was
+    /// cancelled before its request was queued: the other side must not see the call after its cancellation.
     fn add(&mut self, call: &Arc<Call>, begin: Option<&RpcRequest>, frame: Frame<'_>) {
         if let Some(request) = begin {
             if call.given_up.load(Ordering::Acquire) {
@@ -139,7 +139,7 @@ impl Outbox {
         waker.into_iter().for_each(Waker::wake);
     }
 
-    /// Without waiting for room: for what there is at most one of for a call.
+    /// Queues a frame without waiting for room. For frames of which a call has at most one.
     pub(super) fn push_now(&self, call: &Arc<Call>, begin: Option<&RpcRequest>, frame: Frame<'_>) {
         let mut queue = lock(&self.queue);
         if queue.closed {
@@ -151,7 +151,7 @@ impl Outbox {
         waker.into_iter().for_each(Waker::wake);
     }
 
-    /// Nobody here waits for this call any more: tells the other side, if it has heard or will hear of it.
+    /// Cancels a call on this side. Tells the other side if it has seen the call or will see it.
     pub(super) fn give_up(&self, call: &Arc<Call>) {
         let mut queue = lock(&self.queue);
         let first = !call.given_up.swap(true, Ordering::AcqRel);
@@ -164,7 +164,7 @@ impl Outbox {
         waker.into_iter().for_each(Waker::wake);
     }
 
-    /// No credit is given for this call any more.
+    /// Drops the credit that is queued for a call.
     pub(super) fn forget(&self, call: u32) {
         let mut queue = lock(&self.queue);
         if !queue.credits.is_empty() {
@@ -172,7 +172,7 @@ impl Outbox {
         }
     }
 
-    /// Waits for room.
+    /// Queues a frame. Waits for room.
     pub(super) async fn push(&self, call: &Arc<Call>, begin: Option<RpcRequest>, frame: Frame<'_>) {
         loop {
             let mut room = pin!(self.room.notified());

@@ -1,4 +1,4 @@
-//! The called side: what answers calls.
+//! The called side of a session: runs the handlers of calls.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,35 +29,36 @@ use super::{
 };
 use crate::wire::{RpcRequest, RpcStatus};
 
-/// Calls that have ended here, and are counted for a moment more.
+/// Number of calls above the limit that are tolerated, because the caller may not know yet that some have ended.
 pub(super) const SLACK: usize = 64;
 
-/// Bytes that a call holds beside its request: its state and its task.
+/// Memory of a call in bytes, in addition to its request: its state and its task.
 const HELD_FOR_CALL: usize = 1024;
 
-/// Time for which a new call waits for the handlers of cancelled ones, while there are too many. One that waits for
-/// anything ends at once; this is for a machine with more to do than it can.
+/// Longest wait of a new call for the handlers of cancelled calls, while there are too many. A handler that waits for
+/// something ends immediately, so this only matters on an overloaded machine.
 const CUT_OFF: Duration = Duration::from_secs(1);
 
-/// What a handler is told about a call.
+/// The call that a handler answers.
 #[derive(Debug, Clone)]
 pub struct Context {
-    /// Who calls, as whoever made the session says.
+    /// The caller, as given by the code that created the session.
     pub peer: Arc<str>,
-    /// `package.Service/Method`.
+    /// The method, as `package.Service/Method`.
     pub method: String,
-    /// What the caller says beside it.
+    /// The metadata of the call.
     pub metadata: Metadata,
-    /// When the caller stops waiting.
+    /// The moment at which the caller stops waiting.
     pub deadline: Option<Instant>,
-    /// The bytes that may be held for this caller, and for all callers together. A handler that holds much data whose
-    /// size the caller determines, such as answers that the caller does not take, has the data counted here.
+    /// The budget of bytes for this caller, and for all callers together. A handler should count here data whose size
+    /// the caller determines, such as answers that the caller does not read.
     pub budget: Budget,
 }
 
-/// Answers calls. Each is answered in a task of its own, which ends when the caller cancels, its time is over, or the session ends.
+/// Answers calls. Each call is answered in a task, which ends when the caller cancels the call, its deadline passes, or
+/// the session ends.
 pub trait Handler: Send + Sync + 'static {
-    /// Answers one call. What it returns is how the call ends, after the messages that it has sent.
+    /// Answers one call. The returned result ends the call, after the messages that were sent.
     fn call(
         &self,
         context: Context,
@@ -66,7 +67,7 @@ pub trait Handler: Send + Sync + 'static {
     ) -> Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>;
 }
 
-/// What a session that is called answers with.
+/// The handler of a session, and the calls that wait for their start.
 pub(super) struct Server {
     peer: Arc<str>,
     handler: Arc<dyn Handler>,
@@ -85,33 +86,34 @@ impl Server {
     }
 }
 
-/// Calls that have come and are not being answered yet.
+/// Received calls whose handlers have not started.
 #[derive(Default)]
 struct Starts {
-    /// Of methods whose handlers have returned or waited quickly so far.
+    /// Calls of methods whose handlers usually return or wait soon.
     brief: VecDeque<Start>,
-    /// Others.
+    /// Other calls.
     long: Vec<Start>,
     paces: HashMap<String, Arc<Pace>>,
 }
 
-/// Calls that are answered one after the other in one task, as far as they get without waiting.
+/// Most calls that are started together.
 const BATCH: usize = 32;
 
-/// Methods of which a session remembers how long their handlers take.
+/// Most methods for which a session measures the handlers.
 const PACES: usize = 64;
 
-/// A handler that takes longer until it returns or waits has a task of its own from the start.
+/// A handler that takes longer until it returns or first waits gets a task of its own from the start.
 const BRIEF: Duration = Duration::from_micros(20);
 
-/// How long a batch may take; what has not begun by then is given tasks of its own.
+/// Longest time for one batch of calls. Calls that have not started by then get tasks of their own.
 const BATCH_TIME: Duration = Duration::from_micros(200);
 
-/// How long a method's handlers take until they return or wait for the first time: nanoseconds, an average in which the last call counts for an eighth.
+/// Time that a method's handlers take until they return or first wait, in nanoseconds: a moving average in which the
+/// last call counts for an eighth.
 struct Pace(AtomicU64);
 
 impl Pace {
-    /// Not known, and so not brief.
+    /// Creates an unmeasured pace, which is not brief.
     fn new() -> Arc<Self> {
         Arc::new(Self(AtomicU64::new(2 * BRIEF.as_nanos() as u64)))
     }
@@ -123,20 +125,21 @@ impl Pace {
     fn note(&self, time: Duration) {
         let last = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let average = self.0.load(Ordering::Relaxed);
-        // One that got lost to another thread is no matter.
+        // A concurrent update may be lost, which does not matter for an average.
         self.0
             .store(average - average / 8 + last / 8, Ordering::Relaxed);
     }
 }
 
-/// A call that is to be answered.
+/// A call whose handler has not started.
 struct Start {
     answer: Abortable<Pin<Box<dyn Future<Output = ()> + Send>>>,
     pace: Option<Arc<Pace>>,
 }
 
 impl Start {
-    /// Until it returns or waits; `None` once it has returned, or panicked, which whoever drops it reports.
+    /// Runs the handler until it returns or waits. Returns `None` if it returned or panicked; dropping it after a panic
+    /// reports the failure to the caller.
     fn begin(mut self, cx: &mut TaskContext<'_>) -> Option<Self> {
         let began = Instant::now();
         let polled = catch_unwind(AssertUnwindSafe(|| Pin::new(&mut self.answer).poll(cx)));
@@ -151,7 +154,7 @@ impl Start {
             let mut start = Some(self);
             let waiting = poll_fn(|cx| Poll::Ready(start.take().and_then(|s| s.begin(cx)))).await;
             if let Some(waiting) = waiting {
-                // That it was aborted is known to whoever did that.
+                // An abort is handled where it was requested.
                 let _ = waiting.answer.await;
             }
         });
@@ -159,7 +162,8 @@ impl Start {
 }
 
 impl Server {
-    /// Answers what has come: brief calls together, so that many small ones cost little; others in tasks of their own.
+    /// Starts the handlers of all received calls: brief ones together in one task, so that many small calls cost
+    /// little, and others in tasks of their own.
     pub(super) fn start(&self) {
         let mut starts = lock(&self.starts);
         let mut brief = std::mem::take(&mut starts.brief);
@@ -175,7 +179,7 @@ impl Server {
                 if let Some(waiting) = start.begin(cx) {
                     waiting.spawn();
                 }
-                // One of them was not what it used to be, and the others are not to wait for more of its kind.
+                // A handler took longer than usual. The others must not wait for more of them.
                 if began.elapsed() > BATCH_TIME {
                     brief.drain(..).for_each(Start::spawn);
                 }
@@ -213,16 +217,16 @@ impl Server {
     }
 }
 
-/// A request that has passed the limits.
+/// A request that is within the limits.
 struct Asked {
     method: String,
     metadata: Metadata,
-    /// How long the caller waits.
+    /// Time until the caller's deadline.
     time: Option<Duration>,
 }
 
 impl Shared {
-    /// Begins to answer a call whose request has `length` bytes, or says at once why it is not answered.
+    /// Begins to answer a call whose request has `length` bytes, or refuses it with a status.
     pub(super) async fn requested(
         self: &Arc<Self>,
         id: u32,
@@ -239,25 +243,25 @@ impl Shared {
         {
             let mut calls = lock(&self.calls);
             if id == 0 || calls.open.contains_key(&id) {
-                return Err(Violation::Order("a call with the number of another"));
+                return Err(Violation::Order("a call with the number of another call"));
             }
             if calls.shutdown.is_some_and(|last| id > last) {
-                // The caller has been told.
+                // The caller has been told with the shutdown.
                 return Ok(());
             }
             calls.next = calls.next.max(id);
             let open = (calls.open.len() + 1).saturating_sub(SLACK);
-            limit("calls open", open as u64, self.ours.max_calls as u64)?;
+            limit("a number of open calls", open as u64, self.ours.max_calls as u64)?;
         }
         let held = length as usize + HELD_FOR_CALL;
-        let refused = match self.has_place(server).await {
-            false => Some("calls that were cancelled still run here".to_owned()),
+        let refused = match self.has_room(server).await {
+            false => Some("too many cancelled calls are still running".to_owned()),
             true => self.reserve(held).err().map(|full| full.to_string()),
         };
         if let Some(text) = refused {
             let status = encoded(Err(Status::new(Code::ResourceExhausted, text)));
             let end = Frame::short(Kind::End, 0, &status);
-            // Waits for room: the caller takes what it is told, or says no more.
+            // Waits for room in the outbox: a caller that does not read must not cause more refusals.
             self.outbox.push(&Call::new(id, 0), None, end).await;
             return Ok(());
         }
@@ -270,9 +274,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Returns true if one more call can be answered. If not, waits for a cancelled one to be over: it is, once its
-    /// handler next waits.
-    async fn has_place(&self, server: &Server) -> bool {
+    /// Returns true if one more call can be answered. If there are too many, waits for a cancelled call to end, which
+    /// happens when its handler next waits.
+    async fn has_room(&self, server: &Server) -> bool {
         let most = self.ours.max_calls + SLACK;
         let is_free = || lock(&self.calls).living < most;
         if is_free() {
@@ -281,7 +285,7 @@ impl Shared {
         if lock(&self.calls).stuck {
             return false;
         }
-        // Those that have not begun end by being polled.
+        // Cancelled calls that have not started end when they are polled.
         server.start();
         let freed = async {
             loop {
@@ -356,24 +360,24 @@ impl Shared {
     }
 }
 
-/// A call that is answered; forgotten when dropped.
+/// A call that is being answered. Dropping it frees the call.
 pub(super) struct Answered {
     pub(super) shared: Arc<Shared>,
     pub(super) call: Arc<Call>,
-    /// How it has ended is on its way.
+    /// True once the call's status is being sent.
     said: bool,
     /// Bytes that are held for the request.
     held: usize,
 }
 
 impl Answered {
-    /// Says how it has ended, unless the last message has said so already.
+    /// Sends the call's status, unless the last message has already reported success.
     pub(super) async fn end(mut self, ended: Result<(), Status>) {
         self.said = true;
         if self.call.finished.load(Ordering::Acquire) {
             return;
         }
-        // What a handler has left behind sends nothing after the end.
+        // A task that the handler has left behind must not send after the end.
         let over = Status::new(Code::Cancelled, "the call has ended");
         self.call.end(Err(over), false);
         let status = encoded(ended);
@@ -401,8 +405,8 @@ impl Drop for Answered {
     fn drop(&mut self) {
         let over = matches!(lock(&self.call.state).ended, Some(Err(_)));
         if !self.said && !over && !self.call.finished.load(Ordering::Acquire) {
-            // It has panicked, and the caller is not to wait for ever.
-            let failed = Status::new(Code::Internal, "what answers this call has failed");
+            // The handler has panicked, and the caller must not wait for ever.
+            let failed = Status::new(Code::Internal, "the handler of this call has failed");
             let status = encoded(Err(failed));
             let end = Frame::short(Kind::End, 0, &status);
             self.shared.outbox.push_now(&self.call, None, end);
@@ -412,7 +416,7 @@ impl Drop for Answered {
     }
 }
 
-/// At most [`MAX_TEXT`] bytes.
+/// Truncates a text to [`MAX_TEXT`] bytes.
 pub(super) fn cut(mut text: String) -> String {
     text.truncate(text.floor_char_boundary(MAX_TEXT));
     text

@@ -1,4 +1,4 @@
-//! One side of a stream on which many calls go on at a time.
+//! A session: one side of a stream with concurrent calls.
 
 use std::{
     collections::HashMap,
@@ -26,12 +26,12 @@ use super::{
 };
 use crate::wire::RpcRequest;
 
-/// What a caller says beside the method and the message.
+/// Options of a call.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// How long the caller waits for the end of the call. The other side is told, and drops its handler when it is over.
+    /// Time until the call's deadline. The other side knows the deadline too, and drops its handler when it passes.
     pub timeout: Option<Duration>,
-    /// Names and values for the handler.
+    /// Metadata for the handler.
     pub metadata: Metadata,
 }
 
@@ -39,7 +39,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("nothing panics while holding the lock")
 }
 
-/// The calling side of a session. Cheap to clone; when the last clone is dropped and no call is open, the session ends.
+/// The calling side of a session. The session ends when its last clone is dropped and no call is open.
 #[derive(Clone)]
 pub struct Session {
     pub(super) shared: Arc<Shared>,
@@ -54,7 +54,7 @@ impl fmt::Debug for Session {
     }
 }
 
-/// Tells the session when nobody can call any more.
+/// Ends the session on drop, once no call is open.
 pub(super) struct Alive(Arc<Shared>);
 
 impl Drop for Alive {
@@ -67,17 +67,17 @@ impl Drop for Alive {
 pub(super) struct Shared {
     pub(super) ours: Limits,
     pub(super) theirs: OnceLock<Limits>,
-    /// The other side has said what it takes, or says nothing any more.
+    /// True once the other side's hello has arrived, or the session has ended.
     pub(super) greeted: watch::Sender<bool>,
     pub(super) calls: Mutex<Calls>,
-    /// For calls of ours.
-    pub(super) places: Semaphore,
+    /// Permits for calls of this side, as many as the other side allows.
+    pub(super) slots: Semaphore,
     pub(super) outbox: Outbox,
-    /// At the called side: an answer has been dropped.
+    /// On the called side, notified when a handler has been dropped.
     pub(super) fewer: Notify,
-    /// Bytes that nobody has taken yet.
+    /// The budget for unread bytes of this session.
     pub(super) buffered: Budget,
-    /// The same, of several sessions.
+    /// The budget for unread bytes of several sessions.
     pub(super) together: Budget,
 }
 
@@ -85,22 +85,22 @@ pub(super) struct Shared {
 pub(super) struct Calls {
     pub(super) open: HashMap<u32, Arc<Call>>,
     pub(super) next: u32,
-    /// Why there are no more.
+    /// The reason for the end of the session.
     pub(super) ended: Option<String>,
-    /// The other side has said that it looks at no call with a higher number.
+    /// Set after a shutdown: calls with a higher number are not handled.
     pub(super) shutdown: Option<u32>,
-    /// Nobody here calls any more.
+    /// True if no new calls will be made.
     pub(super) leaving: bool,
-    /// At the called side: answers that have not been dropped, those of calls that were cut off with them.
+    /// On the called side: number of handlers that have not been dropped, including those of cancelled calls.
     pub(super) living: usize,
-    /// One more was waited for in vain, and none has been dropped since.
+    /// True if waiting for a handler to end has timed out, and none has ended since.
     pub(super) stuck: bool,
 }
 
 impl Calls {
-    /// Takes a call out of those that are open, if it is one of them.
+    /// Removes a call from the open calls. Returns false if it is not open.
     fn take_out(&mut self, call: &Call) -> bool {
-        // One of the same number may have come in its place.
+        // A new call may have the same number.
         let known = self.open.get(&call.id);
         let known = known.is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), call));
         if known {
@@ -109,17 +109,17 @@ impl Calls {
         known
     }
 
-    /// Nothing is left to be done on the session.
+    /// Returns true if the session can end.
     fn is_done(&self) -> bool {
         self.leaving && self.open.is_empty()
     }
 }
 
-/// When a session was used, as far as has been looked.
+/// The last known use of a session.
 #[derive(Debug)]
 pub(super) struct Used {
     at: Instant,
-    /// The highest number of a call by then.
+    /// The highest number of a call at that time.
     number: u32,
 }
 
@@ -132,23 +132,23 @@ impl Used {
     }
 }
 
-/// Calls that end before their time.
+/// Selects the calls to cut off.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Which {
     One(u32),
-    /// Those with higher numbers.
+    /// Calls with higher numbers.
     After(u32),
     All,
 }
 
-/// `time` from now; `None` if that is for ever.
+/// Returns the instant `time` from now; `None` for no deadline, or one too far away to represent.
 pub(super) fn deadline(time: Option<Duration>) -> Option<Instant> {
     Instant::now().checked_add(time?)
 }
 
 impl Session {
-    /// The calling side on `stream`, and what drives it: a future to be spawned, which says why the session has ended, `Ok` if both sides wanted
-    /// that.
+    /// Creates the calling side on `stream`. Also returns a future that drives the session and must be spawned. It
+    /// returns `Ok` if the session ended in order, or the error that ended it.
     pub fn client<S>(
         stream: S,
         limits: Limits,
@@ -159,7 +159,7 @@ impl Session {
         Self::client_within(Budget::new(usize::MAX), stream, limits)
     }
 
-    /// The same, where several sessions together are to hold no more than this.
+    /// Creates the calling side as [`client`](Self::client) does, with a budget that several sessions share.
     pub fn client_within<S>(
         together: Budget,
         stream: S,
@@ -176,7 +176,8 @@ impl Session {
         (session, drive(stream, shared, None))
     }
 
-    /// The called side on `stream`: answers until the other side has gone and all is answered, or either fails.
+    /// Runs the called side on `stream`: answers calls until the caller ends the session and all handlers have ended,
+    /// or a side fails.
     ///
     /// # Errors
     /// [`SessionError`].
@@ -193,7 +194,7 @@ impl Session {
         Self::serve_within(together, stream, limits, peer, handler).await
     }
 
-    /// The same, where several sessions together are to hold no more than this.
+    /// Runs the called side as [`serve`](Self::serve) does, with a budget that several sessions share.
     ///
     /// # Errors
     /// [`SessionError`].
@@ -211,13 +212,13 @@ impl Session {
         drive(stream, shared, Some(Server::new(peer, handler))).await
     }
 
-    /// Whether calls can still be made on it.
+    /// Returns true if calls can still be made on this session.
     pub fn is_open(&self) -> bool {
         let calls = lock(&self.shared.calls);
         calls.ended.is_none() && calls.shutdown.is_none()
     }
 
-    /// Calls `method` with one message, and waits for one.
+    /// Calls `method` with one message, and waits for one answer.
     ///
     /// # Errors
     /// [`Status`].
@@ -232,13 +233,13 @@ impl Session {
             let (mut sender, mut receiver) = self.begin(method, options).await?;
             sender.check(&message).await?;
             let sent = sender.write_checked(message, true).await;
-            // If it could not be sent, because the call has ended, how it has is what counts.
+            // If sending failed because the call has ended, the call's status matters, not the error of sending.
             let answer = receiver.next().await?;
             let answer = match (answer, sent) {
                 (Some(answer), _) => answer,
                 (None, Err(status)) => return Err(status),
                 (None, Ok(())) => {
-                    let text = "the call ended well without an answer";
+                    let text = "the call succeeded without an answer";
                     return Err(Status::new(Code::Internal, text));
                 }
             };
@@ -250,7 +251,7 @@ impl Session {
         within(time, call).await
     }
 
-    /// Calls `method`, for streams in either direction. Dropping the receiver cancels the call.
+    /// Calls `method` with streams in both directions. Dropping the receiver cancels the call.
     ///
     /// # Errors
     /// [`Status`].
@@ -281,14 +282,14 @@ impl Session {
                 ),
             ));
         }
-        let place = shared.places.acquire().await;
-        // Never closed before the calls have been ended.
-        let place = place.map_err(|_| shared.lost())?;
+        let slot = shared.slots.acquire().await;
+        // The semaphore is closed only after the calls have been ended.
+        let slot = slot.map_err(|_| shared.lost())?;
         let request = RpcRequest {
             method: method.to_owned(),
             timeout_micros: options
                 .timeout
-                // What is left of it.
+                // The rest of the time.
                 .map(|time| time.saturating_sub(asked.elapsed()))
                 .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
             metadata: to_wire(options.metadata),
@@ -299,7 +300,7 @@ impl Session {
                 drop(calls);
                 return Err(shared.lost());
             }
-            // 0 is the session itself; one that has used up all numbers makes place for another.
+            // Number 0 is the session itself. A session that has used up all numbers must be replaced by another.
             let Some(next) = calls.next.checked_add(1) else {
                 calls.shutdown = Some(u32::MAX);
                 drop(calls);
@@ -311,7 +312,7 @@ impl Session {
             calls.open.insert(call.id, Arc::clone(&call));
             call
         };
-        place.forget();
+        slot.forget();
         let receiver = Receiver {
             shared: Arc::clone(shared),
             call: Arc::clone(&call),
@@ -333,7 +334,7 @@ impl Session {
     }
 }
 
-/// What `call` comes to, if it comes in time.
+/// Returns the result of `call`, or an error if it takes longer than `time`.
 pub(super) async fn within<T>(
     time: Option<Duration>,
     call: impl Future<Output = Result<T, Status>>,
@@ -345,7 +346,7 @@ pub(super) async fn within<T>(
 }
 
 pub(super) fn late() -> Status {
-    Status::new(Code::DeadlineExceeded, "the caller's time is over")
+    Status::new(Code::DeadlineExceeded, "the deadline has passed")
 }
 
 impl Shared {
@@ -355,7 +356,7 @@ impl Shared {
             theirs: OnceLock::new(),
             greeted: watch::Sender::new(false),
             calls: Mutex::default(),
-            places: Semaphore::new(LEAST.max_calls),
+            slots: Semaphore::new(LEAST.max_calls),
             outbox: Outbox::new(),
             fewer: Notify::new(),
             buffered: Budget::new(ours.max_buffered),
@@ -363,29 +364,29 @@ impl Shared {
         })
     }
 
-    /// What the other side takes, as far as is known.
+    /// Returns the other side's limits; [`LEAST`] until its hello has arrived.
     pub(super) fn theirs(&self) -> Limits {
         self.theirs.get().copied().unwrap_or(LEAST)
     }
 
-    /// For a call that has not begun.
+    /// Returns the status for a call that cannot begin.
     pub(super) fn lost(&self) -> Status {
         let calls = lock(&self.calls);
         let why = calls.ended.as_deref();
         Status::lost(
             Seen::No,
-            why.unwrap_or("the other side takes no more calls"),
+            why.unwrap_or("the other side accepts no more calls"),
         )
     }
 
-    /// At the calling side: the call is over, and another can be made in its place.
+    /// On the calling side: removes a call that is over, so that another can be made.
     pub(super) fn forget(&self, call: &Call) {
         let mut calls = lock(&self.calls);
         let known = calls.take_out(call);
         let done = calls.is_done();
         drop(calls);
         if known {
-            self.places.add_permits(1);
+            self.slots.add_permits(1);
         }
         self.outbox.forget(call.id);
         if done {
@@ -393,7 +394,7 @@ impl Shared {
         }
     }
 
-    /// At the called side: what answered the call has been dropped.
+    /// On the called side: removes a call whose handler has been dropped.
     pub(super) fn answered(&self, call: &Call) {
         let mut calls = lock(&self.calls);
         calls.living -= 1;
@@ -410,11 +411,11 @@ impl Shared {
         }
     }
 
-    /// Ends calls before their time: takes them out of those that are open, ends them with what `why` says, and aborts
-    /// what answers them.
+    /// Ends calls early: removes them from the open calls, ends them with the status that `why` returns, and aborts
+    /// their handlers.
     ///
-    /// A call that has not been answered leaves in no other way. So nothing goes on answering a call that is not open
-    /// any more, but for what it does before it next waits; and that is counted, see [`Calls::living`].
+    /// An unanswered call is removed in no other way. So the handler of a removed call runs only until it next waits,
+    /// and is counted until then, see [`Calls::living`].
     pub(super) fn cut_off(
         &self,
         mut calls: MutexGuard<'_, Calls>,
@@ -446,8 +447,8 @@ impl Shared {
         }
     }
 
-    /// Does what is due each [`Limits::patience`]: ends calls whose message goes on no more, and at the called side a
-    /// session that is not used, which was last used at the time given.
+    /// Runs once every [`Limits::patience`]. Ends calls whose message has stalled, and on the called side an idle
+    /// session. `used` is the last use of the session.
     pub(super) fn tick(&self, serves: bool, used: &mut Used) {
         let mut calls = lock(&self.calls);
         let open: Vec<_> = calls.open.values().cloned().collect();
@@ -455,7 +456,7 @@ impl Shared {
         if !open.is_empty() || number != used.number {
             *used = Used::new(number);
         } else if serves && used.at.elapsed() >= self.ours.idle && !calls.leaving {
-            // The caller makes again elsewhere what it sends from here on.
+            // The caller makes calls with higher numbers again on another session.
             calls.shutdown = Some(number);
             calls.leaving = true;
         }
@@ -467,7 +468,7 @@ impl Shared {
             };
             drop(state);
             self.release(dropped);
-            let text = "a message stopped coming before it was whole";
+            let text = "a message stalled before it was complete";
             call.end(Err(Status::new(Code::Aborted, text)), false);
         }
         if lock(&self.calls).is_done() {
@@ -475,7 +476,7 @@ impl Shared {
         }
     }
 
-    /// Waits until nothing answers any more.
+    /// Waits until all handlers have been dropped.
     pub(super) async fn all_answered(&self) {
         loop {
             let mut fewer = pin!(self.fewer.notified());
@@ -487,18 +488,18 @@ impl Shared {
         }
     }
 
-    /// What the other side takes: what everybody does, if that fits; otherwise this waits for it to say.
+    /// Returns the other side's limits. Waits for its hello only if `fits` rejects the limits known so far.
     pub(super) async fn limits_for(&self, fits: impl Fn(&Limits) -> bool) -> Limits {
         let known = self.theirs();
         if fits(&known) {
             return known;
         }
-        // It says so at once, or the session ends.
+        // The hello arrives soon, or the session ends.
         let _ = self.greeted.subscribe().wait_for(|greeted| *greeted).await;
         self.theirs()
     }
 
-    /// Takes so many bytes of what may be held, if there are so many left.
+    /// Takes bytes from both budgets, or from none.
     pub(super) fn reserve(&self, bytes: usize) -> Result<(), Full> {
         self.buffered.take(bytes)?;
         let taken = self.together.take(bytes);
@@ -513,26 +514,29 @@ impl Shared {
         self.together.give(bytes);
     }
 
-    /// The caller has gone.
+    /// Cancels all calls, because the caller has ended the session.
     pub(super) fn abandon(&self) {
         let mut calls = lock(&self.calls);
         calls.leaving = true;
         self.cut_off(calls, Which::All, |_, _| {
-            Some(Status::new(Code::Cancelled, "the caller has gone"))
+            Some(Status::new(
+                Code::Cancelled,
+                "the caller has ended the session",
+            ))
         });
         self.outbox.wake();
     }
 
-    /// Everything is over.
+    /// Ends the session and all its calls.
     pub(super) fn end(&self, why: &str) {
         self.outbox.close();
         let mut calls = lock(&self.calls);
         calls.ended.get_or_insert_with(|| why.to_owned());
-        self.places.close();
+        self.slots.close();
         self.greeted.send_replace(true);
         self.cut_off(calls, Which::All, |call, state| {
             if state.task.is_none() && state.ended_there && state.ended.is_some() {
-                // It has ended before this, and what came of it is there to be taken.
+                // The call ended before the session, and its messages can still be read.
                 return None;
             }
             let seen = match (state.heard, call.written.load(Ordering::Acquire)) {

@@ -1,4 +1,4 @@
-//! How a call ends: gRPC's status codes.
+//! The status with which a call ends, with gRPC's status codes.
 
 use std::fmt;
 
@@ -8,44 +8,44 @@ use bytes::Bytes;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Code {
-    /// It succeeded.
+    /// The call succeeded.
     Ok = 0,
-    /// The caller gave up.
+    /// The caller cancelled the call.
     Cancelled = 1,
-    /// What happened is not known here.
+    /// The error is unknown.
     Unknown = 2,
-    /// What was asked for makes no sense.
+    /// The request is invalid.
     InvalidArgument = 3,
-    /// The caller's time is over. The call may have had its effect.
+    /// The deadline has passed. The call may have had its effect.
     DeadlineExceeded = 4,
-    /// There is no such thing.
+    /// The requested thing does not exist.
     NotFound = 5,
-    /// It is there already.
+    /// The thing to create already exists.
     AlreadyExists = 6,
-    /// The caller may not.
+    /// The caller is not allowed to make this call.
     PermissionDenied = 7,
     /// A limit is reached; the message names it.
     ResourceExhausted = 8,
-    /// Not in this state.
+    /// The call is not possible in the present state.
     FailedPrecondition = 9,
-    /// It was given up, often for another at the same time.
+    /// The call was aborted, often because of a concurrent one.
     Aborted = 10,
-    /// Beyond the end.
+    /// The request is beyond the valid range.
     OutOfRange = 11,
     /// There is no such method.
     Unimplemented = 12,
-    /// A broken promise of the other side's.
+    /// The called side violated its own schema or protocol.
     Internal = 13,
-    /// It cannot be reached now.
+    /// The called side is not reachable now.
     Unavailable = 14,
     /// Data is lost.
     DataLoss = 15,
-    /// Who is calling is not known.
+    /// The caller is not authenticated.
     Unauthenticated = 16,
 }
 
 impl Code {
-    /// The code with this number; [`Code::Unknown`] if there is none, as gRPC has it.
+    /// Returns the code with this number; [`Code::Unknown`] for an unknown number, as in gRPC.
     pub fn from_number(number: u32) -> Self {
         use Code::*;
         const ALL: [Code; 17] = [
@@ -71,7 +71,7 @@ impl Code {
         known.copied().unwrap_or(Unknown)
     }
 
-    /// Its name, as gRPC writes it.
+    /// Returns the code's name in gRPC, such as `NOT_FOUND`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ok => "OK",
@@ -101,33 +101,33 @@ impl fmt::Display for Code {
     }
 }
 
-/// Whether the other side had seen a call that failed for want of a connection.
+/// Says if the other side has seen a call that failed because the session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seen {
-    /// It never left, or the other side said that it was not looked at: it can be made again without danger.
+    /// The call was never sent, or the other side reported that it was not handled. It is safe to make it again.
     No,
-    /// It left, and nothing came back.
+    /// The call was sent, and nothing came back.
     Perhaps,
-    /// Something came back.
+    /// The other side sent something for this call.
     Yes,
 }
 
-/// Why a call failed.
+/// The reason for the failure of a call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct Status {
-    /// What kind of failure.
+    /// The kind of failure.
     pub code: Code,
-    /// For people.
+    /// The message for people.
     pub message: String,
-    /// For programs: an encoded `google.rpc.Status`, or empty.
+    /// The details for programs: an encoded `google.rpc.Status`, or empty.
     pub details: Bytes,
-    /// Of a call that failed with [`Code::Unavailable`] because the session ended.
+    /// Set if the call failed with [`Code::Unavailable`] because the session ended.
     pub seen: Option<Seen>,
 }
 
 impl Status {
-    /// A failure.
+    /// Creates a failure.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,

@@ -1,4 +1,4 @@
-//! Calls with types: what generated clients and servers are made of.
+//! Typed calls: the building blocks of generated clients and servers.
 
 use std::{borrow::Cow, fmt, future::Future, marker::PhantomData, pin::Pin, sync::Arc};
 
@@ -12,17 +12,17 @@ use super::{
     status::{Code, Status},
 };
 
-/// A message with what is attached to it. A message alone is made into one by [`From`].
+/// A message with its attachments. [`From`] converts a message without attachments.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Attached<T> {
     /// The message.
     pub message: T,
-    /// What is attached.
+    /// The attachments.
     pub attachments: Vec<Attachment>,
 }
 
 impl<T> Attached<T> {
-    /// With this beside it.
+    /// Creates a message with attachments.
     pub fn with(message: T, attachments: Vec<Attachment>) -> Self {
         Self {
             message,
@@ -47,7 +47,7 @@ impl<T: prost::Message> Attached<T> {
 }
 
 impl<T: prost::Message + Default> Attached<T> {
-    /// `who` sent it: the side to blame for what cannot be decoded.
+    /// Decodes a message. `who` is the code of the error if it is malformed, which depends on the side that sent it.
     fn decode(message: Message, who: Code) -> Result<Self, Status> {
         let decoded = T::decode(message.bytes);
         let decoded = decoded.map_err(|error| Status::new(who, error.to_string()))?;
@@ -55,7 +55,7 @@ impl<T: prost::Message + Default> Attached<T> {
     }
 }
 
-/// The messages of a stream that comes.
+/// Receives the messages of a stream.
 #[derive(Debug)]
 pub struct Messages<T> {
     receiver: Receiver,
@@ -64,24 +64,24 @@ pub struct Messages<T> {
 }
 
 impl<T: prost::Message + Default> Messages<T> {
-    /// The next message; `None` after the last.
+    /// Receives the next message. Returns `None` after the last one.
     ///
     /// # Errors
-    /// How the call has ended, if not well, or that a message cannot be decoded.
+    /// The status of the call if it failed, or an error if a message cannot be decoded.
     pub async fn next(&mut self) -> Result<Option<Attached<T>>, Status> {
         let message = self.receiver.next().await?;
         let decoded = message.map(|message| Attached::decode(message, self.who));
         decoded.transpose()
     }
 
-    /// The only message.
+    /// Receives the only message.
     async fn only(mut self) -> Result<Attached<T>, Status> {
         let one = self.next().await?;
         one.ok_or_else(|| Status::new(self.who, "the stream ended without a message"))
     }
 }
 
-/// Where the messages of a stream go.
+/// Sends the messages of a stream.
 #[derive(Debug)]
 pub struct Sink<T> {
     sender: Sender,
@@ -89,23 +89,23 @@ pub struct Sink<T> {
 }
 
 impl<T: prost::Message> Sink<T> {
-    /// Sends a message; waits while the other side takes no more.
+    /// Sends a message. Waits for credit from the other side.
     ///
     /// # Errors
-    /// That the call has ended, or the message is over a limit.
+    /// Fails if the call has ended, or if the message is over a limit.
     pub async fn send(&mut self, message: impl Into<Attached<T>>) -> Result<(), Status> {
         self.sender.send(message.into().encode()).await
     }
 
-    /// Says that there are no more. At the called side, returning says so.
+    /// Tells the other side that no more messages follow. On the called side, returning from the method does this.
     pub async fn close(&mut self) {
         self.sender.close().await;
     }
 }
 
-/// Makes calls, to a peer or to one of several that offer the same.
+/// Makes calls to a peer, or to any provider of a service.
 pub trait Caller: Clone + Send + Sync + 'static {
-    /// One message, and one back.
+    /// Makes a call with one message and one answer.
     fn unary(
         &self,
         method: Method,
@@ -113,7 +113,7 @@ pub trait Caller: Clone + Send + Sync + 'static {
         options: Options,
     ) -> impl Future<Output = Result<Message, Status>> + Send;
 
-    /// Streams.
+    /// Makes a call with streams in both directions.
     fn open(
         &self,
         method: Method,
@@ -121,12 +121,13 @@ pub trait Caller: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<(Sender, Receiver), Status>> + Send;
 }
 
-/// A method, as its schema says.
+/// A method of a schema.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Method {
-    /// `package.Service/Method`.
+    /// The name, as `package.Service/Method`.
     pub name: Cow<'static, str>,
-    /// Calling it twice does what calling it once does: it can be called again when it is not known whether it was.
+    /// True if calling it twice has the same effect as calling it once, so that a call with unknown outcome can be made
+    /// again.
     pub idempotent: bool,
 }
 
@@ -145,7 +146,7 @@ impl Caller for Session {
     }
 }
 
-/// What a generated client does.
+/// The implementation of generated clients.
 #[derive(Debug, Clone)]
 pub struct Client<C> {
     caller: C,
@@ -153,7 +154,7 @@ pub struct Client<C> {
 }
 
 impl<C: Caller> Client<C> {
-    /// Calls by way of `caller`.
+    /// Creates a client that makes calls through `caller`.
     pub fn new(caller: C) -> Self {
         Self {
             caller,
@@ -161,12 +162,12 @@ impl<C: Caller> Client<C> {
         }
     }
 
-    /// For all calls from now on.
+    /// Returns the options for all further calls.
     pub fn options_mut(&mut self) -> &mut Options {
         &mut self.options
     }
 
-    /// One message, and one back.
+    /// Makes a call with one message and one answer.
     ///
     /// # Errors
     /// [`Status`].
@@ -184,7 +185,7 @@ impl<C: Caller> Client<C> {
         Attached::decode(answer, Code::Internal)
     }
 
-    /// One message, and a stream back.
+    /// Makes a call with one message and a stream of answers.
     ///
     /// # Errors
     /// [`Status`].
@@ -201,7 +202,7 @@ impl<C: Caller> Client<C> {
         Ok(messages(receiver, Code::Internal))
     }
 
-    /// A stream, and a stream or a message back.
+    /// Makes a call with a stream of messages and a stream of answers.
     ///
     /// # Errors
     /// [`Status`].
@@ -210,7 +211,7 @@ impl<C: Caller> Client<C> {
         Ok((sink(sender), messages(receiver, Code::Internal)))
     }
 
-    /// A stream, and one message back.
+    /// Makes a call with a stream of messages and one answer.
     ///
     /// # Errors
     /// [`Status`].
@@ -223,12 +224,12 @@ impl<C: Caller> Client<C> {
     }
 }
 
-/// The one message that answers a stream.
+/// The only answer to a stream of messages.
 #[derive(Debug)]
 pub struct Answer<T>(Messages<T>);
 
 impl<T: prost::Message + Default> Answer<T> {
-    /// Waits for it, after the stream is closed.
+    /// Waits for the answer. Close the stream first.
     ///
     /// # Errors
     /// [`Status`].
@@ -252,19 +253,19 @@ fn sink<T>(sender: Sender) -> Sink<T> {
     }
 }
 
-/// How a call ends.
+/// The future of a handler, with the result of the call.
 pub type Ended = Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>;
 
-/// A service: what a generated server is.
+/// A service, as implemented by generated servers.
 pub trait Service: Send + Sync + 'static {
-    /// `package.Service`.
+    /// The name, as `package.Service`.
     const NAME: &'static str;
 
-    /// Answers a call of one of its methods; `None` if it has none of this name.
+    /// Answers a call of a method. Returns `None` if the service has no method of this name.
     fn call(&self, method: &str, context: Context, streams: Streams) -> Option<Ended>;
 }
 
-/// The two directions of a call that is to be answered.
+/// The two directions of a call to answer.
 #[derive(Debug)]
 pub struct Streams {
     requests: Receiver,
@@ -272,7 +273,7 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// The request, where there is one, and who takes the answer.
+    /// Returns the only request, and a responder for the answer.
     ///
     /// # Errors
     /// [`Status`].
@@ -284,7 +285,7 @@ impl Streams {
         Ok((requests.only().await?, respond))
     }
 
-    /// The request, and where the answers go.
+    /// Returns the only request, and a sink for the answers.
     ///
     /// # Errors
     /// [`Status`].
@@ -296,20 +297,20 @@ impl Streams {
         Ok((requests.only().await?, responses))
     }
 
-    /// The requests, and who takes the answer.
+    /// Returns the requests, and a responder for the answer.
     pub fn client_streaming<I, O>(self) -> (Messages<I>, Respond<O>) {
         let (requests, responses) = self.streaming();
         (requests, Respond(responses))
     }
 
-    /// The requests, and where the answers go.
+    /// Returns the requests, and a sink for the answers.
     pub fn streaming<I, O>(self) -> (Messages<I>, Sink<O>) {
         let requests = messages(self.requests, Code::InvalidArgument);
         (requests, sink(self.responses))
     }
 }
 
-/// Takes the one answer.
+/// Sends the only answer to a call.
 #[derive(Debug)]
 pub struct Respond<T>(Sink<T>);
 
@@ -317,7 +318,7 @@ impl<T: prost::Message> Respond<T> {
     /// Sends the answer, which ends the call.
     ///
     /// # Errors
-    /// [`Status`], also what the handler has come to.
+    /// [`Status`]: the handler's own error, or that of sending.
     pub async fn with(mut self, answer: Result<Attached<T>, Status>) -> Result<(), Status> {
         let answer = answer?.encode();
         self.0.sender.send_last(answer).await
@@ -327,7 +328,7 @@ impl<T: prost::Message> Respond<T> {
 type Route = Arc<dyn Fn(&str, Context, Streams) -> Option<Ended> + Send + Sync>;
 type Interceptor = Arc<dyn Fn(&Context) -> Result<(), Status> + Send + Sync>;
 
-/// Services by name, and what looks at calls before them.
+/// Routes calls to services by name, after interceptors have checked them.
 #[derive(Clone, Default)]
 pub struct Router {
     routes: std::collections::BTreeMap<&'static str, Route>,
@@ -344,12 +345,12 @@ impl fmt::Debug for Router {
 }
 
 impl Router {
-    /// Without services.
+    /// Creates a router without services.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With this service, in the place of one of the same name.
+    /// Adds a service. Replaces a service of the same name.
     #[must_use]
     pub fn add_service<S: Service>(mut self, service: S) -> Self {
         let route: Route =
@@ -358,8 +359,8 @@ impl Router {
         self
     }
 
-    /// Has every call looked at before it is answered, in the order in which these were given: to let in, to count, to trace. The peer is in the
-    /// [`Context`].
+    /// Adds an interceptor, which sees every call before it is answered and can refuse it. Interceptors run in the
+    /// order in which they were added. The [`Context`] has the caller.
     #[must_use]
     pub fn intercept(
         mut self,
@@ -369,21 +370,21 @@ impl Router {
         self
     }
 
-    /// Tells whoever asks what the services look like: an encoded `FileDescriptorSet`, such as the `descriptors.bin` that `weft_proto::build` writes. `weft call`
-    /// reads and writes JSON by it.
+    /// Adds schemas of the services, which other nodes can fetch: an encoded `FileDescriptorSet`, such as the
+    /// `descriptors.bin` that `weft_proto::build` writes. `weft call` uses them to convert JSON.
     #[must_use]
     pub fn schemas(mut self, descriptors: &[u8]) -> Self {
-        // Two encoded messages in a row are one with the fields of both.
+        // Concatenating two encoded messages merges them.
         self.schemas.extend_from_slice(descriptors);
         self
     }
 
-    /// What was given as schemas.
+    /// Returns all added schemas.
     pub fn all_schemas(&self) -> Bytes {
         self.schemas.clone().freeze()
     }
 
-    /// The names of its services.
+    /// Returns the names of the services.
     pub fn services(&self) -> impl Iterator<Item = &'static str> + '_ {
         self.routes.keys().copied()
     }
@@ -393,7 +394,7 @@ impl Router {
             interceptor(&context)?;
         }
         let unknown =
-            |what: &str| Status::new(Code::Unimplemented, format!("there is no {what} here"));
+            |what: &str| Status::new(Code::Unimplemented, format!("this node has no {what}"));
         let name = context.method.clone();
         let (service, method) = name
             .split_once('/')

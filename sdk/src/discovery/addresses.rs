@@ -1,4 +1,4 @@
-//! Addresses in records, tickets and messages: how they are encoded, and how far they are believed.
+//! Addresses in records, tickets and messages: their encoding, and whether they are trusted.
 
 use bytes::Bytes;
 use prost::Message;
@@ -6,14 +6,14 @@ use weft_dht::Record;
 use weft_net::{Heard, MAX_PLACES, Multiaddr, first_places};
 use weft_proto::wire;
 
-/// Addresses as claims and tickets hold them: those of the first sixteen places, the most useful ones. A host and port
-/// for both transports is one place.
+/// Encodes addresses for records and tickets: those of the first sixteen places, the most useful ones. A host and
+/// port for both transports is one place.
 pub(crate) fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
     let addresses = first_places(addresses.iter().cloned(), MAX_PLACES).into_iter();
     addresses.map(|address| address.to_vec().into()).collect()
 }
 
-/// Reads the addresses of a ticket, which the user has given; what is no address is left out.
+/// Decodes the addresses of a ticket, which the user has given. Malformed addresses are left out.
 pub(crate) fn decode_given(addresses: &[Bytes]) -> Vec<Multiaddr> {
     let addresses = addresses
         .iter()
@@ -22,12 +22,12 @@ pub(crate) fn decode_given(addresses: &[Bytes]) -> Vec<Multiaddr> {
     first_places(addresses, MAX_PLACES)
 }
 
-/// Reads addresses that somebody has stated, in a record or a message; what is no address is left out.
+/// Decodes the unverified addresses of a record or a message. Malformed addresses are left out.
 pub(crate) fn decode(addresses: &[Bytes]) -> Heard {
     Heard::new(decode_given(addresses))
 }
 
-/// Where a record's claim says that its publisher is.
+/// Returns the unverified addresses that a publisher claims in its record.
 pub(crate) fn addresses_of(record: &Record) -> Heard {
     let claim = record.value().map(wire::PeerClaim::decode);
     match claim {

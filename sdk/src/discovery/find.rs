@@ -1,9 +1,9 @@
-//! Connecting to some of the peers that records name: one rule for holders of documents, subscribers of topics and
+//! Connecting to peers that are named in records: one rule for holders of documents, subscribers of topics and
 //! relays.
 //!
-//! A record outlives a publisher that lost power, and costs a stranger nothing. So a record is a hint, and only the
-//! peer itself proves it: by sharing the document, by its subscription, by a reservation. [`Chooser`] decides which
-//! peers are dialled. It has no clock and no sockets; [`Discovery`] gives it both.
+//! A record outlives a publisher that lost power, and costs a stranger nothing. A record is therefore only a hint,
+//! and the peer itself has to prove it: by sharing the document, by its subscription, or by a reservation.
+//! [`Chooser`] decides which peers are dialed. It has neither a clock nor sockets; [`Discovery`] provides both.
 
 use std::{
     cmp::Reverse,
@@ -20,77 +20,77 @@ use weft_net::{Network, PeerId};
 
 use crate::discovery::addresses::addresses_of;
 
-/// The pause after a peer did not keep what its record promised, doubled each time up to the second. The first is as
-/// long as a node takes to start again; the second is a quarter of the life of a document's record.
-const PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(30 * 60));
+/// The first and the longest pause after a peer did not prove its record. The pause doubles each time. The first is as
+/// long as a node takes to restart; the longest is a quarter of the lifetime of a document's record.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(30 * 60));
 
-/// Peers that disappointed and are remembered, over all subjects: some 100 bytes each. A full table forgets the peer
-/// whose pause ends next.
+/// The most failed attempts that are remembered, over all subjects, at some 100 bytes each. A full table forgets the
+/// peer whose pause ends next.
 const MAX_REMEMBERED: usize = 4096;
 
-/// The share of its life after which a record is stale: all kinds are refreshed when a third is over.
-const STALE: f64 = 0.4;
+/// Share of its lifetime after which a record is stale: all kinds are renewed when a third is over.
+const STALE_SHARE: f64 = 0.4;
 
-/// Dials for one subject in one round, for each peer that is wanted. Each failure makes room for the next candidate.
+/// The most dials for one subject in one round, for each wanted peer. Each failure makes room for the next candidate.
 const DIALS_PER_WANTED: usize = 4;
 
-/// A dial without an answer for this long does not keep the next candidate waiting. RFC 8305 waits 250 ms between the
-/// addresses of one host; another host is worth more patience.
+/// Time without an answer after which a dial no longer delays the next candidate. RFC 8305 waits 250 ms between the
+/// addresses of one host; another host deserves more patience.
 const STAGGER: Duration = Duration::from_secs(1);
 
-/// The longest time that a connection attempt may take.
-const CONNECT: Duration = Duration::from_secs(10);
+/// The longest time for one connection attempt.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The subject of a search: the position of a DHT key.
+/// The subject of a search: the position of a DHT key in the key space.
 pub(crate) type Subject = [u8; 32];
 
-/// A peer that a record names.
+/// A peer that is named in a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Candidate {
     peer: PeerId,
     /// The network of the first address in the record; `None` if it has no IP address.
     network: Option<IpAddr>,
-    /// The record's sequence number.
+    /// Sequence number of the record.
     sequence: u64,
-    /// The record has been refreshed lately.
+    /// True if the record was renewed recently.
     is_fresh: bool,
 }
 
-/// The latest failure of a peer that did not keep what its record promised.
+/// The last failed attempt on a peer that did not prove its record.
 #[derive(Debug, Clone, Copy)]
-struct Disappointment {
+struct FailedAttempt {
     at: Instant,
     pause: Duration,
-    /// The sequence number of the record that was tried.
+    /// Sequence number of the record that was tried.
     sequence: u64,
 }
 
-impl Disappointment {
+impl FailedAttempt {
     fn until(&self) -> Instant {
         self.at + self.pause
     }
 
-    /// Returns true if the peer is not tried now. A newer record shows that the publisher lives, and shortens the
-    /// pause to the first one.
+    /// Returns true if the peer is not to be tried now. A newer record shows that its publisher is alive, and
+    /// shortens the pause to the first one.
     fn holds(&self, sequence: u64, now: Instant) -> bool {
         let pause = match sequence > self.sequence {
-            true => PAUSE.0,
+            true => RETRY_PAUSE.0,
             false => self.pause,
         };
         now < self.at + pause
     }
 }
 
-/// Chooses which candidates are dialled, and remembers those that were tried in vain.
+/// Chooses the candidates to dial, and remembers failed attempts.
 #[derive(Debug, Default)]
-struct Chooser(HashMap<(Subject, PeerId), Disappointment>);
+struct Chooser(HashMap<(Subject, PeerId), FailedAttempt>);
 
 impl Chooser {
-    /// The candidates in the order in which they are to be tried, without those whose pause lasts.
+    /// Returns the candidates in the order in which they are to be tried, without those that are in a pause.
     ///
-    /// The order is random and another one each time, so that no fixed set of dead or false records is in front. Peers
-    /// of different networks take turns, so that one network's records do not come before all others. Within a
-    /// network, fresh records come first.
+    /// The order is random and different each time, so that no fixed set of dead or false records is always first.
+    /// Peers of different networks take turns, so that the records of one network do not come before all others.
+    /// Within a network, fresh records come first.
     fn order(
         &self,
         subject: &Subject,
@@ -117,7 +117,7 @@ impl Chooser {
         ranked.into_iter().map(|(_, candidate)| candidate).collect()
     }
 
-    /// Records that a candidate is tried: unless it [proves](Self::proved) its record, it pauses, longer each time.
+    /// Notes that a candidate is tried. Unless it [proves](Self::proved) its record, it pauses, longer each time.
     fn tried(&mut self, subject: Subject, candidate: &Candidate, now: Instant) {
         let key = (subject, candidate.peer);
         if self.0.len() >= MAX_REMEMBERED
@@ -128,10 +128,10 @@ impl Chooser {
             self.0.remove(&next);
         }
         let pause = match self.0.get(&key) {
-            Some(known) => (known.pause * 2).min(PAUSE.1),
-            None => PAUSE.0,
+            Some(known) => (known.pause * 2).min(RETRY_PAUSE.1),
+            None => RETRY_PAUSE.0,
         };
-        let known = Disappointment {
+        let known = FailedAttempt {
             at: now,
             pause,
             sequence: candidate.sequence,
@@ -139,20 +139,20 @@ impl Chooser {
         self.0.insert(key, known);
     }
 
-    /// Shortens every pause to the first one: on another network, other peers are within reach.
+    /// Shortens all pauses to the first one: on another network, other peers are within reach.
     fn start_over(&mut self) {
         for known in self.0.values_mut() {
-            known.pause = known.pause.min(PAUSE.0);
+            known.pause = known.pause.min(RETRY_PAUSE.0);
         }
     }
 
-    /// Forgets what was held against a peer: it keeps what its record promises.
+    /// Forgets the failed attempts on a peer, because it has proved its record.
     fn proved(&mut self, subject: Subject, peer: PeerId) {
         self.0.remove(&(subject, peer));
     }
 }
 
-/// Connects to peers that records name. Cheap to clone.
+/// Connects to peers that are named in records. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Discovery {
     dht: Dht,
@@ -163,9 +163,9 @@ pub(crate) struct Discovery {
 /// The result of one round.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Round {
-    /// Peers that were connected to. None has proved anything yet.
+    /// Number of peers that were connected to. None has proved its record yet.
     pub reached: usize,
-    /// Peers that were dialled.
+    /// Number of peers that were dialed.
     pub tried: usize,
 }
 
@@ -191,8 +191,7 @@ impl Discovery {
         chooser.expect("nothing panics while holding the lock")
     }
 
-    /// Records that these peers keep what their records promise, so that they are dialled at once when their
-    /// connection was lost.
+    /// Notes that these peers have proved their records, so that they are dialed at once if their connection is lost.
     pub(crate) fn proved(&self, subject: &Subject, peers: impl IntoIterator<Item = PeerId>) {
         let mut chooser = self.chooser();
         for peer in peers {
@@ -200,16 +199,17 @@ impl Discovery {
         }
     }
 
-    /// Shortens every pause to the first one, after this node's addresses have changed.
+    /// Shortens all pauses to the first one, after this node's addresses have changed.
     pub(crate) fn start_over(&self) {
         self.chooser().start_over();
     }
 
-    /// Looks up `key` and connects to `wanted` more of the peers that are recorded there, in records that live for
-    /// `ttl`. Peers that are connected already are passed over: they prove their records without a dial, or not at all.
+    /// Looks up `key` and connects to `wanted` more of the peers that have published records there. `ttl` is the
+    /// lifetime of these records. Connected peers are skipped: they prove their records without a dial, or not at
+    /// all.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// [`DhtError::Stopped`] after the network has stopped.
     pub(crate) async fn find(
         &self,
         key: &[u8],
@@ -222,7 +222,7 @@ impl Discovery {
             .await)
     }
 
-    /// Connects to `wanted` more of the peers that these records name, as [`find`](Self::find) does.
+    /// Connects to `wanted` more of the peers that are named in these records, like [`find`](Self::find).
     pub(crate) async fn reach(
         &self,
         subject: Subject,
@@ -245,7 +245,7 @@ impl Discovery {
                 peer,
                 network: heard.network(),
                 sequence: record.sequence(),
-                is_fresh: record.remaining() > ttl.mul_f64(1.0 - STALE),
+                is_fresh: record.remaining() > ttl.mul_f64(1.0 - STALE_SHARE),
             });
             addresses.insert(peer, heard);
         }
@@ -259,15 +259,15 @@ impl Discovery {
         let mut more = wanted;
         while round.reached < wanted {
             for candidate in waiting.by_ref().take(std::mem::take(&mut more)) {
-                // Held against it from now on, so that a round that is dropped is remembered as well.
+                // Noted before the dial, so that an attempt in a cancelled round counts as well.
                 self.chooser().tried(subject, &candidate, Instant::now());
                 let heard = addresses.remove(&candidate.peer).unwrap_or_default();
                 let dial = self.network.connect(candidate.peer, heard);
-                dials.push(timeout(CONNECT, dial));
+                dials.push(timeout(CONNECT_TIMEOUT, dial));
                 round.tried += 1;
             }
             tokio::select! {
-                dialled = dials.next() => match dialled {
+                dialed = dials.next() => match dialed {
                     None => break,
                     Some(Ok(Ok(_))) => round.reached += 1,
                     Some(_) => more = 1,
@@ -292,7 +292,7 @@ mod tests {
         }
     }
 
-    /// Tries six candidates a round, those that live keep their promise; rounds until one of these is tried.
+    /// Returns the number of rounds until a live candidate is tried, with six attempts a round.
     fn rounds_until_live(dead: &[Candidate], live: &[Candidate], seed: u64) -> usize {
         let mut chooser = Chooser::default();
         let mut random = fastrand::Rng::with_seed(seed);
@@ -312,11 +312,11 @@ mod tests {
     }
 
     #[test]
-    fn dead_holders_do_not_lock_out_the_two_that_live() {
+    fn dead_holders_do_not_lock_out_two_live_ones() {
         for seed in 0..50 {
             let dead: Vec<_> = (0..20).map(|_| candidate(1, true)).collect();
             let live: Vec<_> = (0..2).map(|_| candidate(1, true)).collect();
-            // Twenty dead ones take four rounds of six at most.
+            // Twenty dead candidates take at most four rounds of six.
             assert!(rounds_until_live(&dead, &live, seed) <= 4);
         }
     }
@@ -353,7 +353,7 @@ mod tests {
         let (mut chooser, mut now) = (Chooser::default(), Instant::now());
         let peer = candidate(1, true);
         let mut random = fastrand::Rng::with_seed(1);
-        let mut expected = PAUSE.0;
+        let mut expected = RETRY_PAUSE.0;
         for _ in 0..10 {
             chooser.tried([0; 32], &peer, now);
             let before = now + expected - Duration::from_millis(1);
@@ -365,9 +365,9 @@ mod tests {
             assert!(!tries(before));
             assert!(tries(now + expected));
             now += expected;
-            expected = (expected * 2).min(PAUSE.1);
+            expected = (expected * 2).min(RETRY_PAUSE.1);
         }
-        // Another subject is another promise.
+        // Another subject has its own pauses.
         assert!(
             !chooser
                 .order(&[1; 32], vec![peer.clone()], now, &mut random)
@@ -397,11 +397,11 @@ mod tests {
                 .is_empty()
         };
         assert!(!tries(now));
-        assert!(tries(now + PAUSE.0));
+        assert!(tries(now + RETRY_PAUSE.0));
     }
 
     #[test]
-    fn what_is_remembered_is_bounded() {
+    fn remembered_attempts_are_bounded() {
         let (mut chooser, now) = (Chooser::default(), Instant::now());
         for _ in 0..MAX_REMEMBERED + 10 {
             chooser.tried([0; 32], &candidate(1, true), now);

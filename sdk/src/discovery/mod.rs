@@ -1,13 +1,14 @@
-//! The node in the DHT: what it advertises, and how it finds peers by what they advertise.
+//! The node's part in the DHT: publishing its records, and finding peers by theirs.
 //!
-//! [`advertise`] keeps all records that this node states by itself, and [`whereabouts`] and [`relays`] state the node's
-//! own. [`find`] connects to peers that records name, [`watch`] follows a key, and [`remembered`] joins the mesh again
-//! through peers of the last run. [`addresses`] is how addresses stand in records and messages.
+//! [`advertise`] publishes and renews all records of this node. [`known_addresses`] and [`relays`] register the
+//! records of the node's own addresses. [`find`] connects to peers that are named in records, [`watch`] watches a
+//! key, and [`remembered`] joins the mesh again through peers of the last run. [`addresses`] encodes addresses in
+//! records and messages.
 
 pub(crate) mod addresses;
 pub(crate) mod advertise;
 pub(crate) mod find;
+pub(crate) mod known_addresses;
 pub(crate) mod relays;
 pub(crate) mod remembered;
 pub(crate) mod watch;
-pub(crate) mod whereabouts;

@@ -1,4 +1,4 @@
-//! Relays: what this node says if it is one, and finding some while it lacks reservations.
+//! Relays: the keys of their records, and the search for relays while this node lacks reservations.
 
 use std::time::Duration;
 
@@ -9,20 +9,20 @@ use weft_net::PeerId;
 use crate::discovery::{
     advertise::SMALL_MESH,
     find::{Discovery, Round},
-    whereabouts::HERE,
+    known_addresses::ADDRESS_TERMS,
 };
 
-/// Relays state themselves under one of this many keys, so that no node holds all of them.
+/// Number of keys over which the records of relays are spread, so that no node stores all of them.
 const SHARDS: u8 = 16;
 
-/// The first and the longest pause between two looks of a node that lacks relays: each look is up to sixteen look-ups,
-/// and a mesh may have no relay.
-const LOOK: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
+/// The first and the longest pause between two searches of a node that lacks relays. Each search makes up to sixteen
+/// lookups, and a mesh may have no relay.
+const SEARCH_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
 
-/// Relays that are connected to at a time, to find out which are near.
-const TRY: usize = 4;
+/// Number of relays that are connected to at a time, to find out which are near.
+const WANTED_RELAYS: usize = 4;
 
-/// The key under which a relay states where it is.
+/// Returns the key under which a relay publishes its addresses.
 pub(crate) fn relay_key(relay: &PeerId) -> Vec<u8> {
     key_of(shard_of(relay))
 }
@@ -35,18 +35,18 @@ fn shard_of(peer: &PeerId) -> u8 {
     peer.to_bytes().last().map_or(0, |last| last % SHARDS)
 }
 
-/// Connects to relays that the mesh knows while this node lacks some; reservations on them are the network's affair.
-/// Ends with the network.
+/// Connects to relays from the DHT while this node lacks some. The network makes the reservations. Ends with the
+/// network.
 pub(crate) async fn find_relays(discovery: Discovery) {
     let (dht, network) = (discovery.dht(), discovery.network());
-    // Before that there is nobody to ask.
+    // Before that, there is no node to ask.
     if dht.nodes().wait_for(|nodes| *nodes > 0).await.is_err() {
         return;
     }
     let mut addresses = network.watch_addresses();
     let mut meetings = dht.meetings();
-    let mut pause = LOOK.0;
-    // Everybody begins elsewhere.
+    let mut pause = SEARCH_PAUSE.0;
+    // Each node begins with another key.
     let mut shard = shard_of(&network.local_peer());
     loop {
         addresses.mark_unchanged();
@@ -54,7 +54,7 @@ pub(crate) async fn find_relays(discovery: Discovery) {
         let Some(known) = network.reachability().await else {
             return;
         };
-        // A reservation is what a relay's record promises.
+        // A relay proves its record by a reservation.
         for relay in known.relays {
             discovery.proved(&relay_subject(&relay), [relay]);
         }
@@ -63,13 +63,13 @@ pub(crate) async fn find_relays(discovery: Discovery) {
                 return;
             };
             pause = match round.reached {
-                0 => (pause * 2).min(LOOK.1),
-                _ => LOOK.0,
+                0 => (pause * 2).min(SEARCH_PAUSE.1),
+                _ => SEARCH_PAUSE.0,
             };
         } else {
-            pause = LOOK.0;
+            pause = SEARCH_PAUSE.0;
         }
-        let (soonest, latest) = (Instant::now() + LOOK.0, Instant::now() + pause);
+        let (soonest, latest) = (Instant::now() + SEARCH_PAUSE.0, Instant::now() + pause);
         loop {
             tokio::select! {
                 // A reservation may have been lost.
@@ -95,25 +95,27 @@ pub(crate) async fn find_relays(discovery: Discovery) {
     }
 }
 
-/// The place of the DHT key under which a relay states itself.
+/// Returns the position in the key space of a relay's record.
 fn relay_subject(relay: &PeerId) -> [u8; 32] {
     weft_dht::place(&relay_key(relay))
 }
 
-/// Connects to a few relays that the mesh knows.
+/// Connects to a few relays from the DHT.
 ///
 /// # Errors
-/// [`DhtError::Stopped`].
+/// [`DhtError::Stopped`] after the network has stopped.
 async fn try_relays(discovery: &Discovery, shard: &mut u8) -> Result<Round, DhtError> {
     let mut all = Round::default();
     for _ in 0..SHARDS {
         let key = key_of(*shard);
-        // Next time, the relays that are listed elsewhere.
+        // The next search begins with the relays under another key.
         *shard = (*shard + 1) % SHARDS;
-        let round = discovery.find(&key, HERE.ttl, TRY - all.reached).await?;
+        let round = discovery
+            .find(&key, ADDRESS_TERMS.ttl, WANTED_RELAYS - all.reached)
+            .await?;
         all.reached += round.reached;
         all.tried += round.tried;
-        if all.reached >= TRY || all.tried >= TRY * 4 {
+        if all.reached >= WANTED_RELAYS || all.tried >= WANTED_RELAYS * 4 {
             break;
         }
     }

@@ -1,4 +1,4 @@
-//! Nodes that were known when this one ran last, so that one that has lost every bootstrap node finds its way back.
+//! Nodes that were known in the last run, so that a node finds its way back if all its bootstrap nodes are gone.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,71 +14,73 @@ use weft_net::{Heard, Multiaddr, Network, PeerId, split_peer_id};
 
 use crate::home::lines;
 
-/// Addresses that are remembered.
-const MOST: usize = 128;
+/// The most addresses that are remembered.
+const MAX_ADDRESSES: usize = 128;
 
-/// How often they are written, if they have changed; and how soon after the first node is met.
-const PERIOD: Duration = Duration::from_secs(300);
-const SOON: Duration = Duration::from_secs(5);
+/// Interval at which changed addresses are written, and the delay after the first node is met.
+const WRITE_INTERVAL: Duration = Duration::from_secs(300);
+const FIRST_WRITE: Duration = Duration::from_secs(5);
 
-/// How long bootstrap nodes and the local network have before remembered ones are tried, and the longest pause between two rounds.
-const FIRST: Duration = Duration::from_secs(3);
-const LAST: Duration = Duration::from_secs(120);
+/// Time for bootstrap nodes and the local network before remembered nodes are tried, and the longest pause between
+/// two rounds.
+const FIRST_PAUSE: Duration = Duration::from_secs(3);
+const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 
-/// Peers that are dialled at a time, and how long a dial may take.
-const AT_A_TIME: usize = 4;
-const DIAL: Duration = Duration::from_secs(10);
+/// Number of peers that are dialed at a time, and the longest time for a dial.
+const MAX_DIALS: usize = 4;
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the file says, an address a line that ends in `/p2p/<PeerId>`. Lines that are none are passed over: they are only hints.
+/// Reads the file, which has an address that ends in `/p2p/<PeerId>` on each line. Malformed lines are ignored,
+/// because the file holds only hints.
 pub(crate) fn read(path: &Path) -> Vec<(PeerId, Multiaddr)> {
     let lines = lines::read(path).unwrap_or_else(|error| {
-        tracing::warn!(file = %path.display(), %error, "nodes that were known before are not remembered");
+        tracing::warn!(file = %path.display(), %error, "cannot read the list of remembered nodes");
         Vec::new()
     });
     let addresses = lines.iter().filter_map(|line| {
         let (address, peer) = split_peer_id(line.parse().ok()?);
         Some((peer?, address))
     });
-    addresses.take(MOST).collect()
+    addresses.take(MAX_ADDRESSES).collect()
 }
 
-/// Writes down who is known, from time to time. Ends with the network.
+/// Writes the known nodes to the file from time to time. Ends with the network.
 pub(crate) async fn remember(dht: Dht, path: PathBuf) {
     let mut nodes = dht.nodes();
     let mut written = Vec::new();
     if nodes.wait_for(|nodes| *nodes > 0).await.is_err() {
         return;
     }
-    sleep(SOON).await;
+    sleep(FIRST_WRITE).await;
     loop {
-        let Ok(routes) = dht.routes(MOST).await else {
+        let Ok(routes) = dht.routes(MAX_ADDRESSES).await else {
             return;
         };
         let text: Vec<String> = routes.iter().map(ToString::to_string).collect();
-        // Who knows nobody now keeps what it knew.
+        // A node that knows no other now keeps the earlier list.
         if !routes.is_empty() && text != written {
             let (to, what) = (path.clone(), text.clone());
             match spawn_blocking(move || lines::write(&to, what)).await {
                 Ok(Ok(())) => written = text,
                 Ok(Err(error)) => tracing::warn!(
                     file = %path.display(), %error,
-                    "cannot be written; who is known now is not remembered"
+                    "cannot write the list of remembered nodes"
                 ),
                 // The runtime is stopping.
                 Err(_) => return,
             }
         }
-        sleep(PERIOD).await;
+        sleep(WRITE_INTERVAL).await;
     }
 }
 
-/// Connects to remembered nodes while no other is known. Ends with the network.
+/// Connects to remembered nodes while no other node is known. Ends with the network.
 pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Multiaddr)>) {
     if known.is_empty() {
         return;
     }
     let mut nodes = dht.nodes();
-    let mut pause = FIRST;
+    let mut pause = FIRST_PAUSE;
     loop {
         let until = Instant::now() + pause;
         let met = async { nodes.wait_for(|nodes| *nodes > 0).await.is_ok() };
@@ -87,8 +89,8 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
                 if !found {
                     return;
                 }
-                pause = FIRST;
-                // Until it is alone again.
+                pause = FIRST_PAUSE;
+                // Waits until this node is alone again.
                 if nodes.wait_for(|nodes| *nodes == 0).await.is_err() {
                     return;
                 }
@@ -98,20 +100,20 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
         }
         tracing::debug!(
             known = known.len(),
-            "alone: trying nodes that were known before"
+            "no node is known: dialing remembered nodes"
         );
-        for some in known.chunks(AT_A_TIME) {
+        for some in known.chunks(MAX_DIALS) {
             let dials = some.iter().map(|(peer, address)| {
-                // Most of it is what the peers themselves once said.
+                // Most of these addresses were once reported by the peers themselves, so they are unverified.
                 let heard = Heard::new([address.clone()]);
-                timeout(DIAL, network.connect(*peer, heard))
+                timeout(DIAL_TIMEOUT, network.connect(*peer, heard))
             });
-            let dialled = futures::future::join_all(dials).await;
-            if dialled.iter().any(|dialled| matches!(dialled, Ok(Ok(_)))) {
+            let dialed = futures::future::join_all(dials).await;
+            if dialed.iter().any(|dialed| matches!(dialed, Ok(Ok(_)))) {
                 break;
             }
         }
-        pause = (pause * 2).min(LAST);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -122,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_and_the_rest_passed_over() {
+    fn written_addresses_are_read_and_malformed_lines_ignored() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("peers");
         assert!(read(&path).is_empty());

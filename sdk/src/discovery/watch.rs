@@ -1,4 +1,4 @@
-//! Watching a key of the DHT: what anybody states under it, and how that changes.
+//! Watching a key of the DHT for changes of its records.
 
 use std::{
     collections::{BTreeMap, VecDeque, btree_map::Entry},
@@ -14,81 +14,82 @@ use weft_net::PeerId;
 
 use crate::discovery::advertise::SMALL_MESH;
 
-/// The interval at which the key is looked up at other nodes. Changes of the records that this node keeps itself are
-/// seen at once; in a mesh of less than some twenty nodes it keeps every record.
-const WATCH: Duration = Duration::from_secs(5);
+/// Interval at which the key is looked up on other nodes. Changes of records that this node stores itself are seen at
+/// once; in a mesh of fewer than about twenty nodes it stores every record.
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// After this long, a node that was just met has stated what it states.
-const TOLD: Duration = Duration::from_secs(2);
+/// Time after which a node that was just met has published its records to this node.
+const PUBLISH_DELAY: Duration = Duration::from_secs(2);
 
-/// At least this long between two looks at what this node keeps: a publisher that floods the key does not have it read
-/// more often. Of several values within this time the last is told.
-const LOOK: Duration = Duration::from_millis(50);
+/// The shortest time between two reads of this node's own store, so that a publisher that floods the key does not
+/// cause more reads. Of several values within this time, only the last is reported.
+const READ_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Statements that are remembered, and their bytes. One look-up may bring four times as many, and a publisher may
-/// replace its own each second by others, each of which would be remembered until its end.
+/// The most records that are remembered, and their most bytes. One lookup may return four times as many. A publisher
+/// may also replace its records each second by others, and each would be remembered until it expires.
 const MAX_KNOWN: usize = 1024;
 const MAX_BYTES: usize = 4 << 20;
 
-/// Memory that a statement takes beside its subkey and value.
-const OVERHEAD: usize = 128;
+/// Memory that a record takes in addition to its subkey and value, in bytes.
+const RECORD_OVERHEAD: usize = 128;
 
-/// A statement that this many look-ups in a row have not shown has ended: one may miss it, as it asks only some of the
-/// nodes that have it.
-const MISSES: u32 = 3;
+/// Number of lookups in a row after which a record that they have not returned counts as gone. One lookup may miss
+/// it, because it asks only some of the nodes that have it.
+const MAX_MISSES: u32 = 3;
 
-/// What has changed.
+/// A change of the records under the key.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Change {
-    /// Stated for the first time, or there when the watch began.
+    /// A record is new, or was there when the watch began.
     Joined(Record),
-    /// Stated anew, with another value.
+    /// The value of a record was replaced.
     Changed(Record),
-    /// Taken back, or its time is over.
+    /// A record was withdrawn or has expired.
     Left { publisher: PeerId, subkey: Vec<u8> },
 }
 
-/// The remembered state of a statement.
+/// The remembered state of a record.
 #[derive(Debug)]
 struct Known {
     sequence: u64,
-    /// `None`: taken back.
+    /// The value; `None` if the record was withdrawn.
     value: Option<Vec<u8>>,
     until: Instant,
-    /// Look-ups in a row that have not shown it.
+    /// Number of lookups in a row that have not returned the record.
     misses: u32,
-    /// Rises with each statement that is remembered.
+    /// Rises with each remembered record.
     number: u64,
     bytes: usize,
 }
 
-/// A publisher's part of what is remembered.
+/// The remembered records of one publisher.
 #[derive(Debug, Default)]
 struct Share {
     bytes: usize,
-    /// Numbers and subkeys.
-    statements: Vec<(u64, Vec<u8>)>,
+    /// Numbers and subkeys of the records.
+    records: Vec<(u64, Vec<u8>)>,
 }
 
-/// Looks a key up again and again. Keeps no node from stopping.
+/// Looks up a key again and again. A watcher does not keep its node running.
 #[derive(Debug)]
 pub(crate) struct Watcher {
     dht: Dht,
     key: Vec<u8>,
     known: BTreeMap<(PeerId, Vec<u8>), Known>,
-    /// Bytes of these.
+    /// Bytes of the remembered records.
     bytes: usize,
     number: u64,
-    /// Found and not told.
+    /// Changes that were found and not yet returned.
     changes: VecDeque<Change>,
     meetings: watch::Receiver<u64>,
     next: Instant,
-    /// Tells when what this node keeps under the key changes. `None` if it is not asked for yet, or cannot be told.
+    /// Notified when this node's own records under the key change. `None` if it was not requested yet, or is not
+    /// available.
     kept: Option<watch::Receiver<()>>,
     asked: bool,
-    /// The records that this node keeps have changed, and are to be read.
+    /// True if this node's own records have changed and are to be read.
     changed: bool,
-    /// Not before then.
+    /// The earliest time to read them.
     look: Instant,
 }
 
@@ -110,7 +111,8 @@ impl Watcher {
         }
     }
 
-    /// The next change; `None` once the node has stopped. May be dropped and called again.
+    /// Waits for the next change. Returns `None` once the node has stopped. Cancel safe: if the future is dropped, no
+    /// change is lost.
     pub(crate) async fn next(&mut self) -> Option<Change> {
         loop {
             if let Some(change) = self.changes.pop_front() {
@@ -125,7 +127,7 @@ impl Watcher {
             }
             if self.changed && Instant::now() < self.next {
                 let records = self.dht.kept(&self.key).await.ok()?;
-                (self.changed, self.look) = (false, Instant::now() + LOOK);
+                (self.changed, self.look) = (false, Instant::now() + READ_INTERVAL);
                 self.changes = self.learn(records, false, Instant::now()).into();
                 self.next = self.next.min(self.soonest_end().unwrap_or(self.next));
                 continue;
@@ -139,29 +141,29 @@ impl Watcher {
                 }
                 met = self.meetings.changed(), if small => {
                     met.ok()?;
-                    // It has to be told first.
-                    self.next = self.next.min(Instant::now() + TOLD);
+                    // The new node first needs time to publish its records.
+                    self.next = self.next.min(Instant::now() + PUBLISH_DELAY);
                     continue;
                 }
             }
             let records = self.dht.get_with_removed(&self.key).await.ok()?;
             let now = Instant::now();
-            // A look-up that nobody has answered misses everything. So does one for a key of which nothing is left;
-            // then the statements end in their own time.
+            // A lookup that no node has answered misses everything. So does a lookup for a key under which nothing is
+            // left; the records then expire by themselves.
             let answered = !records.is_empty() && *self.dht.nodes().borrow() > 0;
             self.changes = self.learn(records, answered, now).into();
-            let next = now + WATCH;
+            let next = now + LOOKUP_INTERVAL;
             self.next = self.soonest_end().map_or(next, |soonest| soonest.min(next));
         }
     }
 
-    /// When the first of the statements ends.
+    /// Returns the time at which the next record expires.
     fn soonest_end(&self) -> Option<Instant> {
         let ends = self.known.values().filter(|known| known.value.is_some());
         ends.map(|known| known.until).min()
     }
 
-    /// Takes in what a look-up has found. `complete`: what it does not show may have ended.
+    /// Learns the records of a lookup. If `complete` is true, records that are missing may be gone.
     fn learn(&mut self, records: Vec<Record>, complete: bool, now: Instant) -> Vec<Change> {
         let mut changes = Vec::new();
         if complete {
@@ -174,7 +176,7 @@ impl Watcher {
         }
         let mut bytes = 0;
         self.known.retain(|id, known| {
-            let holds = known.until > now && known.misses < MISSES;
+            let holds = known.until > now && known.misses < MAX_MISSES;
             if holds {
                 bytes += known.bytes;
             } else if known.value.is_some() {
@@ -187,7 +189,8 @@ impl Watcher {
         changes
     }
 
-    /// Forgets what is too much: the oldest statement of the publisher whose statements take the most room, and so on.
+    /// Forgets records above the limits: the oldest record of the publisher whose records take the most room, and so
+    /// on.
     fn make_room(&mut self, changes: &mut Vec<Change>) {
         if self.known.len() <= MAX_KNOWN && self.bytes <= MAX_BYTES {
             return;
@@ -196,23 +199,23 @@ impl Watcher {
         for ((publisher, subkey), known) in &self.known {
             let share = shares.entry(*publisher).or_default();
             share.bytes += known.bytes;
-            share.statements.push((known.number, subkey.clone()));
+            share.records.push((known.number, subkey.clone()));
         }
-        for Share { statements, .. } in shares.values_mut() {
-            statements.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
+        for Share { records, .. } in shares.values_mut() {
+            records.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
         }
         while self.known.len() > MAX_KNOWN || self.bytes > MAX_BYTES {
-            // Of equal shares, that with the oldest statement.
+            // Of equal shares, the one with the oldest record.
             let most = shares
                 .iter_mut()
-                .max_by_key(|(_, Share { bytes, statements })| {
-                    let oldest = statements.last().map(|(number, _)| *number);
+                .max_by_key(|(_, Share { bytes, records })| {
+                    let oldest = records.last().map(|(number, _)| *number);
                     (*bytes, std::cmp::Reverse(oldest))
                 });
-            let Some((publisher, Share { bytes, statements })) = most else {
+            let Some((publisher, Share { bytes, records })) = most else {
                 return;
             };
-            let Some((_, subkey)) = statements.pop() else {
+            let Some((_, subkey)) = records.pop() else {
                 return;
             };
             let id = (*publisher, subkey);
@@ -232,7 +235,7 @@ impl Watcher {
         self.number += 1;
         let new = Known {
             sequence: record.sequence(),
-            bytes: OVERHEAD + id.1.len() + value.as_ref().map_or(0, Vec::len),
+            bytes: RECORD_OVERHEAD + id.1.len() + value.as_ref().map_or(0, Vec::len),
             until: now + record.remaining(),
             value,
             misses: 0,
@@ -266,7 +269,7 @@ impl Watcher {
     }
 }
 
-/// Comes when what this node keeps has changed; never if that is not told.
+/// Waits until this node's own records have changed; waits forever if that is not reported.
 async fn changed(kept: &mut Option<watch::Receiver<()>>) {
     if let Some(told) = kept
         && told.changed().await.is_ok()
@@ -291,7 +294,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_watch_tells_what_has_changed_and_nothing_twice() {
+    async fn a_watch_reports_each_change_once() {
         let (dht, _behaviour) = Dht::new(&Keypair::generate_ed25519());
         let mut watch = Watcher::new(dht, Vec::new());
         let keys = Keypair::generate_ed25519();
@@ -308,7 +311,7 @@ mod tests {
         let joined = watch.learn(vec![first.clone()], false, now);
         assert_eq!(joined, [Change::Joined(first.clone())]);
         assert_eq!(watch.learn(vec![first.clone()], false, now), []);
-        // Said again for longer, a look-up that misses it, another value.
+        // The same value for longer, a lookup that misses the record, and another value.
         assert_eq!(
             watch.learn(vec![record(Some(b"1"), 2, hour)], false, now),
             []
@@ -323,28 +326,28 @@ mod tests {
         let again = record(Some(b"3"), 5, hour);
         let joined = watch.learn(vec![again.clone()], false, now);
         assert_eq!(joined, [Change::Joined(again)]);
-        // Its time is over.
+        // The record has expired.
         assert_eq!(watch.learn(Vec::new(), false, now + 2 * hour), [left]);
         assert!(watch.known.is_empty());
     }
 
     #[tokio::test]
-    async fn what_a_watch_remembers_is_bounded_and_the_greediest_publisher_pays() {
+    async fn remembered_records_are_bounded_and_the_greediest_publisher_loses_its_own() {
         let (dht, _behaviour) = Dht::new(&Keypair::generate_ed25519());
         let mut watch = Watcher::new(dht, Vec::new());
         let (honest, greedy) = (Keypair::generate_ed25519(), Keypair::generate_ed25519());
         let hour = Duration::from_secs(3600);
         let now = Instant::now();
-        let state = |keys: &Keypair, n: u32, size: usize| {
+        let record = |keys: &Keypair, n: u32, size: usize| {
             let value = vec![7; size];
             Record::sign(keys, b"record/k", &n.to_be_bytes(), Some(&value), 1, hour).unwrap()
         };
-        let joined = watch.learn(vec![state(&honest, 0, 10)], false, now);
+        let joined = watch.learn(vec![record(&honest, 0, 10)], false, now);
         assert_eq!(joined.len(), 1);
         let (mut joined, mut gone) = (1, 0);
         for round in 0..8 {
             let many = (0..512)
-                .map(|n| state(&greedy, 512 * round + n, 1000))
+                .map(|n| record(&greedy, 512 * round + n, 1000))
                 .collect();
             for change in watch.learn(many, false, now) {
                 match change {
@@ -358,15 +361,15 @@ mod tests {
             }
             assert!(watch.known.len() <= MAX_KNOWN && watch.bytes <= MAX_BYTES);
         }
-        // Every watcher has been told of each statement that went.
+        // Every record that was forgotten was reported.
         assert_eq!(joined - gone, watch.known.len());
-        let large = (0..5000).map(|n| state(&greedy, 9000 + n, 1000)).collect();
+        let large = (0..5000).map(|n| record(&greedy, 9000 + n, 1000)).collect();
         watch.learn(large, false, now);
         assert!(watch.known.len() <= MAX_KNOWN && watch.bytes <= MAX_BYTES);
     }
 
     #[tokio::test]
-    async fn what_three_look_ups_in_a_row_do_not_show_has_ended() {
+    async fn a_record_that_three_lookups_in_a_row_do_not_return_is_gone() {
         let (dht, _behaviour) = Dht::new(&Keypair::generate_ed25519());
         let mut watch = Watcher::new(dht, Vec::new());
         let keys = Keypair::generate_ed25519();

@@ -1,4 +1,4 @@
-//! Waiting until all of a document is here that its holders have.
+//! Waiting until this node has everything that the connected holders of a document have.
 
 use std::{fmt, time::Duration};
 
@@ -12,40 +12,40 @@ use weft_net::PeerId;
 use super::peer_of;
 use crate::Error;
 
-/// Holders that had nothing to send are looked at this often; a change of the document is noticed at once.
-const LOOK: Duration = Duration::from_millis(100);
+/// Interval between two looks at holders that had nothing to send. A change of the document is noticed at once.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Time between two looks while changes come.
-const PAUSE: Duration = Duration::from_millis(20);
+/// Time between two looks while changes arrive.
+const CHANGE_PAUSE: Duration = Duration::from_millis(20);
 
-/// The completeness of a document here, measured against the connected peers that hold it; returned by
+/// The completeness of a document on this node, compared with the connected holders; returned by
 /// [`Doc::whole`](super::Doc::whole).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DocCompleteness {
-    /// Everything is here that these holders have, and there is at least one.
+    /// True if at least one holder is connected, and everything that the connected holders have is here.
     pub whole: bool,
-    /// Changes here since the content began anew.
+    /// Number of changes here since the content was last compacted.
     pub changes: u64,
-    /// Bytes of these changes.
+    /// Size of these changes, in bytes.
     pub log_bytes: u64,
     /// The connected peers that are known to hold the document.
     pub holders: Vec<DocHolder>,
 }
 
-/// A connected peer that holds a document, and what of its changes is missing here.
+/// A connected holder of a document, and the number of its changes that are missing here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DocHolder {
     /// The peer.
     pub peer: PeerId,
-    /// True if the peer has sent a summary of what it has.
+    /// True if the peer has sent a summary of its changes. The numbers below are zero until then.
     pub answered: bool,
-    /// Changes that it has.
+    /// Number of changes that the peer has.
     pub changes: u64,
-    /// Changes of these that are not here.
+    /// Number of the peer's changes that are missing here.
     pub missing: u64,
-    /// Decisions of the owner, and proofs of equivocation, that it has and are not here.
+    /// Number of decisions of the owner and proofs of equivocation that the peer has and that are missing here.
     pub missing_decisions: u64,
 }
 
@@ -61,7 +61,7 @@ impl DocHolder {
     }
 }
 
-/// `has 26 of 120 changes of peer 12D3KooW...`
+/// Formats the holder for people, such as `has 26 of 120 changes of peer 12D3KooW...`.
 impl fmt::Display for DocHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -72,7 +72,7 @@ impl fmt::Display for DocHolder {
             missing_decisions,
         } = self;
         if !answered {
-            return write!(f, "peer {peer} has not said what it has");
+            return write!(f, "peer {peer} has not reported its changes yet");
         }
         let has = changes.saturating_sub(*missing);
         write!(f, "has {has} of {changes} changes of peer {peer}")?;
@@ -106,7 +106,7 @@ pub(super) async fn wait(
 ) -> Result<DocCompleteness, Error> {
     let until = Instant::now() + patience;
     let mut events = documents.events();
-    // Holders answer for as long as it is held.
+    // Holders answer until this is dropped.
     let _comparing = documents.with(move |replica| replica.compare(id)).await?;
     loop {
         let completeness = documents
@@ -116,11 +116,11 @@ pub(super) async fn wait(
         if completeness.is_whole() || now >= until {
             return Ok(completeness.into());
         }
-        let look = until.min(now + LOOK);
+        let look = until.min(now + POLL_INTERVAL);
         match timeout_at(look, events.recv()).await {
             Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
             // A receiver that lags has missed an event, and looks again.
-            Ok(_) => sleep_until(until.min(now + PAUSE)).await,
+            Ok(_) => sleep_until(until.min(now + CHANGE_PAUSE)).await,
             Err(_) => {}
         }
     }

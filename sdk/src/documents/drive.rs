@@ -1,4 +1,5 @@
-//! Documents over the network: a stream each way to every peer that there is something to say to, and finding those who hold a document.
+//! Documents over the network: one stream each way to every peer with which there is something to exchange, and the
+//! search for holders.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,7 +20,7 @@ use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
 use weft_proto::frame;
 
 use super::{
-    holders::{self, Wish, find_holders},
+    holders::{self, SearchRequest, find_holders},
     key_of, peer_of,
 };
 use crate::discovery::{advertise::Advertiser, find::Discovery};
@@ -27,60 +28,62 @@ use crate::discovery::{advertise::Advertiser, find::Discovery};
 /// The protocol's name on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");
 
-/// How often it is looked who is connected.
-const LOOK: Duration = Duration::from_millis(500);
+/// Interval at which the connected peers are looked up.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// After a stream has failed soon, how long until another is opened; after each more twice as long, up to the second.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// First and longest pause before another stream is opened after one has failed soon. The pause doubles with each
+/// failure.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
-/// A stream that was there for so long has not failed soon: another is opened at once.
-const LIVED: Duration = Duration::from_secs(10);
+/// Age from which a stream that fails has not failed soon: another is opened at once.
+const EARLY_FAILURE: Duration = Duration::from_secs(10);
 
-/// Bytes that wait for a peer; who does not take them in time is left.
+/// The most bytes that may wait for one peer. A peer that reads too slowly is disconnected from documents for a
+/// while.
 const MAX_WAITING: usize = 8 << 20;
 
-/// How long a stream is kept where it is, at least, before it goes on over a better path.
-const SWITCH: Duration = Duration::from_secs(5);
+/// The shortest time that a stream stays on its path before it moves to a better one.
+const SHORTEST_STAY: Duration = Duration::from_secs(5);
 
-/// How long writing one message may take.
-const WRITE: Duration = Duration::from_secs(60);
+/// The longest time to write one message.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A peer that has sent what no honest peer would is not heard for so long.
-const BAN: Duration = Duration::from_secs(3600);
+/// Time for which a peer is ignored after it sent something that no honest peer would.
+const BAN_TIME: Duration = Duration::from_secs(3600);
 
-/// The longest time that a peer may take to begin on a stream that it has opened.
-const FIRST: Duration = Duration::from_secs(10);
+/// The longest time that a peer may take to send the first frame of a stream that it has opened.
+const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What of a node drives its documents.
+/// Connects the node's documents to the network and the DHT.
 #[derive(Debug)]
 pub(crate) struct Driver {
     pub(crate) documents: Documents,
     network: Network,
-    wishes: mpsc::UnboundedSender<Wish>,
+    requests: mpsc::UnboundedSender<SearchRequest>,
     advertiser: Advertiser,
     run: Run,
-    /// A document is held from now on, or holders of one have been connected to.
+    /// Notified when a new document is held, or when holders of one have been connected to.
     changed: Arc<Notify>,
 }
 
-/// A run of a program: drawn anew at every start. Each stream begins with its writer's.
+/// Identifies one run of a program: random bytes drawn at each start. Each stream begins with the writer's.
 pub(crate) type Run = [u8; 16];
 
-/// What drives documents beside the [`Driver`], until the node stops.
+/// The tasks that exchange documents until the node stops; returned with a [`Driver`].
 pub(crate) struct Driving<F> {
-    /// Reads peers' streams.
+    /// Reads the streams of peers.
     pub(crate) listener: Listener,
-    /// What is heard of these, for [`drive`].
+    /// Streams that peers have opened, for [`drive`].
     pub(crate) called: mpsc::Receiver<Opened>,
-    /// Finds holders of documents.
+    /// The task that finds holders of documents.
     pub(crate) find_holders: F,
 }
 
-/// A peer has opened a stream, in this run of its program; whether it is listened to.
+/// A peer has opened a stream in this run of its program. The reply says whether the stream is accepted.
 #[derive(Debug)]
 pub(crate) struct Opened(PeerId, Run, oneshot::Sender<bool>);
 
-/// Reads what peers say; for each stream that one opens. Cheap to clone.
+/// Reads messages on the streams that peers open. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Listener {
     documents: Documents,
@@ -88,7 +91,7 @@ pub(crate) struct Listener {
 }
 
 impl Driver {
-    /// Returns what drives it as well.
+    /// Returns the driver, and the tasks that have to run with it.
     pub(crate) fn new(
         documents: Documents,
         discovery: Discovery,
@@ -99,19 +102,24 @@ impl Driver {
             documents: documents.clone(),
             opened,
         };
-        // Bounded by the number of documents, and by how often an application opens and removes some.
-        let (wishes, wished) = mpsc::unbounded_channel();
+        // Bounded by the number of documents, and by how often an application opens and removes documents.
+        let (requests, requested) = mpsc::unbounded_channel();
         let changed = Arc::new(Notify::new());
         let mut run = Run::default();
         if let Err(error) = getrandom::fill(&mut run) {
-            tracing::warn!(%error, "no randomness: peers notice late when this node restarts");
+            tracing::warn!(%error, "cannot get random bytes: peers will notice restarts of this node late");
         }
         let network = discovery.network().clone();
-        let find = find_holders(discovery, documents.clone(), Arc::clone(&changed), wished);
+        let find = find_holders(
+            discovery,
+            documents.clone(),
+            Arc::clone(&changed),
+            requested,
+        );
         let driver = Arc::new(Self {
             documents,
             network,
-            wishes,
+            requests,
             advertiser,
             run,
             changed,
@@ -124,35 +132,35 @@ impl Driver {
         (driver, driving)
     }
 
-    /// A document is held from now on: others find this node, and it finds them.
+    /// Notes that a document is held from now on: advertises this node as a holder, and searches for other holders.
     pub(crate) fn holds(&self, id: DocumentId) {
         self.advertiser
-            .register(holders::record(&id), holders::value(), holders::HOLDER);
-        // Once the node has stopped there is nobody to be found.
-        let _ = self.wishes.send(Wish::Find(id));
+            .register(holders::record(&id), holders::value(), holders::HOLDER_TERMS);
+        // Sending fails once the node has stopped: then no holders are needed.
+        let _ = self.requests.send(SearchRequest::Find(id));
         self.changed.notify_one();
     }
 
-    /// A document is held no longer.
+    /// Notes that a document is no longer held.
     pub(crate) fn drops(&self, id: DocumentId) {
         self.advertiser.remove(holders::record(&id));
-        let _ = self.wishes.send(Wish::Forget(id));
+        let _ = self.requests.send(SearchRequest::Forget(id));
     }
 }
 
-/// Is found, and finds others, under what was held when the node stopped.
-pub(crate) async fn hold_again(driver: Arc<Driver>) {
+/// Advertises this node as a holder, and searches for holders, of the documents that it held before the restart.
+pub(crate) async fn advertise_held(driver: Arc<Driver>) {
     let held = driver
         .documents
         .with(|replica| Ok(replica.ids().collect::<Vec<_>>()))
         .await;
     match held {
         Ok(held) => held.into_iter().for_each(|id| driver.holds(id)),
-        Err(error) => tracing::warn!(%error, "documents"),
+        Err(error) => tracing::warn!(%error, "cannot list the held documents"),
     }
 }
 
-/// What waits for a peer, and how much of it.
+/// Messages that wait for a peer, and the room for more.
 struct Outbox {
     messages: mpsc::UnboundedSender<Bytes>,
     room: Arc<Semaphore>,
@@ -160,28 +168,29 @@ struct Outbox {
     since: Instant,
 }
 
-/// A peer that documents know to be there.
+/// A peer that documents know as connected.
 #[derive(Default)]
 struct Met {
-    /// Opened when there is something to say.
+    /// Opened with the first message.
     outbox: Option<Outbox>,
-    /// Which run of the peer's program is heard.
+    /// The run of the peer's program from which messages are accepted.
     run: Option<Run>,
 }
 
-/// Who is there, and who is not listened to or talked to for now.
+/// The connected peers, and the peers that are ignored for now.
 struct Meeting {
     network: Network,
     documents: Documents,
     run: Run,
     known: HashMap<PeerId, Met>,
     banned: HashMap<PeerId, Instant>,
-    /// To whom a stream has failed: until when, and how long the pause was.
+    /// Peers to which a stream has failed: the end and the length of the current pause.
     later: HashMap<PeerId, (Instant, Duration)>,
     writers: JoinSet<PeerId>,
 }
 
-/// Runs until the network stops: tells documents who is there, and brings messages out. Holds no node.
+/// Tells documents which peers are connected, and sends their messages, until the network stops. Holds no clone of
+/// the node.
 pub(crate) async fn drive(
     driver: Arc<Driver>,
     mut outgoing: super::Outgoing,
@@ -198,7 +207,7 @@ pub(crate) async fn drive(
         writers: JoinSet::new(),
     };
     drop(driver);
-    let mut look = tokio::time::interval(LOOK);
+    let mut look = tokio::time::interval(LOOK_INTERVAL);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -206,8 +215,8 @@ pub(crate) async fn drive(
                 None => return,
                 Some(Outgoing::Offence(key, why)) => {
                     if let Some(peer) = peer_of(&key) {
-                        tracing::warn!(%peer, why, "a peer's documents are not listened to for an hour");
-                        meeting.banned.insert(peer, Instant::now() + BAN);
+                        tracing::warn!(%peer, why, "ignoring a peer's messages about documents for an hour");
+                        meeting.banned.insert(peer, Instant::now() + BAN_TIME);
                         meeting.part(peer).await;
                     }
                 }
@@ -219,7 +228,7 @@ pub(crate) async fn drive(
             },
             Some(Opened(peer, run, listened)) = called.recv() => {
                 let is_heard = meeting.opened(peer, run).await;
-                // It may be gone again.
+                // The stream may have ended meanwhile.
                 let _ = listened.send(is_heard);
             }
             _ = look.tick() => meeting.look().await,
@@ -231,7 +240,7 @@ pub(crate) async fn drive(
 impl Meeting {
     async fn meet(&mut self, peer: PeerId, run: Option<Run>) {
         if let Some(key) = key_of(&peer) {
-            tracing::debug!(%peer, "documents are compared");
+            tracing::debug!(%peer, "comparing documents with a peer");
             self.known.insert(peer, Met { outbox: None, run });
             self.documents.connected(key).await;
         }
@@ -245,15 +254,15 @@ impl Meeting {
         }
     }
 
-    /// Tells documents of peers that have come and gone.
+    /// Tells documents of peers that have connected and disconnected.
     async fn look(&mut self) {
         let peers = self.network.peers().await.into_iter();
         let here: HashSet<PeerId> = peers.map(|peer| peer.peer).collect();
         let now = Instant::now();
         self.banned.retain(|_, until| *until > now);
-        // How long the last pause was is forgotten after as long again.
+        // The length of the last pause is forgotten after the same time again.
         self.later
-            .retain(|_, (until, pause)| *until + *pause + LIVED > now);
+            .retain(|_, (until, pause)| *until + *pause + EARLY_FAILURE > now);
         let gone = self.known.keys().filter(|peer| !here.contains(peer));
         for peer in gone.copied().collect::<Vec<_>>() {
             self.part(peer).await;
@@ -277,19 +286,20 @@ impl Meeting {
             .outbox
             .get_or_insert_with(|| open_outbox(network, peer, run, writers));
         if !outbox.put(message) {
-            tracing::debug!(%peer, "does not take what it is told about documents");
+            tracing::debug!(%peer, "peer reads messages about documents too slowly");
             self.fails(peer).await;
         }
     }
 
-    /// What was to be told may be lost. It is met again: at once, unless that has just been tried.
+    /// Handles the end of a stream to a peer. Messages may be lost, so documents meet the peer again: at once, unless
+    /// that was just tried.
     async fn ended(&mut self, peer: PeerId) {
         let outbox = self.known.get(&peer).and_then(|met| met.outbox.as_ref());
-        // It may have been left, or met again, meanwhile.
+        // The peer may have been left, or met again, meanwhile.
         if outbox.is_none_or(|outbox| !outbox.writing.is_finished()) {
             return;
         }
-        if outbox.is_some_and(|outbox| outbox.since.elapsed() >= LIVED) {
+        if outbox.is_some_and(|outbox| outbox.since.elapsed() >= EARLY_FAILURE) {
             self.part(peer).await;
             self.look().await;
         } else {
@@ -299,24 +309,24 @@ impl Meeting {
 
     async fn fails(&mut self, peer: PeerId) {
         let last = self.later.get(&peer).map(|(_, pause)| *pause * 2);
-        let pause = last.unwrap_or(AGAIN.0).min(AGAIN.1);
+        let pause = last.unwrap_or(RETRY_PAUSE.0).min(RETRY_PAUSE.1);
         self.later.insert(peer, (Instant::now() + pause, pause));
         self.part(peer).await;
     }
 
-    /// A peer has opened a stream; whether it is listened to.
+    /// Handles a stream that a peer has opened. Returns true if it is accepted.
     async fn opened(&mut self, peer: PeerId, run: Run) -> bool {
         if self.banned.contains_key(&peer) {
             return false;
         }
         match self.known.get_mut(&peer) {
-            // Another run of its program: what was told to the one before is lost, and so is what that had.
+            // Another run of the peer's program: messages to the run before are lost, and so is its state.
             Some(met) if met.run.is_some_and(|known| known != run) => {
                 self.part(peer).await;
                 self.meet(peer, Some(run)).await;
             }
             Some(met) => met.run = Some(run),
-            // What it says is to be heard also where the next look would come too late for it.
+            // The peer is met now, because the next look would come too late for its first messages.
             None => self.meet(peer, Some(run)).await,
         }
         true
@@ -330,7 +340,7 @@ fn open_outbox(network: &Network, peer: PeerId, run: Run, writers: &mut JoinSet<
     let span = tracing::info_span!("documents", %peer);
     let writing = async move {
         if let Err(error) = write_all(&network, peer, run, waiting, &of_writer).await {
-            tracing::debug!(%peer, %error, "a stream of documents has ended");
+            tracing::debug!(%peer, %error, "stream of documents ended");
         }
         peer
     };
@@ -344,7 +354,7 @@ fn open_outbox(network: &Network, peer: PeerId, run: Run, writers: &mut JoinSet<
 }
 
 impl Outbox {
-    /// Whether there is room for it.
+    /// Queues a message. Returns false if the queue has no room for it.
     fn put(&self, message: Bytes) -> bool {
         let size = u32::try_from(message.len()).unwrap_or(u32::MAX);
         match self.room.try_acquire_many(size) {
@@ -380,12 +390,13 @@ async fn write_all(
                 Some(message) => message,
                 None => return Ok(()),
             },
-            // What was written may not have arrived.
-            () = end(&mut stream) => return Err("the peer does not listen any more".into()),
+            // The last messages may not have arrived.
+            () = end(&mut stream) => return Err("the peer has closed its side".into()),
         };
-        let written = timeout(WRITE, async {
-            // On a better path, if there is one; not looked for all the time, for it may turn out to be none.
-            if opened.elapsed() > SWITCH
+        let written = timeout(WRITE_TIMEOUT, async {
+            // Moves to a better path, if there is one. This is tried at intervals, because the better path may turn
+            // out not to work.
+            if opened.elapsed() > SHORTEST_STAY
                 && let Some(old) = stream.take_if(|stream| stream.best_path().is_better_open())
             {
                 finish(old).await?;
@@ -394,7 +405,7 @@ async fn write_all(
                 Some(stream) => stream,
                 none => {
                     let new = network.open(peer, PROTOCOL, Class::Interactive).await?;
-                    tracing::debug!(%peer, path = ?new.path(), "a stream for documents");
+                    tracing::debug!(%peer, path = ?new.path(), "opened a stream for documents");
                     opened = Instant::now();
                     let stream = none.insert(new);
                     frame::write_bytes(stream, &run, MAX_MESSAGE_BYTES).await?;
@@ -410,16 +421,16 @@ async fn write_all(
     }
 }
 
-/// Ends a stream in order: all that was written has been read when the peer closes it too.
+/// Ends a stream in order: when the peer closes its side too, it has read everything.
 async fn finish(mut stream: Stream) -> Result<(), Failed> {
     stream.shutdown().await?;
     match stream.read(&mut [0]).await? {
         0 => Ok(()),
-        _ => Err("the peer says something where it only listens".into()),
+        _ => Err("the peer sent data on a stream on which it only reads".into()),
     }
 }
 
-/// Until a stream has ended, or its connection: nothing is said on it the other way.
+/// Waits until a stream or its connection has ended. The peer sends nothing on it.
 async fn end(stream: &mut Option<Stream>) {
     match stream {
         Some(stream) => _ = stream.read(&mut [0]).await,
@@ -428,8 +439,9 @@ async fn end(stream: &mut Option<Stream>) {
 }
 
 impl Listener {
-    /// Reads what a peer says about documents on one stream. The next message is read when the one before has been dealt with: a peer cannot fill our memory. When
-    /// the stream ends, it is for the peer to see what of it has not arrived.
+    /// Reads a peer's messages about documents on one stream. The next message is read once the last has been
+    /// processed, so a peer cannot fill this node's memory. When the stream ends, the peer has to find out what has
+    /// not arrived.
     pub(crate) async fn listen(self, stream: Stream) {
         let peer = stream.peer();
         let span = tracing::info_span!("documents", %peer);
@@ -440,7 +452,11 @@ impl Listener {
         let Some(key) = key_of(&peer) else {
             return;
         };
-        let first = timeout(FIRST, frame::read_bytes(&mut stream, size_of::<Run>())).await;
+        let first = timeout(
+            FIRST_FRAME_TIMEOUT,
+            frame::read_bytes(&mut stream, size_of::<Run>()),
+        )
+        .await;
         let Ok(Ok(Some(run))) = first else {
             return;
         };
@@ -456,17 +472,17 @@ impl Listener {
             match frame::read_bytes(&mut stream, MAX_MESSAGE_BYTES).await {
                 Ok(Some(message)) => {
                     if let Err(error) = self.documents.received(key, message.into()).await {
-                        tracing::warn!(%peer, %error, "documents");
+                        tracing::warn!(%peer, %error, "cannot process a message about documents");
                         return;
                     }
                 }
                 Ok(None) => {
-                    // Says that all of it was read. Who does not hear it compares again.
+                    // Confirms that everything was read. A peer that misses this compares its documents again.
                     let _ = stream.shutdown().await;
                     return;
                 }
                 Err(error) => {
-                    tracing::debug!(%peer, %error, "a stream of documents has ended");
+                    tracing::debug!(%peer, %error, "stream of documents ended");
                     return;
                 }
             }

@@ -1,5 +1,5 @@
-//! The holders of the documents that this node has: this node advertises that it is one, and finds others, for all
-//! documents in one queue, at a pace that does not grow with their number.
+//! The holders of the documents that this node holds. The node advertises itself as a holder and searches for others.
+//! All documents share one queue, so the pace of searches does not grow with their number.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -24,66 +24,66 @@ use crate::discovery::{
     find::{Discovery, Round},
 };
 
-/// The terms of a record that says who holds a document. A holder that is gone is tried in vain for two hours at most.
-pub(super) const HOLDER: Terms = Terms {
+/// Terms of the record of a document's holder. A holder that has crashed is tried in vain for two hours at most.
+pub(super) const HOLDER_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Content,
     has_addresses: true,
     at_stop: AtStop::Withdraw,
 };
 
-/// A document that nobody connected holds is looked for at least this often for a while, as long as its holders may be
-/// just starting.
-const STARTING: (Duration, Duration) = (Duration::from_secs(4), Duration::from_secs(60));
+/// Longest pause between searches for a document that no connected peer holds, and the time for which this limit
+/// applies: the holders may be just starting.
+const STARTING_PAUSE: (Duration, Duration) = (Duration::from_secs(4), Duration::from_secs(60));
 
-/// Searches under way.
-const AT_A_TIME: usize = 8;
+/// The most searches under way.
+const MAX_SEARCHES: usize = 8;
 
-/// Holders of a document that a node is connected to, if there are so many.
-const ENOUGH: usize = 6;
+/// Number of holders of a document that a node connects to, if there are as many.
+const WANTED_HOLDERS: usize = 6;
 
-/// The first and the longest pause between two looks for holders of a document; with many documents, the longest is
-/// what one round of them takes.
-const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+/// The first and the longest pause between two searches for holders of a document. With many documents, the longest
+/// pause is the time of one round of searches.
+const SEARCH_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 
 fn key(id: &DocumentId) -> Vec<u8> {
     format!("document/{id}").into_bytes()
 }
 
-/// The record that this node holds a document.
+/// Returns the id of the record that advertises this node as a holder of a document.
 pub(super) fn record(id: &DocumentId) -> RecordId {
     RecordId::of(key(id))
 }
 
-/// Its value.
+/// Returns the value of that record.
 pub(super) fn value() -> Value {
     Value::of(|addresses| wire::PeerClaim { addresses }.encode_to_vec())
 }
 
-/// What is asked of [`find_holders`].
+/// A request to [`find_holders`].
 #[derive(Debug)]
-pub(super) enum Wish {
-    /// Holders of it are to be found from now on.
+pub(super) enum SearchRequest {
+    /// Finds holders of a document from now on.
     Find(DocumentId),
-    /// No longer.
+    /// Stops finding holders of a document.
     Forget(DocumentId),
 }
 
-/// What is known of a document whose holders are to be found.
+/// The state of the search for a document's holders.
 #[derive(Debug)]
 struct Known {
     place: [u8; 32],
     seek_at: Instant,
     pause: Duration,
-    /// Since when it is held.
+    /// Time since which the document is held.
     since: Instant,
-    /// A connected peer holds it as well.
+    /// True if a connected peer holds the document.
     found: bool,
-    /// Where it stands in the queue; `None` while it is looked for.
+    /// Time of its entry in the queue. `None` while a search is under way.
     queued: Option<Instant>,
 }
 
-/// The outcome of a search: holders reached now, and connected peers that share the document.
+/// The result of a search: the number of holders reached now, and of connected peers that share the document.
 struct Sought {
     id: DocumentId,
     reached: usize,
@@ -93,23 +93,25 @@ struct Sought {
 struct Finding {
     discovery: Discovery,
     documents: Documents,
-    /// New holders are connected.
+    /// Notified when new holders are connected.
     changed: Arc<Notify>,
     known: HashMap<DocumentId, Known>,
-    /// The searches that are due next. Neighbours in the key space follow each other where they are due at once.
+    /// The searches, by the time at which they are due. Of those due at the same time, neighbours in the key space
+    /// follow each other.
     queue: BTreeSet<(Instant, [u8; 32], DocumentId)>,
-    /// What has never been looked for goes first, and of that what is held since last.
+    /// Due time of the next new document. It decreases, so that new documents are searched first, the latest before
+    /// the others.
     unseen: Instant,
     pace: Pace,
 }
 
-/// Connects to peers that hold the documents which this node holds, until the network stops or nobody wishes anything
-/// any more.
+/// Connects to holders of the documents that this node holds, until the network stops or the sender of requests is
+/// dropped.
 pub(super) async fn find_holders(
     discovery: Discovery,
     documents: Documents,
     changed: Arc<Notify>,
-    mut wishes: mpsc::UnboundedReceiver<Wish>,
+    mut requests: mpsc::UnboundedReceiver<SearchRequest>,
 ) {
     let now = Instant::now();
     let mut meetings = discovery.dht().meetings();
@@ -128,15 +130,15 @@ pub(super) async fn find_holders(
         let alone = *nodes.borrow_and_update() == 0;
         let next = finding
             .next()
-            .filter(|_| !alone && searches.len() < AT_A_TIME);
+            .filter(|_| !alone && searches.len() < MAX_SEARCHES);
         tokio::select! {
             changed = nodes.changed(), if alone => if changed.is_err() {
                 return;
             },
-            wish = wishes.recv() => match wish {
+            request = requests.recv() => match request {
                 None => return,
-                Some(Wish::Find(id)) => finding.find(id),
-                Some(Wish::Forget(id)) => finding.forget(&id),
+                Some(SearchRequest::Find(id)) => finding.find(id),
+                Some(SearchRequest::Forget(id)) => finding.forget(&id),
             },
             Some(sought) = searches.join_next() => if let Ok(sought) = sought {
                 finding.sought(&sought);
@@ -155,13 +157,13 @@ pub(super) async fn find_holders(
 }
 
 impl Finding {
-    /// When something is to be looked for next.
+    /// Returns the time of the next search.
     fn next(&self) -> Option<Instant> {
         let (due, ..) = self.queue.first()?;
         Some(self.pace.next(*due))
     }
 
-    /// Puts a document where it belongs in the queue.
+    /// Puts a document at its position in the queue.
     fn queue(&mut self, id: DocumentId) {
         if let Some(known) = self.known.get_mut(&id) {
             let at = known.seek_at;
@@ -181,7 +183,7 @@ impl Finding {
         let known = Known {
             place: place(&key(&id)),
             seek_at: self.unseen,
-            pause: SEEK.0,
+            pause: SEARCH_PAUSE.0,
             since: Instant::now(),
             found: false,
             queued: None,
@@ -198,15 +200,15 @@ impl Finding {
         }
     }
 
-    /// A node was met: it may know more.
+    /// Brings searches forward after a node was met, because it may know more holders.
     fn met(&mut self, small: bool) {
-        let soon = Instant::now() + SEEK.0;
+        let soon = Instant::now() + SEARCH_PAUSE.0;
         let mut sooner = Vec::new();
         for (id, known) in &mut self.known {
-            // What is looked for often is looked for again in any case.
-            if (small || !known.found) && known.pause > SEEK.0 * 8 && known.seek_at > soon {
+            // Documents that are searched often are searched again soon in any case.
+            if (small || !known.found) && known.pause > SEARCH_PAUSE.0 * 8 && known.seek_at > soon {
                 known.seek_at = soon;
-                // What is looked for now is queued after that.
+                // A document whose search is under way is queued when the search ends.
                 if known.queued.is_some() {
                     sooner.push(*id);
                 }
@@ -217,38 +219,38 @@ impl Finding {
         }
     }
 
-    /// Looks for what is due first.
+    /// Starts the search that is due first.
     fn seek(&mut self) -> Option<impl Future<Output = Sought> + use<>> {
         let now = Instant::now();
         let longest = self.longest();
         let (_, _, id) = self.queue.pop_first()?;
         let known = self.known.get_mut(&id)?;
         known.queued = None;
-        // Sooner, if something happens meanwhile.
+        // May be brought forward meanwhile.
         known.seek_at = now + longest;
         self.pace.take(now);
         let discovery = self.discovery.clone();
         let documents = self.documents.clone();
         let span = tracing::info_span!("documents", document = %id);
         let search = async move {
-            // Only a peer that shares the document counts as a holder; to be connected and to say so is nothing.
+            // Only a peer that shares the document counts as a holder; a connection and a claim prove nothing.
             let sharing = documents.with(move |replica| Ok(replica.sharing(&id)));
             let Ok(sharing) = sharing.await else {
-                // Once documents have stopped nobody is looked for.
+                // Documents have stopped: end the search.
                 return Sought {
                     id,
                     reached: 0,
-                    sharing: ENOUGH,
+                    sharing: WANTED_HOLDERS,
                 };
             };
             let key = key(&id);
             discovery.proved(&place(&key), sharing.iter().filter_map(peer_of));
-            let wanted = ENOUGH.saturating_sub(sharing.len());
+            let wanted = WANTED_HOLDERS.saturating_sub(sharing.len());
             let round = match wanted {
                 0 => Round::default(),
-                // Once the DHT has stopped nobody is found.
+                // Once the DHT has stopped, nothing is found.
                 _ => discovery
-                    .find(&key, HOLDER.ttl, wanted)
+                    .find(&key, HOLDER_TERMS.ttl, wanted)
                     .await
                     .unwrap_or_default(),
             };
@@ -261,9 +263,9 @@ impl Finding {
         Some(search.instrument(span))
     }
 
-    /// The longest pause between two looks for holders of one document.
+    /// Returns the longest pause between two searches for one document.
     fn longest(&self) -> Duration {
-        SEEK.1.max(Pace::round_of(self.known.len()))
+        SEARCH_PAUSE.1.max(Pace::round_of(self.known.len()))
     }
 
     fn sought(&mut self, sought: &Sought) {
@@ -274,10 +276,12 @@ impl Finding {
         };
         known.found = sought.reached + sought.sharing > 0;
         known.pause = match (sought.reached, sought.sharing) {
-            (0, ENOUGH..) => longest,
-            (0, 0) if known.since.elapsed() < STARTING.1 => (known.pause * 2).min(STARTING.0),
+            (0, WANTED_HOLDERS..) => longest,
+            (0, 0) if known.since.elapsed() < STARTING_PAUSE.1 => {
+                (known.pause * 2).min(STARTING_PAUSE.0)
+            }
             (0, _) => (known.pause * 2).min(longest),
-            _ => SEEK.0,
+            _ => SEARCH_PAUSE.0,
         };
         known.seek_at = known.seek_at.min(now + known.pause);
         if sought.reached > 0 {

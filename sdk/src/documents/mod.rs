@@ -1,8 +1,8 @@
-//! Replicated documents: content like JSON that several nodes read and write, each at any time, connected or not.
+//! Replicated documents: JSON-like content that several nodes read and edit at any time, connected or not.
 //!
-//! A document is named by its id. Its owner is the node that made it; the owner says who else may write and read it. A
-//! holder of a document has all of it on disk, and hears of changes as they are made. Holders find each other in the
-//! DHT.
+//! A document is identified by its id. The node that creates it is its owner, which decides which other peers may
+//! write and read it. A holder of a document has a full replica on disk, and receives changes as they are made.
+//! Holders find each other in the DHT.
 
 mod completeness;
 mod drive;
@@ -20,113 +20,114 @@ use weft_crdt::{
 };
 use weft_net::PeerId;
 
-pub(crate) use self::drive::{Driver, Listener, PROTOCOL, drive, hold_again};
+pub(crate) use self::drive::{Driver, Listener, PROTOCOL, advertise_held, drive};
 pub use self::{
     completeness::{DocCompleteness, DocHolder},
     watch::{DocChange, DocWatch},
 };
 use crate::{Error, Node};
 
-/// The author, owner, writer or reader that a peer is: its public key. `None` if the peer's key is no Ed25519 key.
+/// Returns the public key by which documents identify a peer. `None` if it is not an Ed25519 key.
 pub(crate) fn key_of(peer: &PeerId) -> Option<Key> {
-    // A multihash "identity" of the key's protobuf encoding.
+    // A PeerId of an Ed25519 key is an "identity" multihash of the key's protobuf encoding.
     let bytes = peer.to_bytes();
     let key = bytes.strip_prefix(&[0, 36, 8, 1, 18, 32])?;
     Some(Key(key.try_into().ok()?))
 }
 
-/// The peer whose key it is.
+/// Returns the peer with this public key.
 pub(crate) fn peer_of(key: &Key) -> Option<PeerId> {
     PeerId::from_bytes(&[&[0, 36, 8, 1, 18, 32], &key.0[..]].concat()).ok()
 }
 
-/// Making, opening and listing documents; [`Node::docs`].
+/// Creates, opens and lists replicated documents; see [`Node::docs`].
 #[derive(Debug, Clone)]
 pub struct Docs {
     node: Node,
 }
 
-/// Who a document is to be written and read by; for [`Docs::create`].
+/// Settings of a new document; see [`Docs::create`].
 #[derive(Debug, Clone, Default)]
 pub struct NewDoc {
-    /// What people call it, at most 256 bytes.
+    /// Label for people, at most 256 bytes. It need not be unique.
     pub label: String,
-    /// Only this node may write it, for good.
+    /// True if only this node may ever write the document.
     pub single_writer: bool,
-    /// Who else may write it.
+    /// Peers that may write the document besides the owner.
     pub writers: Vec<PeerId>,
-    /// Who may read it besides owner and writers; `None`: everybody in the network.
+    /// Peers that may read the document besides the owner and the writers. `None` means every peer.
     pub readers: Option<Vec<PeerId>>,
 }
 
-/// What is known of a document.
+/// State of a document on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DocInfo {
-    /// Its id.
+    /// Id of the document.
     pub id: DocumentId,
-    /// The rest, once it has arrived.
+    /// Details of the document. `None` until its first part has arrived.
     pub details: Option<DocDetails>,
-    /// The damage to the document on disk; `None` if there is none. A damaged document is neither read, written nor
-    /// given to peers. [`Docs::open`] keeps what can be read of it, and gets the rest from peers that hold it.
+    /// Description of damage to the document on disk; `None` if there is none. A damaged document is neither read,
+    /// written nor sent to peers. [`Docs::open`] keeps the readable part, and fetches the rest from other holders.
     pub damage: Option<String>,
 }
 
-/// What is known of a document that has arrived.
+/// Details of a document that has arrived.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DocDetails {
-    /// What people call it.
+    /// Label for people.
     pub label: String,
-    /// Who made it, and says who may write and read it.
+    /// The peer that created the document, and decides which peers may write and read it.
     pub owner: PeerId,
-    /// Only the owner writes it.
+    /// True if only the owner may ever write the document.
     pub single_writer: bool,
-    /// Who else may write it.
+    /// Peers that may write the document besides the owner.
     pub writers: Vec<PeerId>,
-    /// Who may read it besides owner and writers; `None`: everybody in the network.
+    /// Peers that may read the document besides the owner and the writers. `None` means every peer.
     pub readers: Option<Vec<PeerId>>,
-    /// This node may write it.
+    /// True if this node may write the document.
     pub writable: bool,
-    /// Changes since it last began anew.
+    /// Number of changes since the content was last compacted.
     pub changes: u64,
-    /// Their bytes.
+    /// Size of these changes, in bytes.
     pub log_bytes: u64,
-    /// Changes that its content began anew with, if its owner has compacted it.
+    /// Number of changes that make up the compacted content. Zero if the document was never compacted.
     pub base_changes: u64,
-    /// Writers' sessions that are void because their author has signed two different changes for one place.
+    /// Number of writers' sessions that are void because the author signed two different changes with the same
+    /// position.
     pub equivocations: usize,
 }
 
-/// A change in a document's history.
+/// A change in a document's history; see [`Doc::history`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DocCommit {
-    /// Its hash.
+    /// Hash of the change.
     pub id: ChangeId,
-    /// Who signed it.
+    /// The peer that signed the change.
     pub author: PeerId,
-    /// When, by the author's clock: seconds since the Unix epoch. 0 if that is not known, as of the content that an
-    /// earlier version has compacted.
+    /// Time of the change by the author's clock, in seconds since the Unix epoch. Zero if it is not known, as for
+    /// content that an earlier version has compacted.
     pub time: i64,
-    /// What the author says about it.
+    /// The author's message about the change.
     pub message: Option<String>,
-    /// Operations in it.
+    /// Number of operations in the change.
     pub operations: u64,
 }
 
-/// The result of an import; [`Docs::import`].
+/// The result of an import; see [`Docs::import`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct DocImport {
-    /// The document, which this node holds from now on.
+    /// The document. This node holds it from now on.
     pub doc: Doc,
-    /// Changes in the file.
+    /// Number of changes in the file.
     pub changes: u64,
-    /// Of these the changes that count here.
+    /// Number of changes in the file that are valid.
     pub counted: u64,
-    /// The others: void on every replica, because the owner has revoked their author or begun the content anew since,
-    /// or because their author has equivocated.
+    /// Number of changes in the file that are void on every replica. The owner has revoked their author or compacted
+    /// the document since, or the author has equivocated.
     pub void: u64,
 }
 
@@ -182,10 +183,11 @@ impl Docs {
         }
     }
 
-    /// Makes a document, whose owner is this node.
+    /// Creates a document. This node is its owner.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::Document`] if a limit is reached or the disk fails; [`Error::NoKey`] if a peer has no Ed25519 key;
+    /// [`Error::Stopped`] after a shutdown.
     pub async fn create(&self, new: NewDoc) -> Result<Doc, Error> {
         let new = NewDocument {
             single_writer: new.single_writer,
@@ -205,12 +207,14 @@ impl Docs {
         Ok(self.doc(id))
     }
 
-    /// Holds a document from now on, also after a restart, and gets it from whoever holds it. Comes back at once;
-    /// [`Doc::arrived`] waits. Of a document that is damaged on disk, what can be read is kept, and the rest comes from
-    /// peers that hold it.
+    /// Opens a document: this node holds it from now on, also after a restart, and fetches it from other holders.
+    /// Returns at once; [`Doc::arrived`] and [`Doc::whole`] wait for the content.
+    ///
+    /// If the document on disk is damaged, the readable part is kept, and the rest is fetched from other holders.
     ///
     /// # Errors
-    /// [`Error::Document`] if too many are held, [`Error::Stopped`].
+    /// [`Error::Document`] if this node holds too many documents or the disk fails; [`Error::Stopped`] after a
+    /// shutdown.
     pub async fn open(&self, id: DocumentId) -> Result<Doc, Error> {
         self.documents()
             .with(move |replica| replica.hold(id))
@@ -219,10 +223,10 @@ impl Docs {
         Ok(self.doc(id))
     }
 
-    /// A document that is held already.
+    /// Returns a document that this node holds already.
     ///
     /// # Errors
-    /// [`Error::Document`] if it is not, [`Error::Stopped`].
+    /// [`Error::Document`] if this node does not hold it; [`Error::Stopped`] after a shutdown.
     pub async fn held(&self, id: DocumentId) -> Result<Doc, Error> {
         self.documents()
             .with(move |replica| replica.info(id))
@@ -230,10 +234,10 @@ impl Docs {
         Ok(self.doc(id))
     }
 
-    /// The documents that this node holds.
+    /// Lists the documents that this node holds.
     ///
     /// # Errors
-    /// [`Error::Document`] if the disk fails, [`Error::Stopped`].
+    /// [`Error::Document`] if the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn list(&self) -> Result<Vec<DocInfo>, Error> {
         let own = self.documents().key();
         let infos = self.documents().with(|replica| replica.list()).await?;
@@ -243,11 +247,12 @@ impl Docs {
             .collect())
     }
 
-    /// Holds a document no longer: what is here of it is deleted. Whether it was held.
+    /// Removes a document from this node and deletes its replica. Returns false if this node did not hold it. Other
+    /// holders keep theirs.
     ///
     /// # Errors
-    /// [`Error::Followed`] if it is a registry that is followed, [`Error::Document`] if the disk fails,
-    /// [`Error::Stopped`].
+    /// [`Error::Followed`] if the document is a registry that this node follows; [`Error::Document`] if the disk
+    /// fails; [`Error::Stopped`] after a shutdown.
     pub async fn remove(&self, id: DocumentId) -> Result<bool, Error> {
         if self.node.followed().prefix(&id).is_some() {
             return Err(Error::Followed(id));
@@ -260,20 +265,23 @@ impl Docs {
         Ok(held)
     }
 
-    /// Holds a document that [`Doc::export`] has written, here or elsewhere, of this version or an earlier one. All
-    /// signatures in it are checked, and at the end what counts here is compared with the file.
+    /// Imports a document that [`Doc::export`] has written, on any node, in this version or an earlier one. This node
+    /// holds the document from now on. All signatures are verified, and the result is compared with the file at the
+    /// end.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`]. With [`DocumentError::ImportIncomplete`](crate::DocumentError), a part
-    /// of the file is damaged, missing or without room: what counts of it is held, and nothing that was here before is
-    /// lost.
+    /// [`Error::Document`] if the content is not an export, a limit is reached or the disk fails; [`Error::Stopped`]
+    /// after a shutdown.
+    ///
+    /// With [`DocumentError::ImportIncomplete`](crate::DocumentError), a part of the file is damaged, missing or has
+    /// no room. The valid part is imported, and nothing that was here before is lost.
     pub async fn import(&self, content: Vec<u8>) -> Result<DocImport, Error> {
         let imported = self
             .documents()
             .with(move |replica| {
                 let imported = replica.import(&content);
                 if let Err(weft_crdt::Error::ImportIncomplete(imported)) = &imported {
-                    // Other peers find the part of the file that counts as well.
+                    // The valid part is announced to other peers as well.
                     let held = replica.ids().any(|id| id == imported.document);
                     return Ok(Err((imported.clone(), held)));
                 }
@@ -300,10 +308,11 @@ impl Docs {
     }
 }
 
-/// A document. Cheap to clone.
+/// A handle to a document that this node holds. Cheap to clone.
 ///
-/// Paths are JSON pointers (RFC 6901): empty for the whole document, which is a map; `/models/0/name`; `-` for the
-/// place after a list's last element. Numbers without a fraction are integers, counters read as integers.
+/// Paths are JSON pointers (RFC 6901): `/models/0/name` is an element, the empty path is the whole document, which is
+/// a map, and `-` stands for the position after a list's last element. Numbers without a fraction are integers;
+/// counters are read as integers.
 #[derive(Debug, Clone)]
 pub struct Doc {
     node: Node,
@@ -320,7 +329,7 @@ fn now() -> i64 {
 }
 
 impl Doc {
-    /// Its id, by which other nodes open it.
+    /// Returns the document's id, by which other nodes open it.
     pub fn id(&self) -> DocumentId {
         self.id
     }
@@ -329,10 +338,10 @@ impl Doc {
         &self.node.driver().documents
     }
 
-    /// What is known of it.
+    /// Returns the state of the document.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::Document`] if this node does not hold it; [`Error::Stopped`] after a shutdown.
     pub async fn info(&self) -> Result<DocInfo, Error> {
         let (id, own) = (self.id, self.documents().key());
         let info = self
@@ -342,11 +351,11 @@ impl Doc {
         Ok(DocInfo::of(info, own))
     }
 
-    /// Waits until its beginning is here, at most for `patience`: whether it is. Its content may still be on its way;
-    /// [`whole`](Self::whole) waits for all of it.
+    /// Waits until the first part of the document is here, for at most `patience`. Returns false if it is not here by
+    /// then. The rest may still be on its way; [`whole`](Self::whole) waits for all of it.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::Document`] if this node does not hold it; [`Error::Stopped`] after a shutdown.
     pub async fn arrived(&self, patience: Duration) -> Result<bool, Error> {
         let mut events = self.documents().events();
         let waited = timeout(patience, async {
@@ -354,7 +363,7 @@ impl Doc {
                 if self.info().await?.details.is_some() {
                     return Ok(());
                 }
-                // Whoever is behind has missed something, and looks.
+                // A receiver that lags has missed an event, and looks again.
                 if let Err(tokio::sync::broadcast::error::RecvError::Closed) = events.recv().await {
                     return Err(Error::Stopped);
                 }
@@ -366,22 +375,23 @@ impl Doc {
         }
     }
 
-    /// Waits until all of it is here that the connected peers have that hold it, at most for `patience`. They are asked
-    /// what they have when this begins, or when they connect; what they write afterwards is not waited for. Returns how
-    /// much is here, and what is missing of each holder's changes if `patience` was too short.
+    /// Waits until this node has everything that the connected holders have, for at most `patience`. Returns the
+    /// number of changes here and, if `patience` was too short, what is missing of each holder's.
     ///
-    /// While no holder is connected, whether it is whole cannot be told, and this waits.
+    /// Holders are asked for their state when the wait begins, or when they connect. Later changes are not waited
+    /// for. While no holder is connected, completeness is unknown, and this waits.
     ///
     /// # Errors
-    /// [`Error::Document`] if this node does not hold it or the disk fails, [`Error::Stopped`].
+    /// [`Error::Document`] if this node does not hold it or the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn whole(&self, patience: Duration) -> Result<DocCompleteness, Error> {
         completeness::wait(self.documents(), self.id, patience).await
     }
 
-    /// What is at a path; `None` if nothing is.
+    /// Returns the value at a path. `None` if there is none.
     ///
     /// # Errors
-    /// [`Error::Document`] if the document is not here yet, [`Error::Stopped`].
+    /// [`Error::Document`] if the path is malformed or the document has not arrived; [`Error::Stopped`] after a
+    /// shutdown.
     pub async fn get(&self, at: &str) -> Result<Option<Value>, Error> {
         let (id, at) = (self.id, path(at)?);
         Ok(self
@@ -390,50 +400,55 @@ impl Doc {
             .await?)
     }
 
-    /// What is at a path, as a type of the program's own.
+    /// Returns the value at a path, deserialized into `T`. `None` if there is none.
     ///
     /// # Errors
-    /// As [`get`](Self::get), and [`Error::Value`] if it is of another type.
+    /// Those of [`get`](Self::get), and [`Error::Value`] if the value does not fit `T`.
     pub async fn get_as<T: DeserializeOwned>(&self, at: &str) -> Result<Option<T>, Error> {
         let value = self.get(at).await?;
         Ok(value.map(serde_json::from_value).transpose()?)
     }
 
-    /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path and
-    /// a map, the document is that map: keys that are here and not in it are removed, while keys that others add at the
-    /// same time stay.
+    /// Sets the value at a path, and replaces what was there. The map or list that contains the path must exist. The
+    /// change is on disk when this returns. Returns the id of the change, or `None` if nothing changed.
+    ///
+    /// With an empty path and a map, the map becomes the document: existing keys that are not in the map are removed.
+    /// Keys that other writers add at the same time stay.
     ///
     /// # Errors
-    /// [`Error::NotWriter`], [`Error::Document`] if the path does not fit, [`Error::Value`], [`Error::Stopped`].
+    /// [`Error::NotWriter`] if this node may not write the document; [`Error::Document`] if the path does not fit the
+    /// content or a limit is reached; [`Error::Value`] if the value cannot be stored; [`Error::Stopped`] after a
+    /// shutdown.
     pub async fn put(&self, at: &str, value: impl Serialize) -> Result<Option<ChangeId>, Error> {
         self.transaction().put(at, value)?.commit().await
     }
 
-    /// Removes what is at a path.
+    /// Deletes the value at a path. Returns the id of the change, or `None` if nothing changed.
     ///
     /// # Errors
-    /// As [`put`](Self::put).
+    /// Those of [`put`](Self::put).
     pub async fn delete(&self, at: &str) -> Result<Option<ChangeId>, Error> {
         self.transaction().delete(at)?.commit().await
     }
 
-    /// Adds to a counter, or makes one where nothing is. Increments of several writers add up.
+    /// Adds `by` to the counter at a path; creates the counter if nothing is there. Increments of several writers add
+    /// up.
     ///
     /// # Errors
-    /// As [`put`](Self::put).
+    /// Those of [`put`](Self::put).
     pub async fn increment(&self, at: &str, by: i64) -> Result<Option<ChangeId>, Error> {
         self.transaction().increment(at, by)?.commit().await
     }
 
-    /// Puts something into a list before the element with the path's index, or with `-` at its end.
+    /// Inserts a value into a list, before the element with the path's index, or at the end with `-`.
     ///
     /// # Errors
-    /// As [`put`](Self::put).
+    /// Those of [`put`](Self::put).
     pub async fn insert(&self, at: &str, value: impl Serialize) -> Result<Option<ChangeId>, Error> {
         self.transaction().insert(at, value)?.commit().await
     }
 
-    /// Several edits that become one change: all of them or none.
+    /// Starts a transaction: several edits that become one change, of which all take effect or none.
     pub fn transaction(&self) -> Transaction {
         Transaction {
             doc: self.clone(),
@@ -442,18 +457,18 @@ impl Doc {
         }
     }
 
-    /// How it changes from now on.
+    /// Watches the document from now on.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::Document`] if this node does not hold it; [`Error::Stopped`] after a shutdown.
     pub async fn watch(&self) -> Result<DocWatch, Error> {
         DocWatch::new(self.documents().clone(), self.id).await
     }
 
-    /// Changes since it last began anew, the latest first, at most `limit`.
+    /// Returns the changes since the content was last compacted, the latest first, at most `limit` of them.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::Document`] if the document has not arrived or the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn history(&self, limit: usize) -> Result<Vec<DocCommit>, Error> {
         let id = self.id;
         let commits = self
@@ -472,16 +487,17 @@ impl Doc {
         Ok(commits.into_iter().filter_map(commit).collect())
     }
 
-    /// Who may write it, and changing that.
+    /// Returns the handle to list, add and revoke writers.
     pub fn writers(&self) -> Writers {
         Writers { doc: self.clone() }
     }
 
-    /// Says who may read it besides owner and writers; `None`: everybody in the network. Only the owner may; who has it
-    /// already keeps it.
+    /// Sets the peers that may read the document besides the owner and the writers. `None` means every peer. Only the
+    /// owner may do this. A peer that has the document already keeps it.
     ///
     /// # Errors
-    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotOwner`] if this node is not the owner; [`Error::NoKey`] if a peer has no Ed25519 key;
+    /// [`Error::Document`] if a limit is reached; [`Error::Stopped`] after a shutdown.
     pub async fn set_readers(&self, readers: Option<Vec<PeerId>>) -> Result<(), Error> {
         let readers = match readers {
             None => Readers::Everybody,
@@ -494,10 +510,11 @@ impl Doc {
         .await
     }
 
-    /// Who may write, who no longer may, and, if that changes, who may read: as one decision. Only the owner may.
+    /// Adds and revokes writers and, with `Some`, sets the readers, as one decision. Only the owner may do this. The
+    /// inner `None` of `readers` means every peer.
     ///
     /// # Errors
-    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// Those of [`set_readers`](Self::set_readers).
     pub async fn set_rights(
         &self,
         add: Vec<PeerId>,
@@ -526,11 +543,12 @@ impl Doc {
             .await?)
     }
 
-    /// Begins its content anew as it is, without its history. Only the owner may. Edits that a writer makes meanwhile,
-    /// without knowing, are made again.
+    /// Compacts the document: keeps its content, and drops its history. Only the owner may do this. Edits that other
+    /// writers make meanwhile are applied to the compacted content.
     ///
     /// # Errors
-    /// [`Error::NotOwner`], [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::NotOwner`] if this node is not the owner; [`Error::Document`] if the disk fails; [`Error::Stopped`]
+    /// after a shutdown.
     pub async fn compact(&self) -> Result<(), Error> {
         let id = self.id;
         Ok(self
@@ -539,10 +557,10 @@ impl Doc {
             .await?)
     }
 
-    /// All of it as a file's content, for [`Docs::import`].
+    /// Returns the whole document as the content of a file, for [`Docs::import`].
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::Document`] if the document has not arrived or the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn export(&self) -> Result<Vec<u8>, Error> {
         let id = self.id;
         Ok(self
@@ -552,9 +570,9 @@ impl Doc {
     }
 }
 
-/// Edits that become one change; [`Doc::transaction`].
+/// Edits that become one change; see [`Doc::transaction`]. Nothing happens before [`commit`](Self::commit).
 #[derive(Debug)]
-#[must_use = "nothing is done before it is committed"]
+#[must_use = "nothing happens before commit()"]
 pub struct Transaction {
     doc: Doc,
     edits: Vec<Edit>,
@@ -567,52 +585,54 @@ impl Transaction {
         self
     }
 
-    /// As [`Doc::put`].
+    /// Adds an edit that sets the value at a path, like [`Doc::put`].
     ///
     /// # Errors
-    /// [`Error::Document`] if the path cannot be read, [`Error::Value`].
+    /// [`Error::Document`] if the path is malformed; [`Error::Value`] if the value cannot be stored.
     pub fn put(self, at: &str, value: impl Serialize) -> Result<Self, Error> {
         let edit = Edit::Put(path(at)?, serde_json::to_value(value)?);
         Ok(self.with(edit))
     }
 
-    /// As [`Doc::delete`].
+    /// Adds an edit that deletes the value at a path, like [`Doc::delete`].
     ///
     /// # Errors
-    /// [`Error::Document`] if the path cannot be read.
+    /// [`Error::Document`] if the path is malformed.
     pub fn delete(self, at: &str) -> Result<Self, Error> {
         let edit = Edit::Delete(path(at)?);
         Ok(self.with(edit))
     }
 
-    /// As [`Doc::increment`].
+    /// Adds an edit that adds to the counter at a path, like [`Doc::increment`].
     ///
     /// # Errors
-    /// [`Error::Document`] if the path cannot be read.
+    /// [`Error::Document`] if the path is malformed.
     pub fn increment(self, at: &str, by: i64) -> Result<Self, Error> {
         let edit = Edit::Increment(path(at)?, by);
         Ok(self.with(edit))
     }
 
-    /// As [`Doc::insert`].
+    /// Adds an edit that inserts a value into a list, like [`Doc::insert`].
     ///
     /// # Errors
-    /// [`Error::Document`] if the path cannot be read, [`Error::Value`].
+    /// [`Error::Document`] if the path is malformed; [`Error::Value`] if the value cannot be stored.
     pub fn insert(self, at: &str, value: impl Serialize) -> Result<Self, Error> {
         let edit = Edit::Insert(path(at)?, serde_json::to_value(value)?);
         Ok(self.with(edit))
     }
 
-    /// What the change is for, at most 1,024 bytes; [`DocCommit::message`].
+    /// Sets a message about the change, at most 1,024 bytes. It is in [`DocCommit::message`]. Default: none.
     pub fn message(mut self, message: impl Into<String>) -> Self {
         self.message = Some(message.into());
         self
     }
 
-    /// Makes the edits: the change is on disk when this returns. `None` if they change nothing.
+    /// Makes the edits as one change, which is on disk when this returns. Returns the id of the change, or `None` if
+    /// the edits change nothing.
     ///
     /// # Errors
-    /// [`Error::NotWriter`], [`Error::Document`], and then none of them was made; [`Error::Stopped`].
+    /// [`Error::NotWriter`] if this node may not write the document; [`Error::Document`] if an edit does not fit the
+    /// content or a limit is reached; then no edit was made. [`Error::Stopped`] after a shutdown.
     pub async fn commit(self) -> Result<Option<ChangeId>, Error> {
         let Self {
             doc,
@@ -627,17 +647,17 @@ impl Transaction {
     }
 }
 
-/// Who may write a document; [`Doc::writers`].
+/// Lists, adds and revokes the writers of a document; see [`Doc::writers`].
 #[derive(Debug, Clone)]
 pub struct Writers {
     doc: Doc,
 }
 
 impl Writers {
-    /// The owner first, then the others.
+    /// Returns the writers, the owner first.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::Document`] if the document has not arrived; [`Error::Stopped`] after a shutdown.
     pub async fn list(&self) -> Result<Vec<PeerId>, Error> {
         let (id, document) = (self.doc.id, self.doc.info().await?);
         let details = document
@@ -646,10 +666,11 @@ impl Writers {
         Ok([vec![details.owner], details.writers].concat())
     }
 
-    /// Lets a peer write. Only the owner may.
+    /// Lets a peer write. Only the owner may do this.
     ///
     /// # Errors
-    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotOwner`] if this node is not the owner; [`Error::NoKey`] if the peer has no Ed25519 key;
+    /// [`Error::Document`] if a limit is reached; [`Error::Stopped`] after a shutdown.
     pub async fn add(&self, peer: PeerId) -> Result<(), Error> {
         let add = keys(&[peer])?;
         self.doc
@@ -660,11 +681,11 @@ impl Writers {
             .await
     }
 
-    /// Lets a peer write no longer: what it has written stays as far as it is known here, and no more counts. Only the
-    /// owner may.
+    /// Revokes a peer's right to write. Its changes that are known here stay; all others become void. Only the owner
+    /// may do this.
     ///
     /// # Errors
-    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// Those of [`add`](Self::add).
     pub async fn revoke(&self, peer: PeerId) -> Result<(), Error> {
         let revoke = keys(&[peer])?;
         self.doc
@@ -676,10 +697,10 @@ impl Writers {
     }
 }
 
-/// Starts what keeps documents in this file, for the node with this key.
+/// Opens the documents in `file` for the node with this key, and starts the thread that serves them.
 ///
 /// # Errors
-/// [`Error::Document`].
+/// [`Error::Document`] if the file cannot be opened or read.
 pub(crate) fn start(
     file: &std::path::Path,
     secret: [u8; 32],
@@ -688,7 +709,7 @@ pub(crate) fn start(
     let mut entropy = [0; 32];
     getrandom::fill(&mut entropy).map_err(|error| {
         weft_crdt::Error::from(weft_crdt::StoreError::Other(format!(
-            "no randomness: {error}"
+            "cannot get random bytes from the system: {error}"
         )))
     })?;
     let identity = weft_crdt::Identity::from_secret(secret);

@@ -1,4 +1,4 @@
-//! Watching a document.
+//! Watching a document for changes.
 
 use tokio::sync::broadcast::{self, error::RecvError};
 use weft_crdt::{DocumentId, Documents, Event, Watching};
@@ -7,46 +7,48 @@ use weft_net::PeerId;
 use super::peer_of;
 use crate::Error;
 
-/// What happens to a document that is watched.
+/// A change of a watched document; see [`Doc::watch`](super::Doc::watch).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DocChange {
-    /// It has arrived.
+    /// The document has arrived.
     Arrived,
-    /// Its content has changed.
+    /// The content has changed.
     Changed {
-        /// Where, as JSON pointers; of a list the list, for its elements move; empty for the whole document.
+        /// Changed paths, as JSON pointers. A change inside a list is given as the list, because its elements move.
+        /// Empty for the whole document.
         paths: Vec<String>,
-        /// This node made the change.
+        /// True if this node made the change.
         local: bool,
     },
-    /// Its owner has decided anew who may write and read it.
+    /// The owner has changed which peers may write and read the document.
     Rights,
-    /// Its owner has begun the content anew, without its history.
+    /// The owner has compacted the document: the content stays, the history is gone.
     Compacted,
-    /// A writer has signed two different changes for one place; what it wrote from there on in that run of its program is dropped everywhere.
+    /// A writer has signed two different changes with the same position. All its later changes in that run of its
+    /// program are void on every replica.
     Equivocated {
-        /// Who.
+        /// The writer.
         author: PeerId,
     },
-    /// Edits of this node had lost what they built on, and were made again.
+    /// Edits of this node had lost the changes that they were based on, and were made again.
     Carried {
-        /// How many.
+        /// Number of these edits.
         edits: usize,
     },
-    /// It takes no more changes until its owner compacts it.
+    /// The document takes no more changes until its owner compacts it.
     Full,
-    /// This node holds it no longer.
+    /// This node no longer holds the document.
     Removed,
-    /// Changes came faster than they were taken: some were not told.
+    /// Changes came faster than they were taken; some were not reported.
     Missed,
 }
 
-/// How a document changes; [`Doc::watch`](super::Doc::watch). Keeps no node from stopping.
+/// Changes of a document; see [`Doc::watch`](super::Doc::watch). A watch does not keep its node running.
 #[derive(Debug)]
 pub struct DocWatch {
     id: DocumentId,
-    /// Paths are worked out while it is held.
+    /// While this is held, the changed paths are computed.
     _watching: Watching,
     events: broadcast::Receiver<Event>,
 }
@@ -62,7 +64,8 @@ impl DocWatch {
         })
     }
 
-    /// The next change; `None` once the node has stopped. May be dropped and called again.
+    /// Waits for the next change. Returns `None` once the node has stopped. Cancel safe: if the future is dropped, no
+    /// change is lost.
     pub async fn next(&mut self) -> Option<DocChange> {
         loop {
             let change = match self.events.recv().await {

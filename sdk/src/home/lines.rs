@@ -1,4 +1,4 @@
-//! Small files of the home with a thing a line, replaced whole.
+//! Small files of the home with one item on each line, which are replaced as a whole.
 
 use std::{
     fs,
@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-/// The lines that are not empty, without what surrounds them; none if there is no file. Blocks.
+/// Returns the lines that are not empty, trimmed. Returns none if there is no file. Blocks.
 pub(crate) fn read(path: &Path) -> io::Result<Vec<String>> {
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
@@ -17,7 +17,7 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<String>> {
     Ok(lines.map(str::to_owned).collect())
 }
 
-/// Replaces the file: after a crash it is as it was, or as it is to be. Blocks.
+/// Replaces the file. After a crash, it has either its old or its new content. Blocks.
 pub(crate) fn write(path: &Path, lines: impl IntoIterator<Item = String>) -> io::Result<()> {
     let text: String = lines.into_iter().map(|line| line + "\n").collect();
     let beside = path.with_extension("new");

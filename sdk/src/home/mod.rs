@@ -1,4 +1,4 @@
-//! The node's home folder: its identity, and that one process at a time uses it.
+//! The node's home folder, which holds its identity. One process at a time uses it.
 
 pub(crate) mod lines;
 pub(crate) mod reserve;
@@ -15,72 +15,85 @@ use weft_net::identity::Keypair;
 
 use crate::home::reserve::{Reserve, is_full};
 
-/// Why a home folder cannot be used.
+/// The error of opening a home folder.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HomeError {
-    /// Another node uses it.
+    /// Another node runs on this home.
     #[error("a node is running on this home already: {0}")]
     InUse(#[source] LockError),
-    /// Its file system has no locks, without which two nodes could use it at once.
+    /// The home's file system has no locks, without which two nodes could use the home at once.
     #[error("{0}: choose another home with --home DIR, or set WEFT_HOME")]
     NoLocks(#[source] LockError),
-    /// A file or folder in it cannot be made, read or written.
+    /// A file or folder of the home cannot be created, read or written.
     #[error("{action} {}: {source}{}", .path.display(), advice(.source))]
     Io {
-        /// What was tried, as in "cannot read".
+        /// The action that failed, such as "cannot read".
         action: &'static str,
-        /// On what.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// What went wrong.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The key file is not a key.
-    #[error("{} holds no Ed25519 key; restore it from a backup, or remove it and become a new node", .0.display())]
+    /// The key file does not contain an Ed25519 key.
+    #[error(
+        "{} does not contain an Ed25519 key; restore the file from a backup, or remove it to become a new node",
+        .0.display()
+    )]
     BadKey(PathBuf),
-    /// Others can read the key file.
-    #[error("others can read {} (mode {mode:o}); whoever has it can pass for this node. Run: chmod 600 '{}'", .path.display(), .path.display())]
+    /// Other users can read the key file.
+    #[error(
+        "others can read {} (mode {mode:o}), and anybody who has this key can pass for this node. Run: chmod 600 '{}'",
+        .path.display(), .path.display()
+    )]
     OpenKey {
-        /// The key file.
+        /// Path of the key file.
         path: PathBuf,
-        /// Its mode.
+        /// Its file mode.
         mode: u32,
     },
-    /// The list of trusted publishers has a line that is no PeerId.
-    #[error("{} has a line that is no PeerId: {line:?}; correct it, or remove the file and trust nobody", .path.display())]
+    /// A line in the list of trusted publishers is not a PeerId.
+    #[error(
+        "{} has a line that is not a PeerId: {line:?}; correct it, or remove the file to trust no publisher",
+        .path.display()
+    )]
     BadTrust {
-        /// The list.
+        /// Path of the list.
         path: PathBuf,
         /// The line.
         line: String,
     },
-    /// The list of trusted publishers would be too long.
+    /// The list of trusted publishers would be too long. Holds the limit.
     #[error("at most {0} publishers can be trusted; stop trusting one with `weft trust rm PEER`")]
     TooManyTrusted(usize),
-    /// The list of followed registries has a line that is none.
-    #[error("{} has a line that is no registry's id and a prefix: {line:?}; correct it, or remove the file and follow none", .path.display())]
+    /// A line in the list of followed registries is malformed.
+    #[error(
+        "{} has a line that is not a registry id and a prefix: {line:?}; correct it, or remove the file to follow no \
+         registry",
+        .path.display()
+    )]
     BadRegistry {
-        /// The list.
+        /// Path of the list.
         path: PathBuf,
         /// The line.
         line: String,
     },
-    /// The list of followed registries would be too long.
+    /// The list of followed registries would be too long. Holds the limit.
     #[error(
         "at most {0} registries can be followed; unfollow one with `weft registry unfollow ID`"
     )]
     TooManyRegistries(usize),
-    /// There is no place for a home by default.
-    #[error("neither WEFT_HOME nor HOME is set: choose the node's home with --home DIR")]
+    /// No home was given, and the environment names no default.
+    #[error("cannot choose a home: neither WEFT_HOME nor HOME is set; choose it with --home DIR")]
     Unknown,
 }
 
-/// Says what to do about an error of the system on a home.
+/// Returns advice on an I/O error of the home, to append to its text.
 fn advice(error: &io::Error) -> &'static str {
     use io::ErrorKind::{NotADirectory, PermissionDenied, ReadOnlyFilesystem};
     match error.kind() {
         PermissionDenied => {
-            "; give it to the user who runs the node with chown and chmod, or choose another home with --home DIR"
+            "; give the user who runs the node access with chown and chmod, or choose another home with --home DIR"
         }
         ReadOnlyFilesystem | NotADirectory => "; choose another home with --home DIR",
         _ if is_full(error) => "; make room on that disk, or choose another home with --home DIR",
@@ -88,7 +101,7 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// Where a node lives when it is not told: `$WEFT_HOME`, else the platform's folder for application data.
+/// Returns the default home of a node: `$WEFT_HOME`, or the platform's folder for application data.
 ///
 /// # Errors
 /// [`HomeError::Unknown`] if the environment names neither.
@@ -108,7 +121,7 @@ pub fn default_home() -> Result<PathBuf, HomeError> {
     })
 }
 
-/// A home that this process holds.
+/// An open home, locked by this process.
 #[derive(Debug)]
 pub(crate) struct Home {
     path: PathBuf,
@@ -118,7 +131,7 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// Opens the home at `path`; makes it, and an identity, if there is none.
+    /// Opens the home at `path`. Creates the home and a key if there is none.
     pub(crate) fn open(path: &Path) -> Result<Self, HomeError> {
         fs::DirBuilder::new()
             .recursive(true)
@@ -136,7 +149,7 @@ impl Home {
             error @ LockError::Unsupported { .. } => HomeError::NoLocks(error),
             held => HomeError::InUse(held),
         })?;
-        // With the lock, since the reserve belongs to the node that runs, and before anything else is written.
+        // This needs the lock, because the reserve belongs to the running node, and comes before all other writes.
         reserve.delete_left_behind();
         reserve.make_room();
         let key = load_or_make_key(&path.join("key"))?;
@@ -167,7 +180,7 @@ impl Home {
         self.path.join("store")
     }
 
-    /// The records that it keeps for the DHT.
+    /// The database of the DHT's records.
     pub(crate) fn records(&self) -> PathBuf {
         self.path.join("records.redb")
     }
@@ -176,7 +189,7 @@ impl Home {
         self.path.join("documents.redb")
     }
 
-    /// Nodes that were known when it ran last.
+    /// The nodes that were known in the last run.
     pub(crate) fn peers(&self) -> PathBuf {
         self.path.join("peers")
     }
@@ -191,14 +204,14 @@ impl Home {
         self.path.join("registries")
     }
 
-    /// Where models go that are fetched to no particular folder.
+    /// Default parent folder of fetched models.
     pub(crate) fn models(&self) -> PathBuf {
         self.path.join("models")
     }
 }
 
-/// Takes the lock of a home with `take`, on a full disk with the room of the reserve. A home that another node holds
-/// keeps its reserve, which that node needs.
+/// Takes the lock of a home with `take`. If the disk is full, gives up the reserve and tries again. If another node
+/// holds the home, its reserve stays, because that node needs it.
 fn take_lock<L>(
     path: &Path,
     reserve: &Reserve,
@@ -213,7 +226,7 @@ fn take_lock<L>(
     }
 }
 
-/// For `map_err`: what was tried, on what.
+/// Returns a function for `map_err` that adds the failed action and the path.
 pub(crate) fn io_error(
     action: &'static str,
     path: &Path,
@@ -251,7 +264,7 @@ fn load_or_make_key(path: &Path) -> Result<Keypair, HomeError> {
     }
 }
 
-/// Never readable by others, and never half written.
+/// Writes the key file. Other users can never read it, and it is never half written.
 fn write_key(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
     let mut file = fs::OpenOptions::new()
@@ -274,7 +287,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_identity_is_made_once_and_kept_private() {
+    fn the_key_is_created_once_and_kept_private() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("home");
         let first = Home::open(&path).unwrap();
@@ -294,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_lock_that_fails_for_want_of_room_takes_the_reserve() {
+    fn only_a_lock_that_fails_on_a_full_disk_gives_up_the_reserve() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path();
         let reserve = Reserve::of(path);
@@ -326,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_on_a_home_in_use_leaves_the_reserve_and_one_on_a_free_home_tidies_up() {
+    fn a_start_deletes_leftover_files_only_on_a_home_that_is_not_in_use() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path();
         let first = Home::open(path).unwrap();
@@ -358,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_or_open_key_is_refused_and_kept() {
+    fn a_malformed_or_readable_key_is_refused_and_kept() {
         let folder = tempfile::tempdir().unwrap();
         let key = folder.path().join("key");
         drop(Home::open(folder.path()).unwrap());

@@ -1,8 +1,8 @@
-//! Room on the home's disk that a node gives up when the disk is full.
+//! The reserve: room on the home's disk that a node gives up when the disk is full.
 //!
-//! A start writes to databases, locks and the API's files, and so do `rm` and `gc`, with which a person makes room. On
-//! a full disk all of them would fail, and the node could not even say so. The reserve is a file that is deleted then,
-//! and made again when there is room.
+//! A start writes to databases, locks and the API's files, and so do `rm` and `gc`, by which a user makes room. On a
+//! full disk, all of these would fail, and the node could not even report it. The reserve is a file that is deleted
+//! in that case, and written again when there is room.
 
 use std::{
     fs, io,
@@ -22,20 +22,20 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// Bytes of the reserve. A commit writes some dozens of pages of 4 KiB; a start makes one or two in each of three
-/// databases, and writes two locks and three small files.
+/// Size of the reserve, in bytes. A commit writes some dozens of pages of 4 KiB. A start makes one or two commits in
+/// each of three databases, and writes two locks and three small files.
 const SIZE: usize = 1 << 20;
 
-/// Bytes that must be writable for a disk not to count as full: what a start writes.
-const LEAST: usize = SIZE / 4;
+/// Bytes that must be writable for a disk not to count as full: the amount that a start writes.
+const PROBE_SIZE: usize = SIZE / 4;
 
-/// The interval at which the node checks that the reserve is there, and makes it again if it is not. A check costs one
-/// look at a file; a reserve that is not there costs one write, which fails where there is no room.
-const EVERY: Duration = Duration::from_secs(30);
+/// Interval at which the node checks the reserve and writes it again if it is missing. A check looks at one file. A
+/// missing reserve costs one write, which fails if there is no room.
+const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The interval at which the node asks for the free bytes of a disk on which the reserve was given up. A `gc` or `rm`
-/// that makes room has its reserve back before the disk fills again; asking writes nothing.
-const SOON: Duration = Duration::from_millis(500);
+/// Interval at which the node asks for the free bytes of a disk on which the reserve was given up. After a `gc` or
+/// `rm`, the reserve is then back before the disk fills again. Asking writes nothing.
+const FREE_SPACE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The reserve of a home.
 #[derive(Debug, Clone)]
@@ -43,8 +43,8 @@ pub(crate) struct Reserve {
     home: PathBuf,
     is_full: Arc<AtomicBool>,
     given_up: Arc<Notify>,
-    /// Held while files of the reserve are written or deleted: a reserve that is being made would take the room that
-    /// is looked for, and its unfinished file would be deleted under it.
+    /// Held while files of the reserve are written or deleted. A reserve that is being written would otherwise take
+    /// the room that is being looked for, and its unfinished file would be deleted.
     turn: Arc<Mutex<()>>,
 }
 
@@ -62,12 +62,12 @@ impl Reserve {
         self.home.join("reserve")
     }
 
-    /// The reserve while it is written.
+    /// The reserve while it is being written.
     fn unfinished(&self) -> PathBuf {
         self.home.join("reserve.new")
     }
 
-    /// The file that is written to see whether there is room.
+    /// The file that is written to find out whether there is room.
     fn probe(&self) -> PathBuf {
         self.home.join("room.new")
     }
@@ -76,25 +76,25 @@ impl Reserve {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns true if the disk had no room for the reserve when it was last tried.
+    /// Returns true if the disk had no room for the reserve at the last attempt.
     pub(crate) fn is_full(&self) -> bool {
         self.is_full.load(Ordering::Relaxed)
     }
 
-    /// Gives the reserve up if the disk is full, or this user's quota there. Blocks.
+    /// Gives up the reserve if the disk is full, or if the user's quota on it is used up. Blocks.
     pub(crate) fn make_room(&self) {
         let _turn = self.turn();
         let probe = self.probe();
-        // Only a write tells of a quota.
-        let written = write_noise(&probe, LEAST);
-        // It may not even have been made.
+        // Only a write reveals a quota.
+        let written = write_noise(&probe, PROBE_SIZE);
+        // The probe may not even have been created.
         let _ = fs::remove_file(&probe);
         if written.is_err_and(|error| is_full(&error)) {
             self.delete();
         }
     }
 
-    /// Gives the reserve up: the disk was full when something else was written. Blocks.
+    /// Gives up the reserve, because another write has found the disk full. Blocks.
     pub(crate) fn give_up(&self) {
         let _turn = self.turn();
         self.delete();
@@ -107,8 +107,8 @@ impl Reserve {
         self.given_up.notify_one();
     }
 
-    /// Deletes what a process left behind that was killed while it wrote. Only for the process that holds the home.
-    /// Blocks.
+    /// Deletes the unfinished files of a process that was killed while it wrote. Only for the process that holds the
+    /// home. Blocks.
     pub(crate) fn delete_left_behind(&self) {
         let _turn = self.turn();
         self.delete_unfinished();
@@ -122,27 +122,27 @@ impl Reserve {
     fn delete_file(&self, path: &Path) {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "a file of the home's reserve cannot be deleted");
+                tracing::warn!(path = %path.display(), %error, "cannot delete a file of the home's reserve");
             }
             _ => {}
         }
     }
 
-    /// Makes the reserve, unless it is there. Blocks.
+    /// Writes the reserve, unless it is there. Blocks.
     pub(crate) fn keep(&self) {
         let _turn = self.turn();
         let is_there = fs::metadata(self.file()).is_ok_and(|file| file.len() == SIZE as u64);
         let unfinished = self.unfinished();
         let made = match is_there {
             true => Ok(()),
-            // First twice as much, so that the reserve never takes the last of the disk.
+            // Writes twice the size first, so that the reserve never takes the last of the disk.
             false => write_noise(&unfinished, 2 * SIZE)
                 .and_then(|file| file.set_len(SIZE as u64))
                 .and_then(|()| fs::rename(&unfinished, self.file())),
         };
         if let Err(error) = &made {
-            tracing::debug!(%error, "there is no room for the reserve of the home");
-            // It takes room as long as it is there.
+            tracing::debug!(%error, "no room for the reserve of the home");
+            // The unfinished file would take room.
             let _ = fs::remove_file(&unfinished);
         }
         let full = made.is_err_and(|error| is_full(&error));
@@ -151,35 +151,36 @@ impl Reserve {
         }
     }
 
-    /// Makes the reserve again whenever it is not there and there is room. After it was given up it is made as soon as
-    /// `free`, which returns the bytes that are free on the disk and may block, tells of enough.
+    /// Writes the reserve again whenever it is missing and there is room. After it was given up, it is written as
+    /// soon as `free` reports enough free bytes. `free` may block.
     pub(crate) async fn keep_up(self, free: impl Fn() -> Option<u64> + Clone + Send + 'static) {
         loop {
             let has_room = if self.is_full() {
-                timeout(EVERY, has_room(&free)).await.is_ok()
+                timeout(CHECK_INTERVAL, has_room(&free)).await.is_ok()
             } else {
-                let turn = timeout(EVERY, self.given_up.notified());
+                let turn = timeout(CHECK_INTERVAL, self.given_up.notified());
                 if turn.await.is_ok() && self.is_full() {
                     continue;
                 }
                 false
             };
             let reserve = self.clone();
-            // An error would be a panic, which has been printed.
+            // The only error is a panic, which has been printed.
             let _ = spawn_blocking(move || reserve.keep()).await;
             if has_room && self.is_full() {
-                // The disk has room that this user may not take, as under a quota: only a write tells when that ends.
-                sleep(EVERY).await;
+                // The disk has room that this user may not take, as under a quota. Only a write reveals when that
+                // ends.
+                sleep(CHECK_INTERVAL).await;
             }
         }
     }
 }
 
-/// Returns when the disk has room for a reserve. Only asks: a write that fails would take the last of a full disk from
-/// the `gc` or `rm` that the reserve was given up for.
+/// Waits until the disk has room for a reserve. It only asks: a failed write would take the last of a full disk from
+/// the `gc` or `rm` for which the reserve was given up.
 async fn has_room(free: &(impl Fn() -> Option<u64> + Clone + Send + 'static)) {
     loop {
-        sleep(SOON).await;
+        sleep(FREE_SPACE_INTERVAL).await;
         let free = spawn_blocking(free.clone()).await;
         if matches!(free, Ok(Some(bytes)) if bytes >= 2 * SIZE as u64) {
             return;
@@ -187,13 +188,13 @@ async fn has_room(free: &(impl Fn() -> Option<u64> + Clone + Send + 'static)) {
     }
 }
 
-/// Returns true for the error of a disk, or of a quota of the system, that has no room.
+/// Returns true if the error means that a disk, or a quota of the system, has no room left.
 pub(crate) fn is_full(error: &io::Error) -> bool {
     use io::ErrorKind::{QuotaExceeded, StorageFull};
     matches!(error.kind(), StorageFull | QuotaExceeded)
 }
 
-/// Writes bytes that no file system makes smaller.
+/// Writes random bytes, which no file system can compress.
 fn write_noise(path: &Path, bytes: usize) -> io::Result<fs::File> {
     let mut noise = vec![0; bytes];
     fastrand::fill(&mut noise);
@@ -204,7 +205,7 @@ fn write_noise(path: &Path, bytes: usize) -> io::Result<fs::File> {
         .mode(0o600)
         .open(path)?;
     file.write_all(&noise)?;
-    // Some file systems look for room only then.
+    // Some file systems allocate room only now.
     file.sync_data()?;
     Ok(file)
 }
@@ -230,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn giving_up_and_a_start_delete_what_a_killed_process_left() {
+    fn giving_up_and_a_start_delete_files_of_a_killed_process() {
         let folder = tempfile::tempdir().unwrap();
         let reserve = Reserve::of(folder.path());
         let leave = || {
@@ -249,22 +250,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_reserve_that_somebody_deleted_or_cut_is_made_again() {
+    async fn a_deleted_or_truncated_reserve_is_written_again() {
         let folder = tempfile::tempdir().unwrap();
         let reserve = Reserve::of(folder.path());
         reserve.keep();
         let size = || fs::metadata(reserve.file()).map_or(0, |file| file.len());
         tokio::spawn(reserve.clone().keep_up(|| None));
         fs::remove_file(reserve.file()).unwrap();
-        sleep(EVERY + SOON).await;
+        sleep(CHECK_INTERVAL + FREE_SPACE_INTERVAL).await;
         assert_eq!(size(), SIZE as u64);
         fs::write(reserve.file(), "cut").unwrap();
-        sleep(EVERY + SOON).await;
+        sleep(CHECK_INTERVAL + FREE_SPACE_INTERVAL).await;
         assert_eq!(size(), SIZE as u64);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_reserve_that_was_given_up_is_back_as_soon_as_there_is_room() {
+    async fn a_reserve_that_was_given_up_returns_as_soon_as_there_is_room() {
         let folder = tempfile::tempdir().unwrap();
         let reserve = Reserve::of(folder.path());
         reserve.keep();
@@ -272,13 +273,13 @@ mod tests {
         let of_disk = Arc::clone(&has_room);
         let free = move || of_disk.load(Ordering::Relaxed).then_some(2 * SIZE as u64);
         tokio::spawn(reserve.clone().keep_up(free));
-        // It waits for its turn.
-        sleep(SOON).await;
+        // The task waits for its turn.
+        sleep(FREE_SPACE_INTERVAL).await;
         reserve.give_up();
-        sleep(4 * SOON).await;
+        sleep(4 * FREE_SPACE_INTERVAL).await;
         assert!(!reserve.file().exists() && reserve.is_full());
         has_room.store(true, Ordering::Relaxed);
-        sleep(2 * SOON).await;
+        sleep(2 * FREE_SPACE_INTERVAL).await;
         assert!(reserve.file().exists() && !reserve.is_full());
     }
 }

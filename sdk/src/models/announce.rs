@@ -1,4 +1,4 @@
-//! The models and names that this node advertises.
+//! Announcing this node's models and model names in the DHT.
 
 use std::time::Duration;
 
@@ -14,23 +14,23 @@ use crate::{
     swarm::providers::provider_key,
 };
 
-/// The terms of a provider's record. A provider that is gone is tried in vain for two hours at most.
-const PROVIDER: Terms = Terms {
+/// Terms of a provider's record. A provider that has crashed is tried in vain for two hours at most.
+const PROVIDER_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Content,
     has_addresses: true,
     at_stop: AtStop::Withdraw,
 };
 
-/// The terms of a name, which means its model for a day without its publisher.
-const NAME: Terms = Terms {
+/// Terms of a name claim. It leads to its model for a day after the publisher has stopped.
+const NAME_TERMS: Terms = Terms {
     ttl: Duration::from_secs(24 * 3600),
     has_addresses: false,
     at_stop: AtStop::Keep,
-    ..PROVIDER
+    ..PROVIDER_TERMS
 };
 
-/// States and withdraws models and names.
+/// Publishes and withdraws the records of models and names.
 #[derive(Debug, Clone)]
 pub(crate) struct Announcer {
     advertiser: Advertiser,
@@ -42,55 +42,59 @@ impl Announcer {
         Self { advertiser, store }
     }
 
-    /// States that this node has a model, or which parts of it, and the names it publishes the model by; how many nodes
-    /// took the record that fewest took.
+    /// Publishes the records of a model: that this node provides it or some of its parts, and the names under which
+    /// this node publishes it. Returns the number of nodes that stored the record which the fewest nodes stored.
     pub(crate) async fn announce(&self, model: &Model) -> Result<usize, Error> {
-        // It may have been removed since the caller looked.
+        // The model may have been removed since the caller looked.
         let (store, id) = (self.store.clone(), model.id);
         let model = blocking(move || Ok(store.model(&id)?)).await?;
         let (provider, value) = self.provider(model.id);
-        let mut took = self.advertiser.state(provider, value, PROVIDER).await?;
+        let mut took = self
+            .advertiser
+            .publish(provider, value, PROVIDER_TERMS)
+            .await?;
         for (name, _) in published(&model) {
             let (name, value) = self.name(model.id, name);
-            took = took.min(self.advertiser.state(name, value, NAME).await?);
+            took = took.min(self.advertiser.publish(name, value, NAME_TERMS).await?);
         }
         Ok(took)
     }
 
-    /// Withdraws what [`announce`](Self::announce) stated.
+    /// Withdraws the records that [`announce`](Self::announce) published.
     pub(crate) async fn withdraw(&self, model: &Model) -> Result<(), Error> {
         let provider = RecordId::of(provider_key(&model.id));
-        self.advertiser.withdraw(provider, PROVIDER).await?;
+        self.advertiser.withdraw(provider, PROVIDER_TERMS).await?;
         for (name, _) in published(model) {
             self.withdraw_name(&name).await?;
         }
         Ok(())
     }
 
-    /// Withdraws that this node publishes a model by this name.
+    /// Withdraws this node's claim of a name.
     pub(crate) async fn withdraw_name(&self, name: &ModelName) -> Result<(), Error> {
         let id = RecordId::of(name.record_key());
-        self.advertiser.withdraw(id, NAME).await?;
+        self.advertiser.withdraw(id, NAME_TERMS).await?;
         Ok(())
     }
 
-    /// States every model that the store has.
+    /// Publishes the records of all models in the store.
     pub(crate) async fn announce_all(self) {
         let store = self.store.clone();
         let models = match blocking(move || Ok(store.models()?)).await {
             Ok(models) => models,
             Err(error) => {
-                tracing::warn!(%error, "the models of the store are not announced");
+                tracing::warn!(%error, "cannot list the models of the store to announce them");
                 return;
             }
         };
         let providers = models.iter().map(|model| self.provider(model.id));
-        self.advertiser.register_all(providers.collect(), PROVIDER);
+        self.advertiser
+            .register_all(providers.collect(), PROVIDER_TERMS);
         let names = models.iter().flat_map(|model| {
             let names = published(model);
             names.map(|(name, _)| self.name(model.id, name))
         });
-        self.advertiser.register_all(names.collect(), NAME);
+        self.advertiser.register_all(names.collect(), NAME_TERMS);
     }
 
     fn provider(&self, id: Hash) -> (RecordId, Value) {
@@ -136,14 +140,15 @@ impl Announcer {
     }
 }
 
-/// What there is to be said of a model; `None` if nothing of it can be served.
+/// Returns the model's state and manifest; `None` if nothing of it can be served.
 fn here(store: &Store, model: &Model) -> Result<Option<(ModelInfo, Manifest)>, Error> {
     let (info, manifest) = describe(store, model)?;
     let manifest = manifest.filter(|_| info.complete || info.shards != 0);
     Ok(manifest.map(|manifest| (info, manifest)))
 }
 
-/// The names that this node publishes the model by, each with the commit that it is published for, if for one.
+/// Returns the names under which this node publishes the model. Each has the commit of the hub that it is published
+/// for, if any.
 fn published(model: &Model) -> impl Iterator<Item = (ModelName, Option<Commit>)> {
     // Names are checked before they are stored.
     model

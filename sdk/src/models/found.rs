@@ -1,5 +1,5 @@
-//! From a target to a manifest: the model that a name, id or ticket means, and its manifest from this node's store or
-//! from a provider.
+//! From a target to a manifest: finds the model of a name, id or ticket, and gets its manifest from this node's store
+//! or from a provider.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,31 +24,34 @@ use crate::{
     },
 };
 
-/// How long a manifest may come slowly before another provider is asked for it too: several round trips over a relay, and still short for who waits.
+/// Time for which a manifest may arrive slowly before another provider is asked for it too: several round trips over
+/// a relay, and still short for a waiting user.
 const MANIFEST_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Less than this many bytes in that time is slowly: a chunk group a second, at which the manifest of a model of some hundred tensors takes seconds, and
-/// above which asking a second time would only share a slow line.
+/// Fewer bytes than this in that time are slow: a chunk group a second, at which the manifest of a model of some
+/// hundred tensors takes seconds. At higher rates, a second request would only share the same line.
 const MANIFEST_LEAST: u64 = 192 * 1024;
 
-/// Providers that are asked for one manifest at a time: each may cost its size, and one of three is good unless two hostile ones are the first.
+/// The most providers that are asked for one manifest at a time. Each may cost the manifest's size, and one of three
+/// sends it unless the first two are hostile.
 const MAX_MANIFESTS: usize = 3;
 
-/// Parts of one commit whose manifests are looked at: a manifest may be 64 MiB.
+/// The most parts of one commit whose manifests are read: a manifest may be 64 MiB.
 const MAX_PARTS: usize = 8;
 
-/// The longest wait for the manifests of further parts of a commit when one is here: a provider that is there answers
-/// in a few round trips.
+/// The longest wait for the manifests of further parts of a commit once one is here. A connected provider answers
+/// within a few round trips.
 const PARTS_PATIENCE: Duration = Duration::from_secs(5);
 
-/// A model that a target means, and who has it for certain.
+/// The model of a target, and the peers that are certain to have it.
 pub(crate) struct Found {
     pub(crate) name: Option<ModelName>,
     pub(crate) id: Hash,
-    /// Who publishes the name.
+    /// The publisher of the name.
     pub(crate) publisher: Option<PeerId>,
     pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
-    /// All parts of a commit, each with a publisher, if the name means several parts of one commit; otherwise empty.
+    /// All parts of a commit, each with a publisher, if the name leads to several parts of one commit; otherwise
+    /// empty.
     pub(super) parts: Vec<(Hash, PeerId)>,
 }
 
@@ -90,11 +93,11 @@ impl Found {
         }
     }
 
-    /// Of the parts of a commit that a name means, takes the one that has most bytes of what is wanted, by `bytes`; of
-    /// several, that with most in all. The parts have to agree on the files that they share: if they do not, their
-    /// publishers mean different models. Those that do not agree with what this node itself publishes are passed over.
+    /// Chooses among the parts of a commit: the part with the most wanted bytes, by `bytes`; of several, the largest
+    /// part. The parts have to agree on the files that they share; otherwise their publishers mean different models.
+    /// Parts that disagree with this node's own are ignored.
     ///
-    /// A publisher that cannot be reached is not waited for long, as long as another one is.
+    /// An unreachable publisher is not waited for long if another part is here.
     pub(crate) async fn choose(
         mut self,
         node: &Node,
@@ -134,7 +137,7 @@ impl Found {
             }
         }
         drop(fetches);
-        // This node's own word counts for more than others'.
+        // This node's own part counts for more than others'.
         let own = here
             .iter()
             .find(|(_, publisher, _)| *publisher == node.peer_id());
@@ -160,7 +163,8 @@ impl Found {
         Ok(self)
     }
 
-    /// The manifest, from the store or from a provider, and what has become known of the providers; `answered` is called when one has answered.
+    /// Returns the manifest, from the store or from a provider, and what is known about the providers. Calls
+    /// `answered` when a provider has answered.
     pub(crate) async fn manifest(
         &self,
         node: &Node,
@@ -194,7 +198,7 @@ impl Found {
                         counts.push(Arc::clone(&count));
                         fetches.push(fetch_watched(node, stream, id, count));
                     }
-                    // Who is at work may still finish.
+                    // Fetches under way may still succeed.
                     Err(error) => {
                         exhausted = Some(error);
                         if !fetches.is_empty() {
@@ -207,7 +211,7 @@ impl Found {
                         providers.succeeded(peer);
                         let store = node.store().clone();
                         let manifest = blocking(move || {
-                            // It is what the id names, so no other provider has a better one.
+                            // The bytes match the id, so no other provider has a better manifest.
                             let manifest = Manifest::decode(&bytes)
                                 .map_err(|reason| Error::InvalidContent { model: id, reason })?;
                             store.add_manifest(&bytes)?;
@@ -232,7 +236,7 @@ impl Found {
     }
 }
 
-/// The bytes in what is asked for that the manifest lists.
+/// Returns the number of selected bytes in the files of a manifest.
 pub(super) fn selected_bytes(
     manifest: &Manifest,
     selection: &Selection,
@@ -256,7 +260,7 @@ fn agree(manifests: &[&Manifest]) -> bool {
         .all(|file| *known.entry(&file.path).or_insert(file.blake3) == file.blake3)
 }
 
-/// Fetches a manifest; who sends it, and how that ended.
+/// Fetches a manifest from a provider. Returns the provider and the result.
 async fn fetch_watched(
     node: &Node,
     stream: Stream,

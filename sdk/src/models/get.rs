@@ -1,4 +1,4 @@
-//! Fetching a model.
+//! Fetching a model to a folder or to a Hugging Face cache.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -33,14 +33,14 @@ use crate::{
     swarm::{self, Job, Shown, Swarm, providers::KnownProviders, turns::Turn},
 };
 
-/// How often the mesh is told what has come.
-const SHARING: Duration = Duration::from_secs(15);
+/// Interval at which the node announces which parts of the model have arrived.
+const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(15);
 
-/// The first and the longest pause of a `get` that keeps trying: a minute costs the mesh nothing, and nobody watches a
-/// download overnight.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// The first and the longest pause of a `get` that keeps trying. A request a minute costs the mesh nothing, and
+/// nobody watches a download overnight.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
-/// A model to be fetched; see [`Models::get`](crate::Models::get).
+/// A request to fetch a model; see [`Models::get`](crate::Models::get). [`start`](Self::start) begins it.
 #[derive(Debug, Clone)]
 #[must_use = "nothing happens before start()"]
 pub struct Get {
@@ -57,46 +57,48 @@ pub struct Get {
     existing: Existing,
 }
 
-/// What fetching came to.
+/// The result of a fetch.
 #[derive(Debug, Clone)]
 pub struct Got {
     /// The model.
     pub model: ModelInfo,
-    /// The folder that it is in now.
+    /// Folder that holds the model's files.
     pub folder: PathBuf,
-    /// Bytes in all that was asked for.
+    /// Total size of the requested files and tensors, in bytes.
     pub bytes_total: u64,
     /// Files that were made of the selected tensors.
     pub results: Vec<PathBuf>,
-    /// Content bytes received in this run; zero when everything was here.
+    /// Content bytes received by this fetch. Zero if everything was here already.
     pub bytes_moved: u64,
-    /// Content bytes that several providers sent, beyond the first time: a slow one's work that another took over, and that came all the same.
+    /// Content bytes that were received more than once. This happens when another provider takes over the work of a
+    /// slow one, and both send it.
     pub bytes_wasted: u64,
-    /// Bytes that were here already.
+    /// Bytes that were on this machine already.
     pub bytes_reused: u64,
-    /// From the start to the last file in place.
+    /// Time from the start until the last file was in place.
     pub elapsed: Duration,
-    /// From the start to the first provider's answer; zero when none was needed.
+    /// Time from the start until the first provider answered. Zero if no provider was needed.
     pub lookup: Duration,
-    /// Who publishes the name; `None` for an id, a ticket, or a name that only this node remembers.
+    /// The publisher of the name. `None` for an id, for a ticket, and for a name that only this node remembers.
     pub publisher: Option<PeerId>,
-    /// Further models that are published by the name for the same commit of the Hugging Face hub: others' caches hold
-    /// other parts of it.
+    /// Number of further models that are published under the name for the same commit of the Hugging Face hub. Caches
+    /// of other peers hold other parts of the commit.
     pub other_parts: usize,
-    /// Who sent content, and over which paths: one that began relayed and went on directly is there twice.
+    /// The providers that sent content, one entry for each path: a provider whose path changed from relayed to direct
+    /// has two.
     pub sources: Vec<Source>,
 }
 
-/// A provider that sent content, over one path.
+/// A provider that sent content over one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// Who.
+    /// The provider.
     pub peer: PeerId,
-    /// How near it is.
+    /// Kind of the path, such as direct or relayed.
     pub path: PathKind,
-    /// Over what.
+    /// Transport of the path.
     pub transport: Transport,
-    /// Content bytes it sent.
+    /// Content bytes sent by the provider over the path.
     pub bytes: u64,
 }
 
@@ -117,82 +119,91 @@ impl Get {
         }
     }
 
-    /// The folder the files go to. Default: a folder of the model in the node's home.
+    /// Sets the folder to write the files to. Default: a folder for this model in the node's home.
     pub fn to(mut self, folder: impl Into<PathBuf>) -> Self {
         self.to = Some(folder.into());
         self
     }
 
-    /// Instead of a folder: puts the files into a cache of huggingface_hub, which finds them there from then on, as `repo`. Default:
-    /// the repository and revision that the name says; for an id or a ticket there is none. What the cache has is not fetched.
+    /// Writes the files to a Hugging Face cache instead of a folder, as the repository `repo`, so that
+    /// `huggingface_hub` finds them there. Content that the cache has already is not fetched.
+    ///
+    /// Default for `repo`: the repository and revision of the model name. An id or a ticket has no default, so `repo`
+    /// is needed. Tensors and files cannot be selected in a fetch to a cache.
     pub fn hf_cache(mut self, cache: impl Into<PathBuf>, repo: Option<HfRepo>) -> Self {
         let cache = cache.into();
         self.hf_cache = Some(IntoCache { cache, repo });
         self
     }
 
-    /// Takes only this peer's word for what the name means.
+    /// Accepts the name only from this publisher. Default: the rules of trust decide; see [`Trust`](crate::Trust).
     pub fn publisher(mut self, peer: PeerId) -> Self {
         self.publisher = Some(peer);
         self
     }
 
-    /// At most this many bytes of content a second, beside the limits of the node; zero is no limit.
+    /// Sets the limit on the rate of content of this fetch, in bytes per second. Zero means no limit, which is the
+    /// default. The limits of the node apply too.
     pub fn limit(mut self, bytes_per_second: u64) -> Self {
         self.limit = bytes_per_second;
         self
     }
 
-    /// Whether other transfers of this node go first.
+    /// Sets the priority of this fetch among the transfers of this node. Default: [`Priority::default`].
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
         self
     }
 
-    /// Goes on until it is dropped, however long no provider can be reached, such as while a cable is out: with pauses
-    /// that grow to a minute. Default: it fails two minutes after content last came, or ten seconds after the start.
+    /// Sets whether to keep trying until the operation is dropped, however long no provider can be reached. Pauses
+    /// between attempts grow up to one minute. Default: no; the fetch then fails two minutes after content last
+    /// arrived, or ten seconds after the start if none has.
     pub fn keep_trying(mut self, keep_trying: bool) -> Self {
         self.keep_trying = keep_trying;
         self
     }
 
-    /// Only files whose path matches, and what else is selected. May be called several times.
+    /// Selects the files whose paths match. May be called several times, and beside [`tensors`](Self::tensors):
+    /// everything that is selected is fetched. Default: all files.
     pub fn files(mut self, pattern: Pattern) -> Self {
         self.selection.files.push(pattern);
         self
     }
 
-    /// Only tensors whose name matches, and what else is selected. May be called several times.
+    /// Selects the tensors whose names match. May be called several times, and beside [`files`](Self::files):
+    /// everything that is selected is fetched.
     ///
-    /// For each file of which some tensors are wanted, a safetensors file of these is made at the same path (`x.safetensors` for `x.gguf`), and the index
-    /// of a sharded model says where they are. Only their bytes are fetched, and kept in the node's store.
+    /// From each file that contains a selected tensor, a safetensors file with the selected tensors is written to the
+    /// same path (`x.safetensors` for `x.gguf`). In a sharded model, the index says where each tensor is. Only the
+    /// selected tensors' bytes are fetched; they are kept in the node's store.
     pub fn tensors(mut self, pattern: Pattern) -> Self {
         self.selection.tensors.push(pattern);
         self
     }
 
-    /// Sets whether to replace files of an earlier `get` of this node that hold something else: another revision, or a
-    /// file that was changed since. Each file stays until the new one is whole. Default: no. Files that were added in
-    /// place, or that no `get` of this node knows, are never replaced.
+    /// Sets whether to replace files that an earlier `get` of this node wrote and that have other content: another
+    /// revision, or a file that was changed since. Each old file stays until the new one is complete. Default: no.
+    ///
+    /// Files that were added in place, and files that no `get` of this node wrote, are never replaced.
     pub fn replace(mut self, replace: bool) -> Self {
         self.existing.replace = replace;
         self
     }
 
-    /// Sets whether to read all files that are in place, including those that nothing seems to have touched. Default:
-    /// no.
+    /// Sets whether to read and verify all files that are in place, including those that seem unchanged. Default: no.
     pub fn verify(mut self, verify: bool) -> Self {
         self.existing.reread = verify;
         self
     }
 
-    /// Only files at these paths.
+    /// Selects only the files at these paths.
     pub(crate) fn only(mut self, paths: HashSet<String>) -> Self {
         self.paths = Some(paths);
         self
     }
 
-    /// Begins. Dropping the operation keeps what is verified; another `get` of the same to the same folder goes on from there.
+    /// Starts the fetch. Dropping the operation stops it and keeps the verified content; another `get` of the same
+    /// model to the same folder goes on from there.
     pub fn start(self) -> Operation<GetProgress, Got> {
         let counts = Arc::new(plan::Progress::default());
         let state = Arc::new(Mutex::new(State {
@@ -237,7 +248,7 @@ impl Work {
         if request.hf_cache.is_some() && !request.selection.is_everything() {
             return Err(Error::HfCache(HfCacheError::Selection));
         }
-        let mut pause = AGAIN.0;
+        let mut pause = RETRY_PAUSE.0;
         let found = self.find(&request, &mut pause).await?;
         let (id, publisher) = (found.id, found.publisher);
         let other_parts = found.parts.len().saturating_sub(1);
@@ -268,7 +279,7 @@ impl Work {
             None => None,
         };
         let _room = match &arrival {
-            // A cache is not the node's own.
+            // A cache is outside the home, so the quota does not apply.
             Some(_) => None,
             None => Some(self.node.make_room(&manifest, &selected, &folder).await?),
         };
@@ -287,7 +298,7 @@ impl Work {
             root: directory.clone(),
             name: name.map(|name| name.to_string()),
             whole: selected.is_none(),
-            // A person's own folder is not ours to remove with the files.
+            // A folder that existed before is the user's, and is not removed with the files.
             is_made: is_made && arrival.is_none(),
         };
         self.expect(expected).await?;
@@ -333,7 +344,7 @@ impl Work {
         })
     }
 
-    /// Finds the model that the target means.
+    /// Resolves the target to a model.
     async fn find(&self, request: &Get, pause: &mut Duration) -> Result<Found, Error> {
         let (selection, paths) = (&request.selection, &request.paths);
         loop {
@@ -354,7 +365,7 @@ impl Work {
         }
     }
 
-    /// Fetches the manifest, if it is not here.
+    /// Returns the manifest; fetches it if it is not here.
     async fn manifest(
         &mut self,
         found: &Found,
@@ -377,7 +388,7 @@ impl Work {
         }
     }
 
-    /// The job of fetching a model, without limits.
+    /// Returns the job of fetching a model, without rate limits.
     fn job(&self, id: Hash, manifest: &Manifest, known: KnownProviders) -> Job {
         let counts = Arc::clone(&self.counts);
         Job {
@@ -392,7 +403,7 @@ impl Work {
         }
     }
 
-    /// What has come.
+    /// Returns the model in its present state.
     async fn described(&self, id: Hash) -> Result<(store::Model, ModelInfo), Error> {
         let store = self.node.store().clone();
         blocking(move || {
@@ -403,18 +414,19 @@ impl Work {
         .await
     }
 
-    /// Waits for the turn to fetch a model. Two of the same model at once: the second finds what the first has fetched.
+    /// Waits for this model's turn. Of two fetches of one model, the second starts after the first and finds its
+    /// content here.
     async fn turn(&self, id: Hash) -> Turn {
         match self.node.turns().try_take(id) {
             Some(turn) => turn,
             None => {
-                self.wait_for("another get of the same model");
+                self.wait_for("another fetch of the same model");
                 self.node.turns().take(id, true).await
             }
         }
     }
 
-    /// Tells the store what is about to come.
+    /// Records in the store the model that is about to arrive.
     async fn expect(&self, expected: Expected) -> Result<(), Error> {
         let store = self.node.store().clone();
         blocking(move || {
@@ -434,17 +446,18 @@ impl Work {
         .await
     }
 
-    /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
+    /// Announces this node as a provider, in the background: a failed announcement is repeated later in any case.
     fn announce(&self, model: store::Model) {
         let announcer = self.node.announcer().clone();
         self.node.spawn(async move {
             if let Err(error) = announcer.announce(&model).await {
-                tracing::debug!(%error, "a fetched model is not announced yet");
+                tracing::debug!(%error, "cannot announce a fetched model yet");
             }
         });
     }
 
-    /// Holds on to the lease until the work is really over, also when nobody waits for it any more.
+    /// Makes the plan of the fetch. The blocking work owns the lease, so the folder stays locked until the work ends,
+    /// even if the operation is dropped.
     async fn plan(
         &self,
         manifest: &Arc<Manifest>,
@@ -467,7 +480,7 @@ impl Work {
         .await
     }
 
-    /// Makes the files of the selected tensors.
+    /// Writes the files of the selected tensors.
     async fn results(
         &self,
         id: Hash,
@@ -490,7 +503,7 @@ impl Work {
         .await
     }
 
-    /// Finds out what a cache has of a model.
+    /// Checks which files of the model the cache has.
     async fn arrival(
         &self,
         destination: Destination,
@@ -502,7 +515,8 @@ impl Work {
         blocking(move || Ok(destination.begin(&store, model, &counts.check)?)).await
     }
 
-    /// The plan for what the cache lacks, if it lacks anything, and the model's folder until it is whole.
+    /// Returns a plan for the files that the cache lacks, if any, and the folder that holds the model until it is
+    /// complete.
     async fn plan_arrival(
         &self,
         arrival: &Arrival,
@@ -526,17 +540,17 @@ impl Work {
         Ok(planned)
     }
 
-    /// Puts what has arrived where huggingface_hub finds it; the model's folder.
+    /// Moves the arrived files into the cache. Returns the folder of the snapshot.
     async fn finish_arrival(&self, arrival: Arrival) -> Result<PathBuf, Error> {
         let counts = Arc::clone(&self.counts);
         let size = arrival.size();
         let exported = blocking(move || Ok(arrival.finish(&counts.check)?)).await?;
-        // Files of the same content arrived as one.
+        // Files with the same content arrived as one, so the count is set to the full size.
         self.counts.done.store(size, Ordering::Relaxed);
         Ok(exported.snapshot)
     }
 
-    /// Fetches what the plan misses from all who have it.
+    /// Fetches the content that the plan lacks from all providers.
     async fn fetch(&mut self, job: Job, plan: &mut Plan) -> Result<(), Error> {
         let mut swarm = Swarm::new(&self.node, job);
         self.enter(GetPhase::Fetching);
@@ -554,7 +568,7 @@ impl Work {
         Ok(())
     }
 
-    /// Who sent content, once for each path.
+    /// Returns the providers that sent content, once for each path.
     fn sources(&self) -> Vec<Source> {
         let mut sources: BTreeMap<(PeerId, PathKind, Transport), u64> = BTreeMap::new();
         for one in self.shown.sources() {
@@ -601,7 +615,7 @@ impl Work {
     }
 }
 
-/// Waits before trying again, longer each time; what is waited for is shown.
+/// Waits before the next attempt, longer each time. Progress shows `what` is waited for meanwhile.
 async fn wait(state: &Mutex<State>, what: &str, pause: &mut Duration) {
     let show = |phase, waiting_for| {
         let mut state = state.lock().expect("nothing panics while holding the lock");
@@ -610,15 +624,15 @@ async fn wait(state: &Mutex<State>, what: &str, pause: &mut Duration) {
     };
     let phase = show(GetPhase::Waiting, Some(what.to_owned()));
     sleep(*pause).await;
-    *pause = (*pause * 2).min(AGAIN.1);
+    *pause = (*pause * 2).min(RETRY_PAUSE.1);
     show(phase, None);
 }
 
-/// While a model comes, tells the mesh which of its shard groups are whole.
+/// Announces which shard groups are complete while a model arrives.
 async fn share(node: Node, id: Hash) {
     let mut said = 0;
     loop {
-        sleep(SHARING).await;
+        sleep(ANNOUNCE_INTERVAL).await;
         let store = node.store().clone();
         let described = blocking(move || {
             let model = store.model(&id)?;
@@ -633,12 +647,12 @@ async fn share(node: Node, id: Hash) {
         }
         match node.announcer().announce(&model).await {
             Ok(_) => said = info.shards,
-            Err(error) => tracing::debug!(%error, "a part of a model is not announced yet"),
+            Err(error) => tracing::debug!(%error, "cannot announce a part of a model yet"),
         }
     }
 }
 
-/// What of a model is to come; `None` if all of it is.
+/// Selects the parts of a model to fetch. Returns `None` if the whole model is selected.
 fn select(
     manifest: &Manifest,
     selection: &Selection,
@@ -651,25 +665,25 @@ fn select(
     })
 }
 
-/// What the store is told of a model before content comes.
+/// A model that is about to arrive, as recorded in the store.
 struct Expected {
     id: Hash,
     root: PathBuf,
     name: Option<String>,
-    /// Not only a selection of it.
+    /// True if the whole model is fetched, false if it is a selection.
     whole: bool,
-    /// The node has made the folder, and may remove it.
+    /// True if this fetch creates the folder, so that it may be removed with the files.
     is_made: bool,
 }
 
-/// A plan for what is missing, if anything is; the folder that it fills, and the right to fill it.
+/// A plan for the missing content, if any is missing, with the folder that it fills and the lease on that folder.
 struct Planned {
     plan: Option<Plan>,
     root: PathBuf,
     lease: Lease,
 }
 
-/// Stops the hashing and copying of what is there when the `get` that waits for it is dropped.
+/// Stops hashing and copying of existing files when the `get` is dropped.
 struct StopOnDrop(Arc<plan::Progress>);
 
 impl Drop for StopOnDrop {
@@ -678,7 +692,8 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// With the id: a name may come to mean another model. What is made of tensors has a folder of its own.
+/// Returns the default folder of a model. Its name contains the id, because a model name may lead to another model
+/// later. Files made of tensors get a folder of their own.
 fn default_folder(
     node: &Node,
     name: Option<&ModelName>,

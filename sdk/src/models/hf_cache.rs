@@ -1,4 +1,4 @@
-//! The cache that huggingface_hub keeps: publishing what is in it, and fetching into it.
+//! Hugging Face caches: publishing their models, and fetching models into them.
 
 use std::{
     fmt,
@@ -24,17 +24,19 @@ use crate::{
     operation::blocking,
 };
 
-/// The cache of the user whose process this is, by the rules of huggingface_hub: `$HF_HUB_CACHE`, `$HF_HOME/hub` and others,
-/// or `~/.cache/huggingface/hub`. It need not exist.
+/// Returns the user's Hugging Face cache, by the rules of `huggingface_hub`: `$HF_HUB_CACHE`, `$HF_HOME/hub` and
+/// others, or `~/.cache/huggingface/hub`. The folder need not exist.
 ///
 /// # Errors
-/// [`HfCacheError::NoHome`] if that is not known.
+/// [`HfCacheError::NoHome`] if no home directory is set.
 pub fn default_hf_cache() -> Result<PathBuf, Error> {
     hf_cache::default_cache().ok_or(Error::HfCache(HfCacheError::NoHome))
 }
 
-/// A repository of models on the Hugging Face hub at a revision: `org/name@revision`, `org/name` for the revision `main`, or
-/// without an organisation as in `gpt2`. The revision is a branch, a tag, another ref, or a commit's 40 digits.
+/// A model repository on the Hugging Face hub at a revision.
+///
+/// The text form is `org/name@revision`, `org/name` for the revision `main`, or a name without an organisation, such
+/// as `gpt2`. The revision is a branch, a tag, another ref, or the 40 hex digits of a commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HfRepo {
     id: RepoId,
@@ -42,10 +44,10 @@ pub struct HfRepo {
 }
 
 impl HfRepo {
-    /// What this is as the name of a model.
+    /// Returns the repository as a model name.
     ///
     /// # Errors
-    /// [`ParseNameError`] if it can be none: it has no organisation, or its revision has a slash.
+    /// [`ParseNameError`] if it has no organisation, or if its revision contains a slash.
     pub fn model_name(&self) -> Result<ModelName, ParseNameError> {
         self.to_string().parse()
     }
@@ -76,35 +78,35 @@ impl FromStr for HfRepo {
     }
 }
 
-/// Why a cache of huggingface_hub cannot be used as asked.
+/// The error of using a Hugging Face cache.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HfCacheError {
-    /// No folder was given, and there is no home folder to look in.
+    /// No folder was given, and no home directory is set in which to look for the cache.
     #[error(
         "cannot locate the Hugging Face cache: no home directory is set; choose it with --cache-dir DIR"
     )]
     NoHome,
-    /// A repository or revision is malformed.
+    /// The name of a repository or a revision is malformed.
     #[error(transparent)]
     Name(#[from] NameError),
     /// The cache has no such model.
     #[error(transparent)]
     Find(#[from] FindError),
-    /// What is asked for is unfinished or damaged.
+    /// The requested model is incomplete or damaged in the cache.
     #[error(transparent)]
     Import(ImportError),
-    /// The cache cannot be written, or something is in the way.
+    /// The cache cannot be written, or another file is in the way.
     #[error(transparent)]
     Export(ExportError),
-    /// A model that is asked for by id or ticket goes into a repository that must be named.
+    /// A model that is fetched by id or ticket needs the name of a repository.
     #[error(
-        "an id or a ticket names no repository of the cache; name it as in --hf-cache=org/name"
+        "an id or a ticket does not say which repository of the cache to use; name it with --hf-cache=org/name"
     )]
     NoRepo,
-    /// A cache takes whole models.
+    /// Files and tensors were selected, but a cache takes whole models only.
     #[error(
-        "a selection of files or tensors does not go into a Hugging Face cache; choose a folder"
+        "cannot fetch a selection of files or tensors to a Hugging Face cache; choose a folder"
     )]
     Selection,
 }
@@ -123,7 +125,7 @@ impl From<ExportError> for Error {
         use weft_blobs::StoreError;
 
         match error {
-            // A file or folder of the cache: those of the store are no part of an export.
+            // An I/O error concerns the cache: an export writes no files of the store.
             ExportError::Disk(StoreError::Io { .. }) => Self::HfCache(HfCacheError::Export(error)),
             ExportError::Disk(error) => error.into(),
             ExportError::Cancelled => Self::Stopped,
@@ -132,7 +134,8 @@ impl From<ExportError> for Error {
     }
 }
 
-/// A cache to be published, or one repository of it; see [`Models::add_hf_cache`](crate::Models::add_hf_cache).
+/// A request to add the models of a Hugging Face cache, or one repository of it; see
+/// [`Models::add_hf_cache`](crate::Models::add_hf_cache). [`start`](Self::start) begins it.
 #[derive(Debug, Clone)]
 #[must_use = "nothing happens before start()"]
 pub struct AddHfCache {
@@ -143,37 +146,37 @@ pub struct AddHfCache {
     strict: bool,
 }
 
-/// What adding a cache came to.
+/// The result of adding a Hugging Face cache.
 #[derive(Debug, Clone, Default)]
 pub struct AddedHfCache {
     /// Snapshots that were added.
     pub added: Vec<AddedSnapshot>,
-    /// Whole snapshots that could not be added, and files that are missing from snapshots that were added.
+    /// Complete snapshots that could not be added, and files that are missing from snapshots that were added.
     pub failed: Vec<FailedSnapshot>,
-    /// Parts of the cache that were skipped, each with the reason: unfinished downloads, revisions of which no file is
-    /// there, snapshots that no ref points to.
+    /// Parts of the cache that were skipped: a text with the reason for each. These are unfinished downloads,
+    /// revisions without files, and snapshots that no ref points to.
     pub skipped: Vec<String>,
 }
 
-/// A snapshot that was added: a model, in the cache's folder.
+/// A snapshot that was added as a model, in the cache's folder.
 #[derive(Debug, Clone)]
 pub struct AddedSnapshot {
-    /// Its repository and revisions; several if several refs name it.
+    /// The repository and revisions of the snapshot; several if several refs point to it.
     pub repos: Vec<HfRepo>,
-    /// What came of it. Revisions that can be no names here are among what was left out.
+    /// The result of adding it. [`Added::skipped`] includes the revisions that cannot be part of a model name.
     pub added: Added,
 }
 
-/// A snapshot, or a repository, that was not added.
+/// A snapshot or a repository that was not added.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailedSnapshot {
-    /// `org/name@revision`, or the repository alone if it is to blame.
+    /// `org/name@revision`, or the repository alone if it is the cause.
     pub what: String,
-    /// Why, in words.
+    /// Reason, as a text for people.
     pub reason: String,
 }
 
-/// A snapshot to be added.
+/// A snapshot to add.
 #[derive(Debug)]
 struct Job {
     repos: Vec<HfRepo>,
@@ -191,26 +194,27 @@ impl AddHfCache {
         }
     }
 
-    /// Refuses a snapshot, with all reasons, of which a file is missing, damaged or outside, or would be published as
-    /// bytes although its name says that it holds tensors. Default: such files are told, and the rest is added.
+    /// Sets whether to refuse a snapshot with doubtful files: a file that is missing, damaged or outside the cache,
+    /// or one whose name promises tensors but that would be published as plain bytes. The error lists all of them.
+    /// Default: no; such files are reported, and the rest is added.
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;
         self
     }
 
-    /// Adds just this one. Then what is wrong with it is the operation's error.
+    /// Adds only this repository. If it cannot be added, the operation fails. Default: all repositories of the cache.
     pub fn repo(mut self, repo: HfRepo) -> Self {
         self.repo = Some(repo);
         self
     }
 
-    /// Publishes that one by this name, and not by its own. Ignored where no repository is given.
+    /// Publishes the repository under this name instead of its own. Ignored unless [`repo`](Self::repo) is set.
     pub fn name(mut self, name: ModelName) -> Self {
         self.name = Some(name);
         self
     }
 
-    /// Begins. Dropping the operation keeps what was added.
+    /// Starts the work. Dropping the operation stops it and keeps the models that were added.
     pub fn start(self) -> Operation<AddProgress, AddedHfCache> {
         let counts = Arc::new(Counts::default());
         let sample = {
@@ -248,7 +252,7 @@ impl AddHfCache {
                     result.failed.extend(problems);
                 }
                 Err(Error::Stopped) => return Err(Error::Stopped),
-                // These would stop the next one too.
+                // These errors would stop the next snapshot too.
                 Err(error @ (Error::Store(_) | Error::DiskFull { .. })) => return Err(error),
                 Err(error) if self.repo.is_some() => return Err(error),
                 Err(error) => result.failed.push(FailedSnapshot {
@@ -260,8 +264,7 @@ impl AddHfCache {
         Ok(result)
     }
 
-    /// Adds a snapshot. Returns the added snapshot, and the problems of files that were left out because they are
-    /// damaged.
+    /// Adds a snapshot. Returns it, and the problems of files that were left out because they are damaged.
     async fn add(&self, job: Job, counts: &Counts) -> Result<(AddedSnapshot, Vec<Problem>), Error> {
         let mut skipped = Vec::new();
         let mut names = Vec::new();
@@ -281,7 +284,7 @@ impl AddHfCache {
             let (store, names) = (self.node.store().clone(), names.clone());
             let (snapshot, progress) = (job.snapshot, Arc::clone(&counts.hashing));
             let strict = self.strict;
-            // By another name than the repository's it is no part of anything.
+            // Under another name than the repository's, the model is no part of a commit.
             let commit = self.name.is_none().then_some(snapshot.commit);
             blocking(move || {
                 let (indexed, problems) = snapshot.index(strict, &progress)?;
@@ -338,7 +341,7 @@ impl AddHfCache {
 
 type Jobs = (Vec<Job>, Vec<FailedSnapshot>, Vec<String>);
 
-/// One repository at one revision.
+/// Finds one repository at one revision.
 fn one(cache: &Path, repo: HfRepo) -> Result<Jobs, Error> {
     let name = format!("{}@{}", repo.id, repo.revision);
     let found = hf_cache::find(cache, &name).map_err(HfCacheError::from)?;
@@ -349,7 +352,7 @@ fn one(cache: &Path, repo: HfRepo) -> Result<Jobs, Error> {
     Ok((vec![job], Vec::new(), Vec::new()))
 }
 
-/// Every snapshot that a ref points to.
+/// Finds every snapshot that a ref points to.
 fn all(cache: &Path) -> Result<Jobs, Error> {
     let repos = hf_cache::repos(cache).map_err(|source| {
         let cache = cache.to_owned();
@@ -371,7 +374,7 @@ fn all(cache: &Path) -> Result<Jobs, Error> {
         let has_snapshot = |commit: Commit| repo.snapshots.iter().any(|one| one.commit == commit);
         for known in repo.refs.iter().filter(|one| !has_snapshot(one.commit)) {
             skipped.push(format!(
-                "{}@{}: the cache has no files of it",
+                "{}@{}: the cache has no files of this revision",
                 repo.id, known.name
             ));
         }
@@ -395,12 +398,12 @@ fn all(cache: &Path) -> Result<Jobs, Error> {
     Ok((jobs, failed, skipped))
 }
 
-/// How far adding is, over all snapshots.
+/// Progress over all snapshots.
 #[derive(Debug, Default)]
 struct Counts {
     files: AtomicU64,
     bytes: AtomicU64,
-    /// Its totals grow as snapshots are begun.
+    /// Its totals grow with each snapshot that is begun.
     hashing: Arc<index::Progress>,
     publishing: AtomicBool,
 }
@@ -428,16 +431,16 @@ impl Counts {
     }
 }
 
-/// A cache that a model is to go into.
+/// A cache to fetch a model into.
 #[derive(Debug, Clone)]
 pub(crate) struct IntoCache {
     pub(crate) cache: PathBuf,
-    /// Default: that of the name which is asked for.
+    /// The repository. Default: that of the model name.
     pub(crate) repo: Option<HfRepo>,
 }
 
 impl IntoCache {
-    /// Where it goes, if it was asked for by `name`.
+    /// Returns the destination in the cache of a model with this name.
     pub(crate) fn destination(self, name: Option<&ModelName>) -> Result<Destination, Error> {
         let repo = match (self.repo, name) {
             (Some(repo), _) => repo,
@@ -454,7 +457,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_repository_is_a_name_here_if_it_has_an_organisation_and_a_plain_revision() {
+    fn a_repository_is_a_model_name_if_it_has_an_organisation_and_a_revision_without_slash() {
         for (text, name) in [
             ("acme/m", Some("acme/m")),
             ("acme/m@main", Some("acme/m")),

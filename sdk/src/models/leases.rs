@@ -1,4 +1,4 @@
-//! The folders that are being filled with a model, so that no two models are fetched into one folder.
+//! Leases on the folders that are being filled, so that no two models are fetched into one folder.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -8,11 +8,11 @@ use std::{
 
 use crate::{Error, Hash};
 
-/// The folders that `get`s are filling. Cheap to clone.
+/// The folders that fetches are filling. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Leases(Arc<Mutex<HashMap<PathBuf, Filling>>>);
 
-/// What a folder is being filled with, and by how many `get`s, which take turns.
+/// The model that a folder is being filled with, and the number of fetches, which take turns.
 #[derive(Debug)]
 struct Filling {
     model: Hash,
@@ -20,11 +20,11 @@ struct Filling {
 }
 
 impl Leases {
-    /// Takes the right to fill `folder` with a model. Several `get`s of one model have it together: each waits for its
-    /// turn, see [`Turns`](crate::swarm::turns::Turns).
+    /// Takes a lease to fill `folder` with a model. Several fetches of one model share a lease, and wait for their
+    /// turns; see [`Turns`](crate::swarm::turns::Turns).
     ///
     /// # Errors
-    /// [`Error::Busy`] while the folder is filled with another model.
+    /// [`Error::Busy`] while the folder is being filled with another model.
     pub(super) fn take(&self, folder: &Path, model: Hash) -> Result<Lease, Error> {
         match self.folders().entry(folder.to_owned()) {
             Entry::Occupied(mut entry) if entry.get().model == model => entry.get_mut().gets += 1,
@@ -37,7 +37,7 @@ impl Leases {
         })
     }
 
-    /// The folder that a `get` of `model` is filling, if there is one.
+    /// Returns the folder that a fetch of `model` is filling, if there is one.
     pub(super) fn folder_of(&self, model: &Hash) -> Option<PathBuf> {
         let folders = self.folders();
         let found = folders.iter().find(|(_, filling)| filling.model == *model);
@@ -51,7 +51,7 @@ impl Leases {
     }
 }
 
-/// The right to fill a folder, given back when dropped.
+/// The right to fill a folder. Dropping it gives it back.
 #[derive(Debug)]
 pub(super) struct Lease {
     leases: Leases,

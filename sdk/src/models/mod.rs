@@ -1,4 +1,4 @@
-//! Publishing and listing models.
+//! Models: publishing, listing, searching and removing them.
 
 pub(crate) mod announce;
 pub(crate) mod found;
@@ -40,13 +40,13 @@ use crate::{
     swarm::providers::{Provider, find_providers},
 };
 
-/// Claims that a search looks at.
+/// The most name claims that a search looks at.
 const MAX_CLAIMS: usize = 1000;
 
-/// The least digits that stand for a whole id.
+/// The fewest digits that stand for a whole id.
 const MIN_ID_PREFIX: usize = 6;
 
-/// The models of a node; see [`Node::models`].
+/// Publishes, fetches, lists and removes models; see [`Node::models`].
 #[derive(Debug, Clone)]
 pub struct Models {
     node: Node,
@@ -55,152 +55,153 @@ pub struct Models {
 /// A model that this node holds, whole or in part.
 #[derive(Debug, Clone)]
 pub struct ModelInfo {
-    /// The manifest's hash.
+    /// Hash of the manifest, which is the model's id.
     pub id: Hash,
-    /// Names it is known by here.
+    /// Names by which this node knows the model.
     pub names: Vec<String>,
-    /// The sum of its files' sizes in bytes.
+    /// Total size of the model's files, in bytes; zero while the manifest is not here.
     pub size: u64,
-    /// The number of its files.
+    /// Number of the model's files; zero while the manifest is not here.
     pub file_count: usize,
-    /// The tags that keep it here.
+    /// Tags that pin the model.
     pub tags: Vec<String>,
-    /// The number of tensors in its safetensors and GGUF files.
+    /// Number of tensors in the model's safetensors and GGUF files.
     pub tensor_count: usize,
-    /// The folder, or the file, on this machine.
+    /// Folder that holds the model's files on this machine; for a single file that was added, its path.
     pub folder: PathBuf,
-    /// Every byte is here, in files that are unchanged since they were checked.
+    /// True if every byte is here, in files that are unchanged since they were verified.
     pub complete: bool,
-    /// Verified bytes here.
+    /// Verified bytes of the model on this machine.
     pub bytes_here: u64,
-    /// The disk that holds it does not answer: what is said to be here is what was last found.
+    /// True if the disk that holds the model does not answer. The other fields then report what was found last.
     pub not_answering: bool,
-    /// The shard groups that are whole: bit `g` for group `g` ([`Manifest::shard_group`]).
+    /// Shard groups that are complete here: bit `g` stands for group `g` ([`Manifest::shard_group`]).
     pub shards: u64,
-    /// Fetched from the mesh, rather than indexed in place.
+    /// True if the model was fetched from the mesh; false if it was added in place.
     pub fetched: bool,
-    /// When it came, seconds since the Unix epoch.
+    /// Time at which the model was added or fetched, in seconds since the Unix epoch.
     pub added_at: i64,
 }
 
-/// A name that this node has seen, and what publishers say it is.
+/// A model name that this node knows, with the claims of its publishers; see [`Models::search`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundName {
     /// The name.
     pub name: ModelName,
-    /// Each publisher's claim; trusted ones first.
+    /// One claim for each publisher and model; those of trusted publishers first.
     pub claims: Vec<Claim>,
 }
 
-/// What one publisher says that a name is.
+/// A publisher's claim that a model name leads to a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
-    /// Who.
+    /// The publisher.
     pub publisher: PeerId,
-    /// The model.
+    /// Id of the model.
     pub model: Hash,
-    /// This node trusts the publisher, or follows a registry that lets it publish the name.
+    /// True if this node trusts the publisher, or follows a registry that lets it publish the name.
     pub trusted: bool,
 }
 
-/// What adding came to.
+/// The result of [`Models::add`].
 #[derive(Debug, Clone)]
 pub struct Added {
     /// The model.
     pub model: ModelInfo,
-    /// Names it and this node; works with no DHT.
+    /// Ticket that holds the model's id and this node's addresses. It works without the DHT.
     pub ticket: Ticket,
-    /// Nodes that took the announcement. Zero while this node knows nobody: it announces again when it meets others.
+    /// Number of nodes that stored the announcement. Zero while this node knows no other node; it announces the model
+    /// again when it meets one.
     pub announced_to: usize,
-    /// Registries that list it by its name from now on: all that this node follows, and that let it.
+    /// Registries that now list the model by its name: all that this node follows and that let it publish the name.
     pub registries: Vec<DocumentId>,
-    /// Registries that should, and do not: each with the reason.
+    /// Registries that should list the model and do not: a text with the reason for each.
     pub not_listed: Vec<String>,
-    /// Registries that reserve a name of the model for others: nodes that follow them do not take it for this model.
+    /// Registries that reserve the model's name for other publishers. Nodes that follow them do not resolve the name
+    /// to this model.
     pub reserved: Vec<ReservedName>,
-    /// What was left out of the folder, each with the reason.
+    /// Files and folders that were left out: a text with the reason for each.
     pub skipped: Vec<String>,
-    /// Files that are published as bytes alone, although their names say that they hold tensors, and pointers of Git
-    /// LFS.
+    /// Files that are published as plain bytes although their names promise tensors, and Git LFS pointers.
     pub opaque: Vec<Opaque>,
-    /// Links out of the folder that were followed, with where they lead.
+    /// Links out of the folder that were followed, each with its target.
     pub followed: Vec<String>,
-    /// Files that the model lacks by its own account: those that an index names, and the rest of a split one.
+    /// Files that the model refers to and lacks: files named by an index, and missing parts of a split file.
     pub incomplete: Vec<String>,
-    /// The model that had the name before, if another had.
+    /// Id of the model that had the name before, if it was another model.
     pub taken_from: Option<Hash>,
 }
 
-/// A name that a registry reserves for other publishers than this node.
+/// A name that a registry reserves for publishers other than this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ReservedName {
     /// The name.
     pub name: ModelName,
-    /// The registry, which this node follows.
+    /// Id of the registry, which this node follows.
     pub registry: DocumentId,
-    /// Those who may publish the name there.
+    /// The peers that may publish the name in the registry.
     pub publishers: Vec<PeerId>,
 }
 
-/// What removing came to.
+/// The result of [`Models::remove`].
 #[derive(Debug, Clone)]
 pub struct Removed {
-    /// The model as it was.
+    /// The model as it was before the removal.
     pub model: ModelInfo,
-    /// Names that this node knows no longer: all of the model's, or the one that was asked for.
+    /// Names that no longer lead to the model on this node: all of them, or the one that was asked for.
     pub names: Vec<String>,
-    /// The model stays, by its other names.
+    /// True if the model stays on this node, under its other names.
     pub kept: bool,
-    /// Files deleted.
+    /// Number of deleted files.
     pub files_deleted: u32,
-    /// The folders that they were deleted from: the model's, and those of copies.
+    /// Folders from which files were deleted: the model's, and those of copies.
     pub folders: Vec<PathBuf>,
-    /// Files of the model that are in its folder still, although they were to be deleted, each with the reason.
+    /// Files that were to be deleted and are still in the model's folder, each with the reason.
     pub not_deleted: Vec<NotDeleted>,
-    /// Withdrawals of records and registry entries that failed, each with the reason. Records expire by themselves;
-    /// registry entries do not.
+    /// Withdrawals of records and registry entries that failed: a text with the reason for each. Records expire by
+    /// themselves; registry entries do not.
     pub not_withdrawn: Vec<String>,
 }
 
-/// A file that [`Models::remove`] left where it is.
+/// A file that [`Models::remove`] did not delete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotDeleted {
-    /// The file on this machine.
+    /// Path of the file on this machine.
     pub file: PathBuf,
-    /// Why it stays.
+    /// Reason, as a text for people.
     pub reason: &'static str,
 }
 
-/// What adding is at.
+/// A phase of [`Models::add`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddPhase {
-    /// Looking for files.
+    /// Searching the folder for files.
     Walking,
-    /// Reading and hashing them.
+    /// Reading and hashing the files.
     Hashing,
-    /// Writing down what they hold. Stopped here, the model is added whole or not at all.
+    /// Writing the model to the store. An `add` that is cancelled in this phase adds the whole model or nothing.
     Storing,
-    /// Telling the mesh.
+    /// Publishing the records of the model.
     Publishing,
 }
 
-/// How far adding is.
+/// Progress of [`Models::add`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AddProgress {
-    /// What it is at.
+    /// The current phase.
     pub phase: AddPhase,
-    /// Files found.
+    /// Number of files found.
     pub files_total: u64,
-    /// Files hashed.
+    /// Number of files hashed.
     pub files_done: u64,
-    /// Bytes in the files found.
+    /// Total size of the files found, in bytes.
     pub bytes_total: u64,
     /// Bytes hashed.
     pub bytes_done: u64,
 }
 
-/// A folder or file to be added; see [`Models::add`].
+/// A request to add a folder or file; see [`Models::add`]. [`start`](Self::start) begins it.
 #[derive(Debug, Clone)]
 #[must_use = "nothing happens before start()"]
 pub struct Add {
@@ -219,8 +220,11 @@ impl Models {
         &self.node
     }
 
-    /// Indexes a folder or file where it is, announces it, and publishes its name if it gets one. The files must stay as they are; a
-    /// changed one is no longer served until it is added again.
+    /// Adds the model in a folder, or a single file: hashes the files in place, announces the model, and publishes
+    /// its name if [`Add::name`] gives one.
+    ///
+    /// The files are not copied and must stay unchanged. A file that changes is no longer served until it is added
+    /// again.
     pub fn add(&self, path: impl Into<PathBuf>) -> Add {
         Add {
             node: self.node.clone(),
@@ -230,29 +234,36 @@ impl Models {
         }
     }
 
-    /// Indexes where they are, announces and publishes the models in a cache of huggingface_hub: every snapshot that a ref points
-    /// to, by the name `org/name@ref`. One without an organisation, or whose ref has a slash, is announced without a name.
+    /// Adds the models in a Hugging Face cache, in place: every snapshot that a ref points to, under the name
+    /// `org/name@ref`.
+    ///
+    /// A model without an organisation, or whose ref contains a slash, is announced without a name.
     pub fn add_hf_cache(&self, cache: impl Into<PathBuf>) -> AddHfCache {
         AddHfCache::new(self.node.clone(), cache.into())
     }
 
-    /// Fetches a model.
+    /// Fetches a model to a folder, or to a Hugging Face cache; see [`Get`].
     pub fn get(&self, target: Target) -> Get {
         Get::new(self.node.clone(), target)
     }
 
-    /// Opens the file at `path` of a model for reading, whether it is here, arrives, or is to be fetched as it is read.
+    /// Opens a model's file for reading. The file may be on this node, in transfer, or not fetched at all; missing
+    /// parts are fetched as they are read.
+    ///
+    /// `path` is the file's path in the model.
     ///
     /// # Errors
-    /// Those of resolving a name; [`Error::NoProvider`] if the manifest is not here and nobody sends it; [`Error::NoSuchFile`].
+    /// [`Error::NoSuchName`], [`Error::SeveralPublishers`] or [`Error::NotListed`] if a name cannot be resolved;
+    /// [`Error::NoProvider`] if the manifest is neither here nor sent by any provider; [`Error::Disconnected`] if
+    /// there is no peer to ask; [`Error::NoSuchFile`] if the model has no file at `path`.
     pub async fn open(&self, target: Target, path: &str) -> Result<Reader, Error> {
         Reader::open(&self.node, target, None, path).await
     }
 
-    /// As [`open`](Self::open), taking only `publisher`'s word for what the name means.
+    /// Opens a model's file for reading like [`open`](Self::open), but accepts the name only from `publisher`.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// Those of [`open`](Self::open).
     pub async fn open_from(
         &self,
         target: Target,
@@ -262,11 +273,14 @@ impl Models {
         Reader::open(&self.node, target, Some(publisher), path).await
     }
 
-    /// The names that begin with `prefix` among those that this node knows: all of the registries that it follows; its own; and those whose claims it keeps for the
-    /// mesh, which are all in a mesh of up to twenty nodes, in a larger one a part. Of the last two the first 1,000 claims.
+    /// Lists the known model names that begin with `prefix`, each with its claims.
+    ///
+    /// A node knows the names in the registries that it follows, its own names, and the names whose claims it stores
+    /// for the DHT. In a mesh of up to twenty nodes it stores all claims; in a larger mesh, a part. Of its own and
+    /// the stored claims, the first 1,000 are searched.
     ///
     /// # Errors
-    /// [`Error::Document`] if the disk fails, [`Error::Stopped`].
+    /// [`Error::Document`] if the disk fails, [`Error::Stopped`] after a shutdown.
     pub async fn search(&self, prefix: &str) -> Result<Vec<FoundName>, Error> {
         let keys = ModelName::record_keys(prefix);
         let records = self.node.dht().seen(&keys, MAX_CLAIMS).await?;
@@ -310,11 +324,13 @@ impl Models {
         Ok(found.collect())
     }
 
-    /// The peers that provide a model or a part of it, those with all of it first. Of very many, a sample. Not this
-    /// node itself. With `publisher`, a name is accepted only from that peer.
+    /// Lists the peers that provide a model or a part of it, those with the whole model first. If there are very
+    /// many, returns a sample. This node itself is not listed. With `publisher`, a name is accepted only from that
+    /// peer.
     ///
     /// # Errors
-    /// Those of resolving a name, [`Error::Disconnected`] if there is nobody to ask, and [`Error::Stopped`].
+    /// [`Error::NoSuchName`], [`Error::SeveralPublishers`] or [`Error::NotListed`] if a name cannot be resolved;
+    /// [`Error::Disconnected`] if there is no peer to ask; [`Error::Stopped`] after a shutdown.
     pub async fn providers(
         &self,
         target: Target,
@@ -332,7 +348,7 @@ impl Models {
         };
         self.node.meet().await;
         let mut providers = find_providers(&self.node, &id, true).await?;
-        // Each has a part of the commit that the name means.
+        // Each of these models is another part of the commit that the name stands for.
         for part in parts.into_iter().filter(|part| *part != id) {
             for provider in find_providers(&self.node, &part, true).await? {
                 if !providers.iter().any(|known| known.peer == provider.peer) {
@@ -347,10 +363,10 @@ impl Models {
         Ok(providers)
     }
 
-    /// The models this node holds, oldest first.
+    /// Lists the models that this node holds, oldest first.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`] if the store cannot be read.
     pub async fn list(&self) -> Result<Vec<ModelInfo>, Error> {
         let store = self.node.store().clone();
         blocking(move || {
@@ -363,12 +379,12 @@ impl Models {
         .await
     }
 
-    /// One model with its manifest, and a ticket for it. `model` is a name, an id, or the first six or more digits of
-    /// one; the manifest is `None` while
-    /// it is still to be fetched.
+    /// Returns a model, its manifest, and a ticket for it. The manifest is `None` while it has not been fetched.
+    ///
+    /// `model` is a name, an id, or the first six or more digits of an id.
     ///
     /// # Errors
-    /// [`Error::NoSuchModel`] if this node does not hold it.
+    /// [`Error::NoSuchModel`] if this node does not hold the model.
     pub async fn show(&self, model: &str) -> Result<(ModelInfo, Option<Manifest>, Ticket), Error> {
         let store = self.node.store().clone();
         let wanted = model.to_owned();
@@ -381,11 +397,11 @@ impl Models {
         Ok((info, manifest, ticket))
     }
 
-    /// Lists the files that the model `id` lacks by its own account, as far as its indices are here: files that an
-    /// index names, and the rest of a split one.
+    /// Lists the files that the model `id` refers to and lacks: files named by an index, and missing parts of a split
+    /// file. Considers only indices that are on this node.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`] if the store cannot be read.
     pub async fn incomplete(&self, id: &Hash) -> Result<Vec<String>, Error> {
         let (store, id) = (self.node.store().clone(), *id);
         blocking(move || {
@@ -395,13 +411,18 @@ impl Models {
         .await
     }
 
-    /// Forgets a model and takes back what this node announced of it. By a name of several that the model has: drops
-    /// that name alone, and the model stays by the others. `files`: also deletes the files that [`get`](Self::get)
-    /// wrote, in whatever folders, and that are unchanged since; those that were added in place are never deleted.
+    /// Removes a model from this node, and withdraws its records and registry entries.
+    ///
+    /// `model` is a name, an id, or the first six or more digits of an id. If the model has several names and `model`
+    /// is one of them, only that name is removed, and the model stays under the others.
+    ///
+    /// If `files` is true, also deletes the files that [`get`](Self::get) wrote, in whatever folder, unless they have
+    /// changed since. Files that were added in place are never deleted.
     ///
     /// # Errors
-    /// [`Error::NoSuchModel`] if this node does not hold it, [`Error::Tagged`], [`Error::Busy`] while it is fetched,
-    /// [`Error::OtherNames`]. Then nothing has changed.
+    /// [`Error::NoSuchModel`] if this node does not hold the model; [`Error::Tagged`] if a tag pins it;
+    /// [`Error::Busy`] while it is being fetched; [`Error::OtherNames`] if `files` is true, `model` is a name, and
+    /// the model has other names. In these cases nothing has changed.
     pub async fn remove(&self, model: &str, files: bool) -> Result<Removed, Error> {
         let store = self.node.store().clone();
         let wanted = model.to_owned();
@@ -464,7 +485,7 @@ impl Models {
             Ok((removed, left))
         })
         .await?;
-        // Only now: a removal that fails leaves the model as it was, here and elsewhere.
+        // Withdrawn last: a removal that fails leaves the model as it was, here and in the mesh.
         let withdrawn = self.node.announcer().withdraw(&removed.model).await;
         Ok(Removed {
             names: info.names.clone(),
@@ -477,7 +498,8 @@ impl Models {
         })
     }
 
-    /// Takes a model out of registries after its removal, which is done: what goes wrong now is told, and no failure.
+    /// Removes the entries of a removed model from registries. The removal itself is done, so failures are returned
+    /// as texts and do not fail it.
     async fn withdraw(
         &self,
         id: &Hash,
@@ -488,7 +510,7 @@ impl Models {
         match announced {
             Ok(()) => {}
             Err(Error::Stopped) => return Err(Error::Stopped),
-            Err(error) => problems.push(format!("the mesh: {error}")),
+            Err(error) => problems.push(format!("DHT: {error}")),
         }
         Ok(problems)
     }
@@ -497,45 +519,48 @@ impl Models {
         let addresses = self.node.network().addresses().all;
         Ticket {
             model,
-            // Encoding keeps no more than a ticket may hold.
+            // The encoding of a ticket drops addresses beyond its limit.
             peers: vec![(self.node.peer_id(), addresses)],
         }
     }
 }
 
 impl Add {
-    /// Publishes it by this name.
+    /// Publishes the model under this name. Default: no name; the model is found by its id.
     pub fn name(mut self, name: ModelName) -> Self {
         self.name = Some(name);
         self
     }
 
-    /// Refuses the folder, with all reasons, where a file would be published as bytes although its name says that it
-    /// holds tensors, or left out because it cannot be read. Default: such files are told in [`Added`].
+    /// Sets whether to refuse a folder with doubtful files: a file whose name promises tensors but that would be
+    /// published as plain bytes, or a file that cannot be read and would be left out. The error lists all of them.
+    /// Default: no; [`Added`] lists such files.
     pub fn strict(mut self, strict: bool) -> Self {
         self.rules.strict = strict;
         self
     }
 
-    /// Includes hidden files. Default: of these only `.gitattributes` and the like.
+    /// Sets whether to include hidden files. Default: no, apart from `.gitattributes` and the like.
     pub fn hidden(mut self, hidden: bool) -> Self {
         self.rules.hidden = hidden;
         self
     }
 
-    /// Follows links to folders, and links that lead out of the folder. Default: they are left out.
+    /// Sets whether to follow links to folders and links that lead out of the folder. Default: no; such links are
+    /// left out.
     pub fn follow_links(mut self, follow_links: bool) -> Self {
         self.rules.follow_links = follow_links;
         self
     }
 
-    /// Leaves out files whose names some systems cannot hold. Default: such names are an error, which lists them.
+    /// Sets whether to leave out files whose names some systems cannot store. Default: no; such names are an error,
+    /// which lists them.
     pub fn skip_unportable(mut self, skip_unportable: bool) -> Self {
         self.rules.skip_unportable = skip_unportable;
         self
     }
 
-    /// Begins.
+    /// Starts the work. Dropping the operation stops it; the model is then added as a whole or not at all.
     pub fn start(self) -> Operation<AddProgress, Added> {
         let progress = Arc::new(index::Progress::default());
         let publishing = Arc::new(AtomicBool::new(false));
@@ -580,7 +605,7 @@ impl Add {
             let goes_on = || !progress.cancelled.load(Ordering::Relaxed);
             let id = store.add_while(&indexed, name.as_deref(), &goes_on)?;
             if !goes_on() {
-                // It is added, and nobody waits for what is to be said of it.
+                // The model is added, but its operation was dropped: do not publish it.
                 return Err(Error::Stopped);
             }
             let model = store.model(&id)?;
@@ -617,7 +642,7 @@ impl Add {
     }
 }
 
-/// Refuses to announce a model of which a file has changed or gone since it was read.
+/// Refuses to announce a model of which a file was changed or deleted after it was read.
 pub(crate) fn check_unchanged(info: &ModelInfo, indexed: &index::Indexed) -> Result<(), Error> {
     if info.complete {
         return Ok(());
@@ -625,7 +650,7 @@ pub(crate) fn check_unchanged(info: &ModelInfo, indexed: &index::Indexed) -> Res
     Err(index::IndexError::Changed(indexed.root.clone()).into())
 }
 
-/// Tells hashing threads to stop when the work that waits for them is dropped.
+/// Tells the hashing threads to stop when the operation is dropped.
 pub(crate) struct StopOnDrop(pub(crate) Arc<index::Progress>);
 
 impl Drop for StopOnDrop {
@@ -634,7 +659,7 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// Files of a model that has just been removed that are in its folder still. Blocks.
+/// Lists the files of a removed model that are still in its folder. Blocks.
 fn not_deleted(
     store: &Store,
     model: &store::Model,
@@ -658,20 +683,20 @@ fn not_deleted(
     }
     let kept = left.into_iter().map(|file| NotDeleted {
         reason: match (model.fetched, of_others.contains(&file)) {
-            (_, true) => "another model that is here has it",
-            (false, false) => "it was added in place, and is not weft's to delete",
-            // `get` writes links nowhere else.
+            (_, true) => "another model on this node contains it",
+            (false, false) => "it was added in place, and weft deletes only files that it fetched",
+            // `get` writes links only into such caches.
             (true, false) if file.is_symlink() => {
-                "it is in a Hugging Face cache; `hf cache rm` deletes what is there"
+                "it is in a Hugging Face cache; delete it with `hf cache rm`"
             }
-            (true, false) => "it was changed since weft wrote it, or weft found it there",
+            (true, false) => "it was changed since weft wrote it, or was there before",
         },
         file,
     });
     Ok(kept.collect())
 }
 
-/// What is to be said of a model. Blocks.
+/// Describes a model, and returns its manifest if it is here. Blocks.
 pub(crate) fn describe(
     store: &Store,
     model: &store::Model,
@@ -699,12 +724,12 @@ pub(crate) fn describe(
     Ok((info, manifest))
 }
 
-/// The size of a manifest as it is sent.
+/// Returns the encoded size of a manifest, in bytes.
 pub(crate) fn manifest_size(manifest: &Manifest) -> u64 {
     manifest.encode().len() as u64
 }
 
-/// The model that `text` names: by name, id, or the first digits of an id. Blocks.
+/// Finds the model that `text` names: by name, id, or the first digits of an id. Blocks.
 pub(crate) fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
     let none = || Error::NoSuchModel(text.chars().take(200).collect());
     let digits = |why: &str| Error::NoSuchModel(format!("{text}: {why}"));
@@ -717,19 +742,21 @@ pub(crate) fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
         return Err(none());
     }
     if prefix.len() < MIN_ID_PREFIX {
-        return Err(digits("of an id, at least the first six digits are needed"));
+        return Err(digits("give at least the first six digits of an id"));
     }
     let mut matching = models
         .into_iter()
         .filter(|model| model.id.to_string().starts_with(&prefix));
     match (matching.next(), matching.next()) {
         (Some(model), None) => Ok(model),
-        (Some(_), Some(_)) => Err(digits("several ids begin so; give more digits")),
+        (Some(_), Some(_)) => Err(digits(
+            "several models have ids that begin with these digits; give more digits",
+        )),
         (None, _) => Err(none()),
     }
 }
 
-/// The model known here by `name`.
+/// Finds the model that this node knows by `name`.
 pub(crate) fn by_name(models: Vec<store::Model>, name: &ModelName) -> Option<store::Model> {
     let name = name.to_string();
     models

@@ -2,16 +2,19 @@
 
 use std::{fmt, str::FromStr};
 
-/// The longest part of a name, in bytes: as on the Hugging Face hub.
+/// Longest part of a name, in bytes: the limit of the Hugging Face hub.
 const MAX_PART: usize = 96;
 
-/// What keys of names begin with.
+/// Prefix of the keys of names in the DHT.
 const KEY: &[u8] = b"name/";
 
-/// The revision that a name without one means.
+/// The revision of a name that is given without one.
 const DEFAULT_REVISION: &str = "main";
 
-/// The name of a model. Two names are equal if organisation, name and revision are; without a revision, it is `main`.
+/// The name of a model: an organisation, a name and a revision.
+///
+/// It is parsed from `org/name@revision`, or `org/name` for the revision `main`. Each part has 1 to 96 ASCII letters,
+/// digits, dots, dashes and underscores, and begins with neither a dot nor a dash.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelName {
     org: String,
@@ -19,7 +22,7 @@ pub struct ModelName {
     revision: String,
 }
 
-/// The text is not a model name.
+/// The error of parsing a model name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a model name: {reason}; a name looks like org/name or org/name@revision")]
 pub struct ParseNameError {
@@ -28,35 +31,35 @@ pub struct ParseNameError {
 }
 
 impl ModelName {
-    /// The part before the slash.
+    /// Returns the organisation: the part before the slash.
     pub fn org(&self) -> &str {
         &self.org
     }
 
-    /// The part between slash and `@`.
+    /// Returns the name: the part between the slash and the `@`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The part after `@`, or `main`.
+    /// Returns the revision: the part after the `@`, or `main`.
     pub fn revision(&self) -> &str {
         &self.revision
     }
 
-    /// The reverse of [`record_key`](Self::record_key).
+    /// Parses a key that [`record_key`](Self::record_key) has made.
     pub(crate) fn of_record_key(key: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(key.strip_prefix(KEY)?).ok()?;
         let name: Self = text.parse().ok()?;
-        // Just one key for each name.
+        // Each name has exactly one key.
         (name.record_key() == key).then_some(name)
     }
 
-    /// What keys of names that begin like this begin with.
+    /// Returns the prefix of the keys of all names that begin with `prefix`.
     pub(crate) fn record_keys(prefix: &str) -> Vec<u8> {
         [KEY, prefix.as_bytes()].concat()
     }
 
-    /// The key of the DHT under which publishers claim it.
+    /// Returns the key in the DHT under which publishers claim the name.
     pub(crate) fn record_key(&self) -> Vec<u8> {
         let name = format!("{}/{}@{}", self.org, self.name, self.revision);
         Self::record_keys(&name)

@@ -1,4 +1,4 @@
-//! The progress of fetching a model: what a caller is shown of it, and how that follows from what is counted.
+//! Progress of fetching a model, computed from the counts of the fetch.
 
 use std::{
     sync::{PoisonError, atomic::Ordering},
@@ -10,60 +10,60 @@ use weft_net::{PathKind, PeerId, Transport};
 
 use crate::swarm::Shown;
 
-/// What fetching is at.
+/// A phase of a fetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GetPhase {
-    /// Finding out which model the name means.
+    /// Finding the model that the name leads to.
     Resolving,
-    /// Finding and reaching a provider.
+    /// Finding and connecting to a provider.
     Connecting,
-    /// Looking at what is here already.
+    /// Checking the content that is on this machine already.
     Checking,
-    /// Receiving.
+    /// Receiving content.
     Fetching,
-    /// Nothing comes; what is waited for is said.
+    /// Waiting for something, which [`GetProgress::waiting_for`] names.
     Waiting,
 }
 
-/// How far fetching is.
+/// Progress of a fetch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GetProgress {
-    /// What it is at.
+    /// The current phase.
     pub phase: GetPhase,
-    /// Bytes in all files; zero until the manifest is here.
+    /// Total size of the requested files and tensors, in bytes. Zero until the manifest is here.
     pub bytes_total: u64,
-    /// Bytes verified and in place.
+    /// Verified bytes in place.
     pub bytes_done: u64,
-    /// Content bytes received in this run.
+    /// Content bytes received by this fetch.
     pub bytes_moved: u64,
-    /// Bytes a second that come now, from all providers.
+    /// Current rate at which content arrives from all providers, in bytes per second.
     pub rate: u64,
-    /// Until everything is here, if the rate stays as it is; `None` while that cannot be said.
+    /// Estimated time until the fetch is complete, at the current rate. `None` if it cannot be estimated.
     pub time_left: Option<Duration>,
-    /// Bytes that were here already.
+    /// Bytes that were on this machine already.
     pub bytes_reused: u64,
-    /// Those who send, and over which paths.
+    /// The providers that are sending, one entry for each path.
     pub peers: Vec<PeerProgress>,
-    /// What is waited for, in words.
+    /// Text for people: what the fetch waits for. `None` if it does not wait.
     pub waiting_for: Option<String>,
 }
 
-/// What comes from one provider.
+/// Progress of the content from one provider over one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerProgress {
-    /// Who.
+    /// The provider.
     pub peer: PeerId,
-    /// How near it is.
+    /// Kind of the path, such as direct or relayed.
     pub path: PathKind,
-    /// Over what.
+    /// Transport of the path.
     pub transport: Transport,
-    /// Content bytes that it sent over this path.
+    /// Content bytes sent by the provider over this path.
     pub bytes: u64,
-    /// Bytes a second that it sends now.
+    /// Current rate of the provider over this path, in bytes per second.
     pub rate: u64,
 }
 
-/// The part of the progress that is not counted.
+/// The part of the progress that is not in the counts.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) phase: GetPhase,
@@ -71,7 +71,7 @@ pub(super) struct State {
     pub(super) reused: u64,
 }
 
-/// The progress that these counts, this state and these providers come to.
+/// Returns the progress for these counts, this state and these providers.
 pub(super) fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgress {
     let sources = shown.sources();
     let active = sources.iter().filter(|source| source.is_active());
@@ -103,7 +103,7 @@ pub(super) fn progress(counts: &plan::Progress, state: &State, shown: &Shown) ->
             (phase, _) => *phase,
         },
         bytes_total: total,
-        // A reader may have had more fetched.
+        // A reader may have had more fetched than the selection.
         bytes_done: done.min(total),
         bytes_moved: counts.moved.load(Ordering::Relaxed),
         rate,
@@ -115,17 +115,17 @@ pub(super) fn progress(counts: &plan::Progress, state: &State, shown: &Shown) ->
     }
 }
 
-/// In words, that the disk is waited for: what an earlier run left of a file is read before the file counts as whole.
+/// Describes the wait for the disk: content from an earlier run is read again before its file counts as complete.
 fn reread(counts: &plan::Progress) -> Option<String> {
     let total = counts.reread_total.load(Ordering::Relaxed);
     let read = counts.reread.load(Ordering::Relaxed).min(total);
     let percent = (read * 100).checked_div(total)?;
     Some(format!(
-        "what was here before to be read again ({percent} %)"
+        "content of an earlier run to be read again ({percent} %)"
     ))
 }
 
-/// In words, that another node fills the folder now.
+/// Describes the wait for another process that writes to the folder.
 fn occupied(counts: &plan::Progress) -> Option<String> {
     let occupied = counts.occupied.lock();
     let occupied = occupied.unwrap_or_else(PoisonError::into_inner);

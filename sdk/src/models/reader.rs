@@ -1,4 +1,4 @@
-//! Reading a file of a model that is here, that is arriving, or that comes only as it is read.
+//! Reading a file of a model that is on this node, in transfer, or fetched as it is read.
 
 use std::{
     collections::HashMap,
@@ -32,30 +32,37 @@ use crate::{
 };
 
 /// Chunk groups read from the disk at a time: 1 MiB.
-const PIECE: u64 = 16;
+const PIECE_GROUPS: u64 = 16;
 
-/// Chunk groups that come ahead of a reader, at first and at most: twice as many with each piece that is read in order, up to 32 MiB.
-const AHEAD: (u64, u64) = (PIECE, 32 * PIECE);
+/// Chunk groups requested ahead of a reader, at first and at most. The number doubles with each piece that is read in
+/// order, up to 32 MiB.
+const AHEAD_GROUPS: (u64, u64) = (PIECE_GROUPS, 32 * PIECE_GROUPS);
 
-/// Room is set aside for so many times what is asked for ahead: making it looks at every file of the store.
-const ROOM: u64 = 4;
+/// Room is reserved for this many times the bytes requested ahead, because reserving it looks at every file of the
+/// store.
+const ROOM_FACTOR: u64 = 4;
 
-/// How often a reader that waits looks whether something has changed that nobody tells it.
-const LOOK: Duration = Duration::from_millis(250);
+/// Interval at which a waiting reader looks for changes of which it is not notified.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How long what readers began goes on when they want nothing.
-const IDLE: Duration = Duration::from_secs(10);
+/// Time for which fetching for readers goes on when they want nothing.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A file of a model, open for reading, wherever its bytes are now. What is here is read from the disk; what is not comes first among all that this node
-/// fetches. Every byte is checked.
+/// A file of a model, open for reading; see [`Models::open`](crate::Models::open).
 ///
-/// A read waits for its bytes. It fails with an [`Error`] inside when no provider delivers them for too long, or the quota has no room for them; the next
-/// read tries again.
-/// What comes for readers alone is kept in the node's store.
+/// Bytes on this node are read from its disk. Missing bytes are fetched with high priority and verified. Content that
+/// is fetched only for readers is kept in the node's store.
+///
+/// The reader implements [`AsyncRead`] and [`AsyncSeek`]; [`read_range`](Self::read_range) reads at any position.
+/// Reading ahead grows as the file is read in order.
+///
+/// # Errors
+/// A read waits for its bytes. It fails with an [`io::Error`] that contains an [`Error`] if no provider sends the
+/// bytes for too long, or if the quota has no room for them. The next read tries again.
 pub struct Reader {
     shared: Arc<Shared>,
     position: u64,
-    /// Checked bytes, from this place on.
+    /// Verified bytes, and their offset in the file.
     buffer: (u64, Bytes),
     loading: Option<BoxFuture<'static, io::Result<(u64, Bytes)>>>,
 }
@@ -66,31 +73,31 @@ struct Shared {
     model: Hash,
     manifest: Arc<Manifest>,
     file: usize,
-    /// Whom the target names.
+    /// Providers given by the target.
     given: Vec<(PeerId, Vec<Multiaddr>)>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// The whole file, once it is here.
+    /// The complete file, once it is here.
     whole: Option<Arc<Source>>,
     urged: Option<(Range<u64>, Urged)>,
-    /// Where a read in order would go on, and how far ahead of it to ask.
+    /// The group at which a read in order would go on, and the number of groups to request ahead of it.
     next: u64,
     ahead: u64,
     task: Option<Arc<Task>>,
-    /// While the file comes for readers alone.
-    room: Option<Aside>,
+    /// Room for content that is fetched only for readers.
+    room: Option<ReservedRoom>,
 }
 
-/// Room on the disk that is set aside.
+/// Room on the disk that is reserved.
 #[derive(Debug)]
-struct Aside {
+struct ReservedRoom {
     _room: store::Room,
-    /// For how many bytes more that are asked for.
+    /// Bytes of the room that were not requested yet.
     left: u64,
-    /// The groups that were asked for last.
+    /// The groups that were requested last.
     last: Range<u64>,
 }
 
@@ -105,7 +112,7 @@ impl fmt::Debug for Reader {
 }
 
 impl Reader {
-    /// Opens the file at `path` of the model that `target` means.
+    /// Opens the file at `path` in the target's model.
     pub(crate) async fn open(
         node: &Node,
         target: Target,
@@ -148,25 +155,26 @@ impl Reader {
         })
     }
 
-    /// The model.
+    /// Returns the model's id.
     pub fn model(&self) -> Hash {
         self.shared.model
     }
 
-    /// All that is known of the model.
+    /// Returns the model's manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.shared.manifest
     }
 
-    /// What is known of the file: its size, its hash, and where its tensors are.
+    /// Returns the file's entry in the manifest: its path, size, hash and tensors.
     pub fn file(&self) -> &File {
         self.shared.file()
     }
 
-    /// Reads bytes of the file; the position for reading in order stays as it is. `range` is cut off at the end of the file.
+    /// Reads a range of bytes of the file. `range` is cut off at the end of the file. The position for reading in
+    /// order does not change.
     ///
     /// # Errors
-    /// As for reading.
+    /// Those of reading; see [`Reader`].
     pub async fn read_range(&self, range: Range<u64>) -> io::Result<Vec<u8>> {
         let end = range.end.min(self.file().size);
         let mut bytes = Vec::new();
@@ -225,11 +233,11 @@ impl AsyncSeek for Reader {
         let Some(position) = position else {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "the position is before the beginning, or too large",
+                "cannot seek: the position is before the start of the file, or too large",
             ));
         };
         self.position = position;
-        // What is being loaded is for another place.
+        // The bytes being loaded belong to another position.
         self.loading = None;
         Ok(())
     }
@@ -250,11 +258,11 @@ impl Shared {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Sees to it that what comes next is on its way, if a transfer is under way that can bring it.
+    /// Requests the groups that a reader needs next, if a transfer is under way that can fetch them.
     fn urge(&self, transfer: &Transfer, group: u64) {
         let mut state = self.state();
         let far = match &state.urged {
-            // Half of it is still ahead.
+            // More than half of the last request is still ahead.
             Some((range, _)) => range.contains(&group) && (range.end - group) * 2 > state.ahead,
             None => false,
         };
@@ -262,8 +270,8 @@ impl Shared {
             return;
         }
         let range = group..group + state.ahead;
-        if let Some(Aside { left, last, .. }) = &mut state.room {
-            // What was asked for before is not asked for twice.
+        if let Some(ReservedRoom { left, last, .. }) = &mut state.room {
+            // Groups that were requested before do not count again.
             let known = last
                 .end
                 .min(range.end)
@@ -271,12 +279,12 @@ impl Shared {
             *left = left.saturating_sub((range.end - range.start - known) * GROUP);
             *last = range.clone();
         }
-        // The new one before the old one ends.
+        // The new request is made before the old one is dropped.
         let urged = transfer.urge(self.file, range.clone());
         state.urged = urged.map(|urged| (range, urged));
     }
 
-    /// Whether what it asks for comes for readers alone.
+    /// Returns true if the content is fetched only for readers.
     fn is_alone(&self) -> bool {
         let mut state = self.state();
         let alone = state
@@ -289,50 +297,53 @@ impl Shared {
         alone
     }
 
-    /// Sees to it that there is room for what is asked for next.
+    /// Reserves room for the next request.
     async fn make_room(&self) -> io::Result<()> {
         let ahead = {
             let mut state = self.state();
             let ahead = state.ahead * GROUP;
             match &state.room {
                 Some(aside) if aside.left >= ahead => return Ok(()),
-                // What of it was not used is not counted twice.
+                // Room that was not used must not count twice.
                 _ => state.room = None,
             }
             ahead
         };
         let file = self.file();
-        let room = self.node.make_more_room(self.model, file, ROOM * ahead);
+        let room = self
+            .node
+            .make_more_room(self.model, file, ROOM_FACTOR * ahead);
         let room = room.await.map_err(io::Error::other)?;
-        self.state().room = Some(Aside {
+        self.state().room = Some(ReservedRoom {
             _room: room,
-            left: ROOM * ahead,
+            left: ROOM_FACTOR * ahead,
             last: 0..0,
         });
         Ok(())
     }
 
-    /// A read in order asks for more and more, one that jumps about for little.
+    /// Adjusts the amount to read ahead: reads in order request more and more, others little.
     fn note(&self, group: u64) {
         let mut state = self.state();
         state.ahead = match group == state.next && state.ahead > 0 {
-            true => (state.ahead * 2).min(AHEAD.1),
-            false => AHEAD.0,
+            true => (state.ahead * 2).min(AHEAD_GROUPS.1),
+            false => AHEAD_GROUPS.0,
         };
     }
 }
 
-/// Bytes of the file that begin at or before `from`, up to `end` at most, and where they begin; waits until there are some.
+/// Returns bytes of the file that begin at or before `from` and end at `end` at the latest, with their offset. Waits
+/// until some are here.
 async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Bytes)> {
     let group = from / GROUP;
-    let groups = group..end.div_ceil(GROUP).min(group + PIECE);
+    let groups = group..end.div_ceil(GROUP).min(group + PIECE_GROUPS);
     shared.note(group);
     let mut begun = None;
     loop {
         let transfer = shared.node.hub().transfer(&shared.model);
         let written = transfer.as_ref().map(Transfer::written);
         tokio::pin!(written);
-        // From here on nothing is missed.
+        // From here on, no write is missed.
         if let Some(written) = written.as_mut().as_pin_mut() {
             written.enable();
         }
@@ -354,7 +365,7 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
                     state.next
                 };
                 if let (Some(transfer), false) = (&transfer, is_whole)
-                    // Where there is no room for more, a later read says so.
+                    // If there is no room for more, a later read reports it.
                     && (!shared.is_alone() || shared.make_room().await.is_ok())
                 {
                     shared.urge(transfer, next.min(end.div_ceil(GROUP)));
@@ -368,11 +379,12 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
                 if shared.is_alone() {
                     shared.make_room().await?;
                 }
-                // Also when it was asked for before: another transfer may have taken the place of the one that was asked.
+                // Requests the groups even if that was done before, because another transfer may have replaced the
+                // one that was asked.
                 shared.state().urged = None;
                 shared.urge(transfer, group);
                 let _ = match written.as_pin_mut() {
-                    Some(written) => timeout(LOOK, written).await,
+                    Some(written) => timeout(POLL_INTERVAL, written).await,
                     None => Ok(()),
                 };
                 if let Some(begun) = begun {
@@ -381,22 +393,21 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
             }
             None => {
                 shared.make_room().await?;
-                // It may have ended, for a `get` that has come and gone.
+                // The transfer may have ended, for a `get` that has come and gone.
                 let failures = begin(&shared);
                 let begun = *begun.get_or_insert(failures);
                 shared.node.reading().check(&shared.model, begun)?;
-                sleep(LOOK / 10).await;
+                sleep(POLL_INTERVAL / 10).await;
             }
         }
     }
 }
 
-/// Bytes that were read, and the whole file they come from, if it is open.
+/// The bytes read, and their complete file, if it is open.
 type Read = (Vec<u8>, Option<Arc<Source>>);
 
-/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is
-/// not here, or was found to be damaged or not to be readable: it counts as missing from then on, and is fetched.
-/// Blocks.
+/// Reads the first of `groups` and those after it that are here, and returns the complete file if it is open. Returns
+/// `None` if the first group is missing, damaged or unreadable; it then counts as missing and is fetched. Blocks.
 fn read(
     store: &Store,
     hash: Hash,
@@ -426,7 +437,7 @@ fn read(
                 return Ok(Some((bytes, whole)));
             }
             Err(error) => {
-                tracing::debug!(%hash, %error, "what is here cannot be read");
+                tracing::debug!(%hash, %error, "cannot read stored content; fetching it again");
                 store.note_damage(&source, here)?;
             }
         }
@@ -438,19 +449,19 @@ fn other(error: Error) -> io::Error {
     io::Error::other(error)
 }
 
-/// What comes for readers, where no `get` brings it.
+/// Fetching for readers, by model, where no `get` fetches it.
 #[derive(Debug, Default)]
 pub(crate) struct Reading(Mutex<HashMap<Hash, OfModel>>);
 
 #[derive(Debug, Default)]
 struct OfModel {
     task: Weak<Task>,
-    /// How often it has failed, and with what the last time.
+    /// Number of failures so far, and the last error.
     failures: u64,
     error: Option<Arc<Error>>,
 }
 
-/// Fetching for readers; it ends with the last of them.
+/// A task that fetches for readers. It is aborted when its last reader is dropped.
 #[derive(Debug)]
 struct Task(JoinHandle<()>);
 
@@ -460,7 +471,7 @@ impl Drop for Task {
     }
 }
 
-/// Models of which a failure is remembered for those who wait.
+/// The most models whose failures are remembered for waiting readers.
 const MAX_REMEMBERED: usize = 1024;
 
 impl OfModel {
@@ -476,7 +487,7 @@ impl Reading {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Fails if it failed since.
+    /// Fails if fetching has failed since `failures` was counted.
     fn check(&self, model: &Hash, failures: u64) -> io::Result<()> {
         match self.lock().get(model) {
             Some(one) if one.failures > failures => {
@@ -488,7 +499,7 @@ impl Reading {
     }
 }
 
-/// Begins to fetch what readers of the model ask for, unless that is done already; how often it has failed until now.
+/// Starts fetching for the readers of a model, unless that is under way. Returns the number of failures so far.
 fn begin(shared: &Shared) -> u64 {
     let node = shared.node.clone();
     let mut models = shared.node.reading().lock();
@@ -501,7 +512,7 @@ fn begin(shared: &Shared) -> u64 {
         let given = shared.given.clone();
         let work = async move {
             if let Err(error) = fetch(&node, model, &manifest, given).await {
-                tracing::debug!(%model, %error, "nothing comes for its readers");
+                tracing::debug!(%model, %error, "cannot fetch content for readers");
                 let mut models = node.reading().lock();
                 let one = models.entry(model).or_default();
                 one.failures += 1;
@@ -518,7 +529,7 @@ fn begin(shared: &Shared) -> u64 {
     failures
 }
 
-/// Fetches what readers ask for, until they ask for nothing, or a `get` of the model waits.
+/// Fetches the groups that readers request, until they request none for a while or a `get` of the model waits.
 async fn fetch(
     node: &Node,
     model: Hash,
@@ -553,8 +564,8 @@ async fn fetch(
     let mut swarm = Swarm::new(node, job);
     let idle = async {
         let mut looks = 0;
-        while looks < IDLE.as_millis() / LOOK.as_millis() {
-            sleep(LOOK).await;
+        while looks < IDLE_TIMEOUT.as_millis() / POLL_INTERVAL.as_millis() {
+            sleep(POLL_INTERVAL).await;
             looks = if transfer.is_idle() { looks + 1 } else { 0 };
         }
     };

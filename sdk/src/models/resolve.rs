@@ -1,14 +1,17 @@
-//! Decides which model a name means, and which publisher says so.
+//! Resolution of a model name: which model it leads to, and whose claim decides.
 //!
-//! This node's own word comes first, then the registries that it follows, then the DHT. A look-up in the DHT ends
-//! early in two cases. A trusted publisher that is connected has the word: its record ends the look-up at once, and it
-//! is asked for its latest. Otherwise all nodes that answer promptly are heard, so that neither an old record nor a
-//! single node that hides a claim decides; nodes that are late are not waited for if a trusted or a connected
-//! publisher claims the name and, among those who are not trusted, nobody contradicts it.
+//! This node's own claim comes first, then the registries that it follows, then the DHT. A lookup in the DHT ends
+//! early in two cases:
 //!
-//! A name that was resolved lately is confirmed by its publisher, which takes one round trip. It is looked up again if
-//! the publisher is not connected, does not answer or has withdrawn the name, and once a minute, for another publisher
-//! may claim it too. Callers that resolve one name at a time share a look-up.
+//! - A trusted publisher is connected. Its record ends the lookup at once, and the publisher is asked for its latest
+//!   claim.
+//! - All nodes that answer promptly have been heard, so that neither an old record nor a single node that hides a
+//!   claim decides. Late nodes are not waited for if a trusted or a connected publisher claims the name and no
+//!   untrusted publisher contradicts it.
+//!
+//! A name that was resolved recently is confirmed by its publisher, which takes one round trip. The name is looked up
+//! again if the publisher is not connected, does not answer or has withdrawn it. It is also looked up again once a
+//! minute, because another publisher may claim it too. Callers that resolve the same name share a lookup.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -24,33 +27,33 @@ use weft_proto::wire;
 
 use crate::{Error, ModelName, Node, models::by_name, operation::blocking};
 
-/// Names that are remembered; beyond, the one that was not used for longest is forgotten.
+/// The most names that are remembered. Above this, the name that was used least recently is forgotten.
 const MAX_NAMES: usize = 1024;
 
 /// Time for which a resolved name is remembered without being used.
-const REMEMBER: Duration = Duration::from_secs(600);
+const REMEMBER_TIME: Duration = Duration::from_secs(600);
 
-/// A name is looked up again after this time, although its publisher confirms it: so long may another publisher's
-/// claim be missed.
-const LOOK: Duration = Duration::from_secs(60);
+/// Age at which a name is looked up again although its publisher confirms it. Another publisher's claim may be missed
+/// for this long.
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// A publisher's claim on a name.
+/// A publisher's claim to a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Claim {
     publisher: PeerId,
     model: Hash,
-    /// The commit on the hub that the model is what a cache holds of.
+    /// The commit of the hub that the model is a cache's part of.
     commit: Option<Commit>,
 }
 
-/// The meaning of a name.
+/// The result of resolving a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Meaning {
     pub(crate) model: Hash,
-    /// The publisher that says so; `None` for a name that only this node remembers.
+    /// The publisher whose claim decided; `None` for a name that only this node remembers.
     pub(crate) publisher: Option<PeerId>,
-    /// All models that are claimed for one commit of the hub, each with a publisher, the one above first; empty if
-    /// there is just one. Each is what somebody's cache holds of the commit.
+    /// All models that are claimed for one commit of the hub, each with a publisher, the chosen one first. Each is
+    /// the part of the commit that a publisher's cache holds. Empty if there is only one model.
     pub(crate) parts: Vec<(Hash, PeerId)>,
 }
 
@@ -63,11 +66,11 @@ impl Meaning {
         }
     }
 
-    /// Combines claims that contradict each other in nothing but which part of a commit they have. Returns `None` if
-    /// they differ in more, or if there are none.
+    /// Combines claims that differ only in which part of a commit they are for. Returns `None` if they differ in
+    /// more, or if there are none.
     fn of(claims: &[Claim]) -> Option<Self> {
         let first = claims.first()?;
-        // Several who agree are as good as one.
+        // Publishers that agree count as one.
         if claims.iter().all(|claim| claim.model == first.model) {
             return Some(Self::one(first.model, Some(first.publisher)));
         }
@@ -92,7 +95,7 @@ impl Meaning {
 }
 
 impl Claim {
-    /// Returns the claim of a record, if it is a claim that holds.
+    /// Returns the claim in a record; `None` if the record is withdrawn or malformed.
     fn of(record: &Record) -> Option<Self> {
         if !record.subkey().is_empty() {
             return None;
@@ -106,7 +109,7 @@ impl Claim {
     }
 }
 
-/// The question of a look-up: a name's key, and the publisher that was asked for.
+/// The question of a lookup: the name's key, and the only accepted publisher, if any.
 type Question = (Vec<u8>, Option<PeerId>);
 
 /// The resolution of a name, and the publishers that were trusted at that time.
@@ -114,18 +117,19 @@ type Question = (Vec<u8>, Option<PeerId>);
 struct Known {
     claim: Claim,
     trusted: BTreeSet<PeerId>,
-    /// Time of the last look-up.
+    /// Time of the last lookup.
     looked: Instant,
 }
 
 #[derive(Debug)]
 struct Slot {
-    /// Held by whoever resolves the name.
+    /// Held by the task that resolves the name.
     known: Arc<tokio::sync::Mutex<Option<Known>>>,
     used: Instant,
 }
 
-/// Names that were resolved lately, for all who use the node: commands and API clients come and go.
+/// The names that were resolved recently. All users of the node share them, because commands and API clients come and
+/// go.
 #[derive(Debug, Default)]
 pub(crate) struct Resolved(Mutex<HashMap<Question, Slot>>);
 
@@ -136,7 +140,7 @@ impl Resolved {
             .0
             .lock()
             .expect("nothing panics while holding the lock");
-        slots.retain(|_, slot| now.duration_since(slot.used) < REMEMBER);
+        slots.retain(|_, slot| now.duration_since(slot.used) < REMEMBER_TIME);
         if slots.len() >= MAX_NAMES
             && !slots.contains_key(&question)
             && let Some(oldest) = slots.iter().min_by_key(|(_, slot)| slot.used)
@@ -153,7 +157,7 @@ impl Resolved {
     }
 }
 
-/// Returns true if the claims found so far are sure enough to end a look-up.
+/// Returns true if the claims found so far are certain enough to end a lookup.
 fn is_sure(
     claims: &[Claim],
     progress: Progress,
@@ -175,11 +179,11 @@ fn is_sure(
     progress.settled && agree && claims.iter().any(seen)
 }
 
-/// Returns what a name means. With `publisher`, only that publisher's word counts.
+/// Resolves a name. With `publisher`, only that publisher's claim counts.
 ///
 /// # Errors
-/// [`Error::NoSuchName`], or [`Error::Disconnected`] if there is nobody to ask; [`Error::SeveralPublishers`],
-/// [`Error::NotListed`], [`Error::Stopped`].
+/// [`Error::NoSuchName`], or [`Error::Disconnected`] if there is no peer to ask; [`Error::SeveralPublishers`];
+/// [`Error::NotListed`]; [`Error::Stopped`] after a shutdown.
 pub(crate) async fn resolve(
     node: &Node,
     name: &ModelName,
@@ -216,7 +220,7 @@ pub(crate) async fn resolve(
             commit: one.commit,
         })
         .collect();
-    // A name that is reserved for a registry's publishers means what they say, unless somebody's own word is asked for.
+    // A name that a registry reserves is resolved by its publishers alone, unless a publisher was given.
     if let (true, None, Some(registry)) = (
         claims.is_empty(),
         publisher,
@@ -227,14 +231,14 @@ pub(crate) async fn resolve(
             registry,
         });
     }
-    // No other publisher states a name that a registry lists: so the name is known at once, and also while cut off from
-    // all others.
+    // Other publishers' claims do not count for a name that a registry lists. The name is therefore resolved at once,
+    // even without a connection.
     let trusted = node.trusted().peers();
     if claims.is_empty() && (publisher.is_some() || listed.reserved.is_none()) {
         node.meet().await;
         claims = in_mesh(node, name, publisher, &trusted).await?;
     }
-    // Those who are trusted have the word, if they say anything.
+    // Claims of trusted publishers win over all others.
     let of_trusted = claims
         .iter()
         .filter(|claim| trusted.contains(&claim.publisher));
@@ -263,8 +267,8 @@ pub(crate) async fn resolve(
     }
 }
 
-/// Returns what a name means that this node publishes: its own word, and what connected machines add to it if it is of
-/// a commit of the hub, of which this node's cache may have a part only.
+/// Resolves a name that this node publishes: its own model, and further parts of the same commit of the hub from
+/// connected peers, because this node's cache may hold only a part of it.
 async fn with_other_parts(
     node: &Node,
     name: &ModelName,
@@ -285,7 +289,7 @@ async fn with_other_parts(
     Ok(Meaning::of(&claims).unwrap_or(Meaning::one(own.model, Some(own.publisher))))
 }
 
-/// Returns the claims of publishers in the mesh on a name.
+/// Returns the claims to a name of publishers in the mesh.
 async fn in_mesh(
     node: &Node,
     name: &ModelName,
@@ -298,7 +302,7 @@ async fn in_mesh(
     let peers = node.network().peers().await;
     let connected: HashSet<PeerId> = peers.iter().map(|info| info.peer).collect();
     if let Some(before) = known.take_if(|before| before.trusted == *trusted)
-        && before.looked.elapsed() < LOOK
+        && before.looked.elapsed() < LOOKUP_INTERVAL
         && connected.contains(&before.claim.publisher)
         && let Some(claim) = confirm(node, &key, before.claim.publisher, publisher, trusted).await?
     {
@@ -316,7 +320,7 @@ async fn in_mesh(
     };
     let records = node.dht().get_until(&key, is_enough).await?;
     let mut claims = claims_of(&mut records.iter());
-    // A node that was asked may have missed the latest word; the publisher has not.
+    // The nodes that were asked may lack the latest claim; the publisher does not.
     let first = claims
         .iter()
         .find(|claim| trusted.contains(&claim.publisher))
@@ -344,9 +348,9 @@ async fn in_mesh(
 
 /// A publisher's answer about a name.
 enum Word {
-    /// It claims the name for this model, or has withdrawn it.
+    /// The publisher claims the name for this model, or has withdrawn its claim.
     Says(Option<Claim>),
-    /// It does not answer, or knows nothing.
+    /// The publisher does not answer, or has no record of the name.
     Nothing,
 }
 
@@ -359,7 +363,8 @@ async fn ask(node: &Node, key: &[u8], publisher: PeerId) -> Result<Word, Error> 
     })
 }
 
-/// The connected publisher's latest word on a name that it was found to claim; `None` if that has to be looked up.
+/// Asks a connected publisher whether it still claims a name. Returns its claim, or `None` if the name has to be
+/// looked up.
 async fn confirm(
     node: &Node,
     key: &[u8],
@@ -367,7 +372,7 @@ async fn confirm(
     asked: Option<PeerId>,
     trusted: &BTreeSet<PeerId>,
 ) -> Result<Option<Claim>, Error> {
-    // This node may have heard of another claim since; unless one publisher's word is what counts.
+    // This node may have received another claim since. That does not matter if only one publisher's claim counts.
     if asked.is_none() && !trusted.contains(&by) {
         let heard = node.dht().ask(node.peer_id(), key).await?;
         let mut others = heard.iter().filter_map(Claim::of);
@@ -386,7 +391,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_look_up_ends_early_only_when_its_answer_is_sure() {
+    fn a_lookup_ends_early_only_when_its_answer_is_certain() {
         let (a, b) = (PeerId::random(), PeerId::random());
         let model = |n: u8| Hash::of(&[n]);
         let claim = |publisher, n| Claim {
@@ -398,14 +403,15 @@ mod tests {
         let (alone, connected) = (HashSet::new(), HashSet::from([a]));
         let at = |answers, settled| Progress { answers, settled };
         let both = [claim(a, 1), claim(b, 2)];
-        // A trusted publisher's record: at once if it can be asked for its latest, else when the prompt have answered.
+        // A trusted publisher's record: at once if the publisher can be asked for its latest, otherwise after all
+        // prompt answers.
         assert!(is_sure(&both, at(1, false), &set, &connected));
         assert!(!is_sure(&both, at(1, false), &set, &alone));
         assert!(is_sure(&both, at(1, true), &set, &alone));
         assert!(!is_sure(&both[1..], at(9, true), &set, &alone));
         // This node's own store alone is not enough.
         assert!(!is_sure(&both, at(0, true), &set, &connected));
-        // A connected publisher's, if nobody contradicts it.
+        // A connected publisher's record, if no other contradicts it.
         let same = [claim(a, 1), claim(b, 1)];
         assert!(is_sure(&same[..1], at(1, true), &nobody, &connected));
         assert!(is_sure(&same, at(2, true), &nobody, &connected));
@@ -435,10 +441,10 @@ mod tests {
             (meaning.model, meaning.publisher),
             (meaning.parts[0].0, Some(meaning.parts[0].1))
         );
-        // The same whatever order the claims come in.
+        // The same in whatever order the claims arrive.
         let turned: Vec<_> = parts.iter().rev().copied().collect();
         assert_eq!(Meaning::of(&turned).unwrap().model, meaning.model);
-        // Another commit, or none: they mean different things by the name.
+        // Another commit, or none: the publishers mean different models by the name.
         assert_eq!(Meaning::of(&[parts[0], claim(b, 2, commit(8))]), None);
         assert_eq!(Meaning::of(&[parts[0], claim(b, 2, None)]), None);
         assert_eq!(Meaning::of(&[claim(a, 1, None), claim(b, 2, None)]), None);
@@ -456,7 +462,7 @@ mod tests {
             resolved.slot((n.to_le_bytes().to_vec(), None));
         }
         assert_eq!(count(), MAX_NAMES);
-        tokio::time::advance(REMEMBER).await;
+        tokio::time::advance(REMEMBER_TIME).await;
         resolved.slot((Vec::new(), None));
         assert_eq!(count(), 1);
     }

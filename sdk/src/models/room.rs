@@ -1,4 +1,4 @@
-//! Room for models that are being fetched: holds on what must not go, and eviction of what may.
+//! Room for models that are being fetched: holds that prevent eviction, and eviction of other models.
 
 use std::{
     collections::HashSet,
@@ -15,16 +15,16 @@ use weft_blobs::{
 use crate::{Error, File, Hash, Manifest, Node, operation::blocking};
 
 impl Node {
-    /// Keeps a model, whose manifest may still be to come, from being collected or evicted.
+    /// Protects a model from garbage collection and eviction, even before its manifest is here.
     pub(crate) async fn hold(&self, model: Hash) -> Result<store::Hold, Error> {
         let store = self.store().clone();
         blocking(move || Ok(store.hold(model))).await
     }
 
-    /// Sets room aside for a model that is to be fetched into a folder, evicting others if need be.
+    /// Reserves room for a model that is to be fetched into a folder, and evicts other models if needed.
     ///
     /// # Errors
-    /// [`Error::QuotaExceeded`] if there cannot be enough.
+    /// [`Error::QuotaExceeded`] if there cannot be enough room.
     pub(crate) async fn make_room(
         &self,
         manifest: &Arc<Manifest>,
@@ -54,7 +54,7 @@ impl Node {
             };
             let files = || manifest.files().iter().enumerate();
             let mut needs: Vec<_> = files().filter_map(need).collect();
-            // What is made of tensors is there a second time.
+            // Files made of tensors need room in addition to the tensors.
             for (index, file) in files() {
                 if let Some(chosen) = selected.as_ref().and_then(|selected| selected.get(index))
                     && chosen.wanted != Wanted::Whole
@@ -73,10 +73,10 @@ impl Node {
         Ok(room)
     }
 
-    /// Sets room aside for so many bytes more of a file of a model, in the node's store, evicting others if need be.
+    /// Reserves room in the node's store for further bytes of a model's file, and evicts other models if needed.
     ///
     /// # Errors
-    /// [`Error::QuotaExceeded`] if there cannot be enough.
+    /// [`Error::QuotaExceeded`] if there cannot be enough room.
     pub(crate) async fn make_more_room(
         &self,
         model: Hash,
@@ -87,7 +87,7 @@ impl Node {
         let (store, home) = (self.store().clone(), self.home().to_owned());
         let (hash, size) = (file.blake3, file.size);
         let (room, evicted) = blocking(move || {
-            // What is here of it does not go to make room for more.
+            // The file's own model must not be evicted to make room for it.
             let _hold = store.hold(model);
             let need = Need::more(&store, hash, size, bytes);
             Ok(store.make_room(vec![need], &home, &published)?)
@@ -97,19 +97,22 @@ impl Node {
         Ok(room)
     }
 
-    /// Tells the mesh what has been evicted. Nobody waits for that: what is not withdrawn ends by itself.
+    /// Withdraws the records of evicted models, in the background: a record that is not withdrawn expires.
     fn withdraw(&self, evicted: Vec<store::Model>) {
         for model in evicted {
             let announcer = self.announcer().clone();
             self.spawn(async move {
                 if let Err(error) = announcer.withdraw(&model).await {
-                    tracing::debug!(model = %model.id, %error, "an evicted model is not withdrawn; it ends by itself");
+                    tracing::debug!(
+                        model = %model.id, %error,
+                        "cannot withdraw the records of an evicted model; they will expire"
+                    );
                 }
             });
         }
     }
 
-    /// The models that this node lists in registries: they stay.
+    /// Returns the models that this node lists in registries, which are never evicted.
     async fn listed_models(&self) -> Result<HashSet<Hash>, Error> {
         let store = self.store().clone();
         if blocking(move || Ok(store.quota()?)).await?.is_none() {
@@ -122,7 +125,7 @@ impl Node {
     }
 }
 
-/// The path without links, of a folder that need not be there yet.
+/// Returns the path without symbolic links, for a folder that need not exist.
 fn real(folder: &Path) -> PathBuf {
     for ancestor in folder.ancestors() {
         if let (Ok(real), Ok(rest)) = (ancestor.canonicalize(), folder.strip_prefix(ancestor)) {

@@ -1,4 +1,4 @@
-//! What this node keeps on its disk: tags, collection, the quota, and whether everything is still what it was.
+//! Storage of models: tags, garbage collection, the quota, and verification of what is on the disk.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -21,37 +21,37 @@ use crate::{
     operation::blocking,
 };
 
-/// What takes how many bytes of the disk.
+/// Disk usage by kind of content, in bytes; see [`Models::storage`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Storage {
-    /// Fetched files of models, in the home.
+    /// Fetched model files in the home.
     pub models: u64,
-    /// What has come of files that are not whole, in the home.
+    /// Fetched parts of incomplete files in the home.
     pub parts: u64,
-    /// Content of the store's own.
+    /// Content that is kept in the store itself, not in model files.
     pub owned: u64,
-    /// What a running `get` will still write in the home.
+    /// Bytes that running fetches will still write in the home.
     pub expected: u64,
-    /// Manifests, trees and the store's database.
+    /// Manifests, outboards and the store's database.
     pub metadata: u64,
-    /// Fetched files in folders that were chosen elsewhere. The quota does not count them.
+    /// Fetched files in folders outside the home. The quota does not count them.
     pub elsewhere: u64,
     /// Files that were added in place. The quota does not count them.
     pub in_place: u64,
-    /// How many bytes of fetched content may be in the home; `None` is no limit.
+    /// The quota: the most bytes of fetched content that the home may hold. `None` means no limit.
     pub quota: Option<u64>,
-    /// Bytes that are free on the disk.
+    /// Free bytes on the disk of the home.
     pub free: u64,
 }
 
 impl Storage {
-    /// What the quota counts: `models`, `parts`, `owned` and `expected`.
+    /// Returns the bytes that count against the quota: the sum of `models`, `parts`, `owned` and `expected`.
     pub fn counted(&self) -> u64 {
         self.models + self.parts + self.owned + self.expected
     }
 }
 
-/// Models that are to be verified; see [`Models::verify`].
+/// A request to verify models; see [`Models::verify`]. [`start`](Self::start) begins it.
 #[derive(Debug, Clone)]
 #[must_use = "nothing happens before start()"]
 pub struct Verify {
@@ -60,44 +60,44 @@ pub struct Verify {
     repair: bool,
 }
 
-/// What verifying is at.
+/// A phase of [`Models::verify`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VerifyPhase {
-    /// Reading what is here.
+    /// Reading and checking the content on this machine.
     Reading,
-    /// Fetching what was damaged.
+    /// Fetching damaged content again.
     Fetching,
 }
 
-/// How far verifying is.
+/// Progress of [`Models::verify`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VerifyProgress {
-    /// What it is at.
+    /// The current phase.
     pub phase: VerifyPhase,
-    /// Files to be read.
+    /// Number of files to read.
     pub files_total: u64,
-    /// Files read.
+    /// Number of files read.
     pub files_done: u64,
-    /// Bytes to be read.
+    /// Bytes to read.
     pub bytes_total: u64,
     /// Bytes read.
     pub bytes_done: u64,
 }
 
-/// What verifying came to.
+/// The result of [`Models::verify`].
 #[derive(Debug, Clone)]
 pub struct Verified {
-    /// Every file that should be here, each once, and every manifest that is not here.
+    /// Every file that should be here, once, and every manifest that is missing.
     pub files: Vec<VerifiedFile>,
-    /// Bytes that were read and checked: of part files those that should be right, and none of files that are missing
-    /// or changed.
+    /// Bytes that were read and checked. Of an incomplete file, only the bytes that should be here count; missing and
+    /// changed files do not count.
     pub bytes: u64,
-    /// Models of which not all that was damaged could be fetched, each with the reason.
+    /// Models of which some damaged content could not be fetched, each with the reason.
     pub failed: Vec<(Hash, String)>,
 }
 
 impl Verified {
-    /// The files that were read and checked: all but those that are missing or changed.
+    /// Returns the files that were read and checked: all except missing and changed ones.
     pub fn read(&self) -> impl Iterator<Item = &VerifiedFile> {
         let is_read = |condition| !matches!(condition, Condition::Missing | Condition::Changed);
         self.files
@@ -105,13 +105,13 @@ impl Verified {
             .filter(move |file| is_read(file.condition))
     }
 
-    /// The files in which bytes were damaged, repaired or not.
+    /// Returns the files with damaged bytes, whether repaired or not.
     pub fn damaged(&self) -> impl Iterator<Item = &VerifiedFile> {
         let is_damaged = |file: &&VerifiedFile| file.condition == Condition::Damaged;
         self.files.iter().filter(is_damaged)
     }
 
-    /// The files that are not as they should be, and were not repaired.
+    /// Returns the files that are missing, changed or damaged and were not repaired.
     pub fn problems(&self) -> impl Iterator<Item = &VerifiedFile> {
         let is_problem = |file: &&VerifiedFile| file.condition != Condition::Good && !file.repaired;
         self.files.iter().filter(is_problem)
@@ -121,28 +121,31 @@ impl Verified {
 /// A file that was verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedFile {
-    /// The model that lists it; of content that no model lists, its hash.
+    /// Id of the model that lists the file. For content that no model lists, its hash.
     pub model: Hash,
-    /// Its path in the model; empty for the model's manifest; of content that no model lists, its hash.
+    /// Path of the file in the model. Empty for the model's manifest. For content that no model lists, its hash.
     pub path: String,
-    /// Where it is, or was.
+    /// Path of the file on this machine.
     pub file: PathBuf,
-    /// What it was found to be.
+    /// Condition in which the file was found.
     pub condition: Condition,
-    /// It is right again, or its damaged bytes are no longer counted as here.
+    /// True if the file was repaired, or if its damaged bytes no longer count as being here.
     pub repaired: bool,
-    /// The bytes that were damaged, of which the first 256 ranges.
+    /// The first 256 damaged byte ranges.
     pub damaged: Vec<Range<u64>>,
-    /// How many bytes were damaged.
+    /// Number of damaged bytes.
     pub damaged_bytes: u64,
 }
 
 impl Models {
-    /// Keeps a model here under a tag, of 1 to 128 letters, digits and `. _ - / : @`: it is not removed, collected or evicted until the tag is removed.
-    /// `model` is a name, an id, or the first six or more digits of one.
+    /// Pins a model with a tag: the model is not removed, collected or evicted until the tag is removed.
+    ///
+    /// A tag has 1 to 128 letters, digits and `. _ - / : @`. `model` is a name, an id, or the first six or more
+    /// digits of an id.
     ///
     /// # Errors
-    /// [`Error::NoSuchModel`]; [`Error::Tag`] if the name cannot be one, or keeps another model.
+    /// [`Error::NoSuchModel`] if this node does not hold the model; [`Error::Tag`] if the tag is malformed, pins
+    /// another model, or there are [`MAX_TAGS`] tags already.
     pub async fn tag(&self, tag: &str, model: &str) -> Result<ModelInfo, Error> {
         let store = self.node().store().clone();
         let (tag, wanted) = (tag.to_owned(), model.to_owned());
@@ -154,29 +157,29 @@ impl Models {
         .await
     }
 
-    /// Removes a tag; the model that it kept.
+    /// Removes a tag. Returns the id of the model that it pinned.
     ///
     /// # Errors
-    /// [`Error::NoSuchTag`].
+    /// [`Error::NoSuchTag`] if no tag has this name.
     pub async fn untag(&self, tag: &str) -> Result<Hash, Error> {
         let (store, tag) = (self.node().store().clone(), tag.to_owned());
         blocking(move || Ok(store.untag(&tag)?)).await
     }
 
-    /// All tags, sorted by name.
+    /// Lists all tags, sorted by name.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`] if the store cannot be read.
     pub async fn tags(&self) -> Result<Vec<Tag>, Error> {
         let store = self.node().store().clone();
         blocking(move || Ok(store.tags()?)).await
     }
 
-    /// Deletes what no model needs, and forgets files that are gone or have changed; `dry_run`: only says what that would be. Files that were added in place are
-    /// never deleted.
+    /// Collects garbage: deletes content that no model needs, and forgets files that are missing or have changed.
+    /// With `dry_run`, only reports what it would do. Files that were added in place are never deleted.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`] if the store fails.
     pub async fn gc(&self, dry_run: bool) -> Result<Collected, Error> {
         let (node, store) = (self.node().clone(), self.node().store().clone());
         blocking(move || {
@@ -186,12 +189,14 @@ impl Models {
         .await
     }
 
-    /// As [`gc`](Self::gc), and also forgets files whose folder is gone, as after a copy of a model was deleted: on a
-    /// disk that is only away, they would have to be read again. A model that is whole in another folder lives there
-    /// from then on.
+    /// Collects garbage like [`gc`](Self::gc), and also forgets files whose folder is missing, such as a deleted copy
+    /// of a model.
+    ///
+    /// A model that is complete in another folder is served from there from then on. If the disk with the folder was
+    /// only absent, the files have to be read again when it returns.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`] if the store fails.
     pub async fn gc_gone(&self, dry_run: bool) -> Result<Collected, Error> {
         let (node, store) = (self.node().clone(), self.node().store().clone());
         blocking(move || {
@@ -201,10 +206,10 @@ impl Models {
         .await
     }
 
-    /// What takes how many bytes of the disk, by looking at each file.
+    /// Measures the disk usage by kind of content. Looks at each file.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`] if the store cannot be read.
     pub async fn storage(&self) -> Result<Storage, Error> {
         let (store, home) = (self.node().store().clone(), self.node().home().to_owned());
         blocking(move || {
@@ -224,17 +229,22 @@ impl Models {
         .await
     }
 
-    /// Changes how many bytes of fetched content may be in the home, also after a restart. What is here stays until a `get` needs room.
+    /// Sets the quota: the most bytes of fetched content that the home may hold. `None` means no limit. The quota is
+    /// stored in the home and survives a restart.
+    ///
+    /// Content above a lower quota stays until a `get` needs room.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`] if the store cannot be written.
     pub async fn set_quota(&self, quota: Option<u64>) -> Result<(), Error> {
         let store = self.node().store().clone();
         blocking(move || Ok(store.set_quota(quota)?)).await
     }
 
-    /// Reads every byte that is here of a model, and checks it; or with `None` every byte that is here of any content,
-    /// also of models that were only read. `model` is a name, an id, or the first six or more digits of one.
+    /// Verifies stored content: reads and checks every byte that is here. With `Some(model)`, verifies that model;
+    /// with `None`, all content, including that of models which were only read and never fetched to a folder.
+    ///
+    /// `model` is a name, an id, or the first six or more digits of an id.
     pub fn verify(&self, model: Option<&str>) -> Verify {
         Verify {
             node: self.node().clone(),
@@ -245,14 +255,14 @@ impl Models {
 }
 
 impl Verify {
-    /// Whether to repair what can be. Default: yes. Of files that were fetched, what is damaged is fetched again; trees are rebuilt. Files that were added in
-    /// place are never touched.
+    /// Sets whether to repair damage. Default: yes. Damaged content of fetched files is fetched again, and outboards
+    /// are rebuilt. Files that were added in place are never touched.
     pub fn repair(mut self, repair: bool) -> Self {
         self.repair = repair;
         self
     }
 
-    /// Begins. Dropping the operation stops it; what is repaired stays so.
+    /// Starts the verification. Dropping the operation stops it; completed repairs stay.
     pub fn start(self) -> Operation<VerifyProgress, Verified> {
         let progress = Arc::new(Progress::default());
         let fetching = Arc::new(AtomicBool::new(false));
@@ -306,12 +316,12 @@ impl Verify {
             let model = models.iter().find(|model| model.id == *id);
             model.map(|model| model.root.clone())
         };
-        // What the store itself owns is fetched when it is read again.
+        // Content that the store owns is fetched when it is read again.
         let in_a_model = |one: &&Checked| {
             one.action == Action::Reopened
                 && root(&one.model).is_some_and(|root| one.file.starts_with(root))
         };
-        // Of each model the files that are damaged; of one without a manifest, that.
+        // The damaged files of each model. An empty set means that the manifest is missing.
         let mut to_fetch: BTreeMap<Hash, HashSet<String>> = BTreeMap::new();
         for one in checked.iter().filter(in_a_model) {
             let paths = to_fetch.entry(one.model).or_default();
@@ -351,7 +361,7 @@ impl Verify {
         Ok(verified)
     }
 
-    /// Fetches files of a model where it is.
+    /// Fetches files of a model into its folder; without `paths`, fetches the manifest.
     async fn fetch(&self, id: Hash, root: PathBuf, paths: HashSet<String>) -> Result<(), Error> {
         if paths.is_empty() {
             let found = Found::new(&self.node, Target::Id(id), None).await?;
@@ -376,7 +386,7 @@ fn no_manifest(model: Hash) -> VerifiedFile {
     }
 }
 
-/// Tells reading threads to stop when the work that waits for them is dropped.
+/// Tells the reading threads to stop when the operation is dropped.
 struct StopOnDrop(Arc<Progress>);
 
 impl Drop for StopOnDrop {

@@ -1,4 +1,4 @@
-//! What `get` takes: a name, an id or a ticket.
+//! Targets, which identify a model: a name, an id or a ticket.
 
 use std::{fmt, str::FromStr};
 
@@ -12,50 +12,54 @@ use crate::{
     discovery::addresses::{decode_given, encode},
 };
 
-/// What a ticket begins with.
+/// Prefix of a ticket.
 const SCHEME: &str = "weft:";
 
-/// The format's version, the first byte of what is encoded.
+/// Version of the format: the first encoded byte.
 const VERSION: u8 = 1;
 
-/// Bytes of the checksum at the end, so that a ticket cut short or mistyped is told from one whose peers are gone.
+/// Bytes of the checksum at the end. It distinguishes a truncated or mistyped ticket from one whose peers are gone.
 const CHECKSUM: usize = 4;
 
-/// Peers read from a ticket, and addresses of each.
+/// The most peers that are read from a ticket.
 const MAX_PEERS: usize = 16;
 
-/// A model to fetch.
+/// Identifies a model; for [`Models::get`](crate::Models::get) and [`Models::open`](crate::Models::open).
+///
+/// It is parsed from text: `org/name` or `org/name@revision`, an id of 64 hex digits, or a ticket that begins with
+/// `weft:`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
-    /// By name, through the records of its publishers.
+    /// A model name, resolved through registries and the records of publishers.
     Name(ModelName),
-    /// By the manifest's hash, from providers that the DHT knows.
+    /// A model id; providers are found in the DHT.
     Id(Hash),
-    /// By the manifest's hash, from the peers that the ticket names. Works with no DHT.
+    /// A ticket with the model's id and addresses of peers. Works without the DHT.
     Ticket(Ticket),
 }
 
-/// The text is neither name, id nor ticket.
+/// The error of parsing a target.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseTargetError {
-    /// It has the form of a name, and is none.
+    /// The text looks like a name, and is malformed.
     #[error(transparent)]
     Name(#[from] ParseNameError),
-    /// It begins like a ticket, and is none.
-    #[error("the ticket is damaged: {0}; copy it again, whole")]
+    /// The text begins like a ticket, and is damaged.
+    #[error("the ticket is damaged: {0}; copy the whole ticket again")]
     Ticket(&'static str),
-    /// It has none of the forms.
+    /// The text has none of the forms of a target.
     #[error("{0:?} is neither a name (org/name), an id (64 hex digits) nor a ticket (weft:...)")]
     Other(String),
 }
 
-/// A URI that names a model and the peers to fetch it from.
+/// A model id and addresses of peers that provide the model, as a text that begins with `weft:`. A ticket works
+/// without the DHT.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ticket {
-    /// The manifest's hash.
+    /// Id of the model.
     pub model: Hash,
-    /// Who has it, and where they can be reached.
+    /// The providers, each with its addresses.
     pub peers: Vec<(PeerId, Vec<Multiaddr>)>,
 }
 
@@ -105,10 +109,9 @@ impl FromStr for Ticket {
             return Err(damaged("its checksum is wrong"));
         }
         let message = match body {
-            [VERSION, message @ ..] => {
-                wire::Ticket::decode(message).map_err(|_| damaged("it cannot be read"))?
-            }
-            _ => return Err(damaged("it is of another version")),
+            [VERSION, message @ ..] => wire::Ticket::decode(message)
+                .map_err(|_| damaged("its content cannot be decoded"))?,
+            _ => return Err(damaged("its version is not supported")),
         };
         let peers = message
             .peers
@@ -122,7 +125,7 @@ impl FromStr for Ticket {
             .collect::<Option<_>>()
             .ok_or(damaged("a peer in it is malformed"))?;
         Ok(Self {
-            model: Hash::from_slice(&message.manifest).ok_or(damaged("it names no model"))?,
+            model: Hash::from_slice(&message.manifest).ok_or(damaged("it contains no model id"))?,
             peers,
         })
     }
@@ -174,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn each_form_is_told_from_the_others() {
+    fn names_ids_and_tickets_are_told_apart() {
         let ticket = ticket();
         assert_eq!(
             ticket.to_string().parse(),
@@ -197,7 +200,7 @@ mod tests {
             let mut bytes = text.clone().into_bytes();
             bytes[at] = if bytes[at] == b'a' { b'b' } else { b'a' };
             let changed = String::from_utf8(bytes).unwrap();
-            // The last digit carries unused bits: changed, it may still be the same ticket.
+            // The last digit has unused bits, so a changed digit may give the same ticket.
             if changed.parse::<Target>().is_ok() {
                 assert_eq!(changed.parse::<Ticket>(), text.parse());
             }

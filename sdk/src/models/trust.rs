@@ -1,4 +1,4 @@
-//! Whose word this node takes: publishers whose names win over those of others.
+//! Trusted publishers, whose names win over those of others.
 
 use std::{
     collections::BTreeSet,
@@ -14,10 +14,10 @@ use crate::{
     operation::blocking,
 };
 
-/// Publishers that may be trusted.
+/// The most publishers that may be trusted.
 const MAX_TRUSTED: usize = 4096;
 
-/// The list, and where it is kept.
+/// The list of trusted publishers, and its file.
 #[derive(Debug)]
 pub(crate) struct Trusted {
     path: PathBuf,
@@ -25,7 +25,7 @@ pub(crate) struct Trusted {
 }
 
 impl Trusted {
-    /// What the file says, a PeerId a line; nobody if there is none.
+    /// Reads the file, which has one PeerId on each line. The list is empty if there is no file.
     pub(crate) fn open(path: &Path) -> Result<Self, HomeError> {
         let lines = lines::read(path).map_err(io_error("cannot read", path))?;
         let peers = lines.iter().map(|line| {
@@ -48,7 +48,7 @@ impl Trusted {
             .clone()
     }
 
-    /// Changes the list, on disk before in memory; what it is then. Blocks.
+    /// Changes the list on disk, and then in memory. Returns the new list. Blocks.
     fn change(&self, add: &[PeerId], remove: &[PeerId]) -> Result<BTreeSet<PeerId>, HomeError> {
         let mut peers = self
             .peers
@@ -71,7 +71,7 @@ impl Trusted {
     }
 }
 
-/// Whose names win over those of others; [`Node::trust`]. Kept in the home.
+/// The trusted publishers, whose names win over those of others; see [`Node::trust`]. The list is kept in the home.
 #[derive(Debug, Clone)]
 pub struct Trust {
     node: Node,
@@ -82,15 +82,15 @@ impl Trust {
         Self { node }
     }
 
-    /// Who is trusted.
+    /// Returns the trusted publishers.
     pub fn list(&self) -> Vec<PeerId> {
         self.node.trusted().peers().into_iter().collect()
     }
 
-    /// Trusts some, and others no more; who is trusted then.
+    /// Adds publishers to the list and removes others. Returns the new list.
     ///
     /// # Errors
-    /// [`Error::Home`] if the list cannot be written, and is as it was.
+    /// [`Error::Home`] if the list would be too long or cannot be written. Then it is unchanged.
     pub async fn change(
         &self,
         add: impl IntoIterator<Item = PeerId>,

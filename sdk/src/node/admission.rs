@@ -1,5 +1,5 @@
-//! The streams that peers may open to this node: how many are answered at a time, in all, for one network and for one
-//! peer. A stream over a limit is reset, and the peer asks another node.
+//! Limits on the streams that peers open to this node: in all, for one network group and for one peer. A stream over
+//! a limit is reset, and the peer asks another node.
 
 use std::sync::Arc;
 
@@ -10,29 +10,29 @@ use weft_net::{Incoming, LimitUse, Place, Shares, Stream as NetStream};
 
 use crate::swarm::bandwidth::Bandwidth;
 
-/// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
+/// Streams on which models are sent, at a time, to all peers. Each holds two buffers of 1 MiB.
 const MAX_SERVED: usize = 128;
-/// Streams served at a time to one peer.
+/// Streams on which models are sent, at a time, to one peer.
 const MAX_SERVED_PER_PEER: usize = 8;
 
-/// Streams on which peers say what they have of a model at a time. Each holds one message, at most 256 KiB.
+/// Streams on which peers exchange bitfields of a model, at a time. Each holds one message of at most 256 KiB.
 const MAX_EXCHANGES: usize = 512;
-/// One for each model that both fetch or have.
+/// One stream for each model that both nodes fetch or have.
 const MAX_EXCHANGES_PER_PEER: usize = 16;
 
-/// Streams on which peers speak of documents at a time. Each holds one message, at most 2 MiB.
+/// Streams on which peers exchange documents, at a time. Each holds one message of at most 2 MiB.
 const MAX_DOCUMENT_STREAMS: usize = 128;
-/// One, one more on a better path, and those of a run that has crashed.
+/// One stream, one more on a better path, and those left over from a run of the peer that has crashed.
 const MAX_DOCUMENT_STREAMS_PER_PEER: usize = 4;
 
-/// The streams that are answered now. Calls count their own.
+/// The streams that are being answered. Calls have limits of their own.
 #[derive(Debug)]
 pub(super) struct Admission {
-    /// Models are served on them.
+    /// Streams on which models are sent.
     pub(super) transfers: Shares,
-    /// Peers say on them what they have of a model.
+    /// Streams on which peers exchange bitfields of a model.
     pub(super) exchanges: Shares,
-    /// Peers speak of documents on them.
+    /// Streams on which peers exchange documents.
     pub(super) documents: Shares,
 }
 
@@ -47,7 +47,7 @@ impl Default for Admission {
 }
 
 impl Admission {
-    /// Every limit on these streams, and its use.
+    /// Returns every limit on these streams, with its current use.
     pub(super) fn limits(&self) -> impl Iterator<Item = LimitUse> {
         let transfers =
             self.transfers
@@ -64,7 +64,7 @@ impl Admission {
     }
 }
 
-/// Answers every stream that peers open, as many as may be open.
+/// Answers the streams that peers open, within the limits of `served`.
 pub(super) async fn serve_all<F, Fut>(mut incoming: Incoming, served: Shares, serve: F)
 where
     F: Fn(NetStream) -> Fut,
@@ -79,8 +79,8 @@ where
                 let permit = match served.take(peer, Place::of(stream.path())) {
                     Ok(permit) => permit,
                     Err(full) => {
-                        // Dropped, and so reset: the peer asks another provider.
-                        tracing::debug!(%peer, protocol = %stream.protocol(), %full, "a stream is refused");
+                        // Dropping the stream resets it: the peer asks another provider.
+                        tracing::debug!(%peer, protocol = %stream.protocol(), %full, "refused a stream: limit reached");
                         continue;
                     }
                 };
@@ -92,13 +92,13 @@ where
                 };
                 streams.spawn(serving.instrument(span));
             }
-            // How they ended is their affair.
+            // Each stream logs its own end.
             Some(_) = streams.join_next() => {}
         }
     }
 }
 
-/// Sends a peer what it asks for of models.
+/// Sends a peer the parts of models that it asks for on `stream`.
 pub(super) async fn serve_transfer(store: Store, bandwidth: Arc<Bandwidth>, stream: NetStream) {
     let peer = stream.peer();
     let limits = bandwidth.upload_of(peer);

@@ -1,4 +1,4 @@
-//! How a node is started.
+//! Configuring and starting a node.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,9 @@ use crate::{
     operation::blocking, registry::Followed, rpc::CallLimits,
 };
 
-/// What a node is to be; see [`Node::builder`].
+/// Configures and starts a node; made by [`Node::builder`].
+///
+/// All settings are optional. [`spawn`](Self::spawn) starts the node.
 #[derive(Debug, Clone, Default)]
 pub struct Builder {
     home: Option<PathBuf>,
@@ -38,125 +40,141 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// The folder that holds the node's identity and store; one node at a time. Default: [`default_home`].
+    /// Sets the folder that holds the node's key, store and databases. One node at a time can use a home. Default:
+    /// [`default_home`].
     pub fn home(mut self, path: impl Into<PathBuf>) -> Self {
         self.home = Some(path.into());
         self
     }
 
-    /// Where to listen, as in `/ip4/0.0.0.0/tcp/9338` or `/ip6/::/udp/9338/quic-v1`. An address that is taken is an error then. Default:
-    /// TCP and QUIC on all interfaces, port 9338, or a free one if that is taken.
+    /// Adds addresses to listen on, such as `/ip4/0.0.0.0/tcp/9338` or `/ip6/::/udp/9338/quic-v1`. If one of them is
+    /// in use, [`spawn`](Self::spawn) fails. Default: TCP and QUIC on all interfaces, on port 9338, or on a free port
+    /// if 9338 is in use.
     pub fn listen(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
         self.listen.get_or_insert_default().extend(addresses);
         self
     }
 
-    /// Addresses that lead here from outside, such as a forwarded port's.
+    /// Adds external addresses at which peers reach this node, such as that of a forwarded port. Default: none.
     pub fn external(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
         self.external.extend(addresses);
         self
     }
 
-    /// Nodes to join the mesh through; each ends in `/p2p/<PeerId>`. Unreachable ones are tried again, up to every minute.
+    /// Adds nodes to join the mesh through; each address ends in `/p2p/<PeerId>`. An unreachable node is tried again,
+    /// with a backoff of up to one minute. Default: none.
     pub fn bootstrap(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
         self.bootstrap.extend(addresses);
         self
     }
 
-    /// Relays to hold places on, before those that are found; each ends in `/p2p/<PeerId>`. A node that is reached over IPv4 at TCP port 443, which every network lets out, uses none.
+    /// Adds relays on which the node holds reservations, before it uses relays that it discovers; each address ends
+    /// in `/p2p/<PeerId>`. Default: none.
+    ///
+    /// A node that peers reach over IPv4 on TCP port 443 uses no relay, because every network lets that port out.
     pub fn relays(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
         self.relays.extend(addresses);
         self
     }
 
-    /// Whether to relay for others. Default: once strangers have reached this node.
+    /// Sets whether this node relays connections for others. Default: it begins once peers outside its own networks
+    /// have reached it.
     pub fn relay_server(mut self, serve: RelayServer) -> Self {
         self.relay_server = serve;
         self
     }
 
-    /// Sets the limits on relaying for others. Under [`RelayServer::Auto`], the default limits stand for small ones: a
-    /// node that nobody asked to relay gives 1 MiB/s and 10 GiB a day.
+    /// Sets the limits on relaying for others. Under [`RelayServer::Auto`], the default limits mean small ones, 1
+    /// MiB/s and 10 GiB a day, because the node's owner did not ask it to relay.
     pub fn relay_limits(mut self, limits: RelayLimits) -> Self {
         self.relay_limits = limits;
         self
     }
 
-    /// Whether to open direct connections beside relayed ones. Default: yes. Without it, connections through relays stay there.
+    /// Sets whether to open direct connections in place of relayed ones by hole punching. Default: yes. Without hole
+    /// punching, a relayed connection stays relayed.
     pub fn hole_punching(mut self, on: bool) -> Self {
         self.no_hole_punching = !on;
         self
     }
 
-    /// Whether to ask the gateway of our network to forward our ports (PCP, NAT-PMP, UPnP). Default: yes.
+    /// Sets whether to ask the local gateway to forward the node's ports (PCP, NAT-PMP or UPnP). Default: yes.
     pub fn port_mapping(mut self, on: bool) -> Self {
         self.no_port_mapping = !on;
         self
     }
 
-    /// Whether to find nodes on the local network by multicast DNS. Default: yes.
+    /// Sets whether to find nodes on the local network by multicast DNS. Default: yes.
     pub fn mdns(mut self, on: bool) -> Self {
         self.no_mdns = !on;
         self
     }
 
-    /// What strangers can make the node hold and do.
+    /// Sets the limits on what peers can make the node hold and do. Default: [`Limits::default`].
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// What calls from others can make the node hold and do.
+    /// Sets the limits on what callers can make the node hold and do. Default: [`CallLimits::default`].
     pub fn call_limits(mut self, limits: CallLimits) -> Self {
         self.call_limits = limits;
         self
     }
 
-    /// How fast content may come and go. Default: no limit. [`Node::set_rates`] changes it while the node runs.
+    /// Sets the limits on the rates of content, in bytes per second. Default: no limit. [`Node::set_rates`] changes
+    /// them while the node runs.
     pub fn rates(mut self, rates: Rates) -> Self {
         self.rates = rates;
         self
     }
 
-    /// How many bytes of fetched content may be in the home, from now on; `None` is no limit. [`Models::set_quota`](crate::Models::set_quota) changes it while the node runs.
-    /// Default: what it was when the node ran last, and at first no limit.
+    /// Sets the quota: the most bytes of fetched content that the home may hold. `None` means no limit. Default: the
+    /// quota of the node's last run; no limit on its first run.
+    ///
+    /// The quota is stored in the home. [`Models::set_quota`](crate::Models::set_quota) changes it while the node
+    /// runs.
     pub fn quota(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.quota = Some(bytes.into());
         self
     }
 
-    /// Whom the node has to do with at all. Default: everybody. [`Node::set_access`] changes it while the node runs.
+    /// Sets the allow and block lists, which decide which peers and networks the node exchanges anything with.
+    /// Default: all peers are allowed. [`Node::set_access`] changes the lists while the node runs.
     pub fn access(mut self, access: Access) -> Self {
         self.access = access;
         self
     }
 
-    /// A certificate for secure WebSocket, for browsers and proxies that check it. Default: one is made up, which other nodes take.
+    /// Sets the TLS certificate for secure WebSocket, for browsers and proxies that verify it. Default: a self-signed
+    /// certificate, which other nodes accept.
     pub fn certificate(mut self, certificate: Certificate) -> Self {
         self.certificate = Some(certificate);
         self
     }
 
-    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. Default: no
-    /// web page may connect, because a page in a browser on this machine would be a peer from here.
+    /// Sets the origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any.
+    /// Default: no web page may connect, because a page in a browser on this machine would count as a local peer.
     pub fn ws_origins(mut self, origins: Vec<String>) -> Self {
         self.ws_origins = origins;
         self
     }
 
-    /// Networks of reverse proxies ([`Rule::Network`]). Each connection from there has to say where it really comes
-    /// from, by the PROXY protocol or in `X-Forwarded-For`, and counts there in limits and lists; others are refused.
-    /// Default: none.
+    /// Sets the networks of trusted reverse proxies ([`Rule::Network`]). Default: none.
+    ///
+    /// Each connection from such a network has to give its real source, by the PROXY protocol or in
+    /// `X-Forwarded-For`. Limits and access lists apply to that source. A connection that gives no source is refused.
     pub fn trusted_proxies(mut self, networks: Vec<Rule>) -> Self {
         self.trusted_proxies = networks;
         self
     }
 
-    /// Starts the node; it listens when this returns.
+    /// Starts the node. The node listens when this returns. Must be called within a Tokio runtime.
     ///
     /// # Errors
-    /// [`Error::Home`] if another process runs a node there, [`Error::Network`] if an address cannot be used, [`Error::Store`] if the
-    /// store cannot be opened.
+    /// [`Error::Home`] if the home cannot be used, for example because another process runs a node there;
+    /// [`Error::Network`] if an address cannot be used; [`Error::Store`] if the store cannot be opened;
+    /// [`Error::Disk`] if the stored records cannot be opened; [`Error::Document`] if the documents cannot be opened.
     pub async fn spawn(self) -> Result<Node, Error> {
         let path = match self.home {
             Some(path) => path,
@@ -206,7 +224,7 @@ impl Builder {
         config.certificate = self.certificate;
         config.ws_origins = self.ws_origins;
         config.trusted_proxies = self.trusted_proxies;
-        // Only a node that has somebody to wait for waits.
+        // Only a node that expects peers waits for them.
         let expects_peers =
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;

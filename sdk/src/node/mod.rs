@@ -1,4 +1,4 @@
-//! The node: what the parts make together.
+//! The node: owns all parts, and hands out handles to them.
 
 mod admission;
 pub(crate) mod builder;
@@ -21,7 +21,7 @@ use weft_net::{
 use self::admission::Admission;
 use crate::{
     Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
-    discovery::{advertise::Advertiser, find::Discovery, whereabouts},
+    discovery::{advertise::Advertiser, find::Discovery, known_addresses},
     documents::Driver,
     home::Home,
     models::{
@@ -37,10 +37,13 @@ use crate::{
     topics,
 };
 
-/// How long after its start a node waits to meet the mesh.
-const MEET: Duration = Duration::from_secs(5);
+/// The longest wait for a first peer of the DHT after the node's start.
+const MEET_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A running node. Cheap to clone; it stops when the last clone and the last [`Operation`](crate::Operation) are gone.
+/// A running node.
+///
+/// A node is cheap to clone. It stops when its last clone and the last [`Operation`](crate::Operation) are dropped,
+/// or on [`shutdown`](Self::shutdown). The handles that its methods return hold a clone.
 #[derive(Debug, Clone)]
 pub struct Node {
     inner: Arc<Inner>,
@@ -53,16 +56,16 @@ struct Inner {
     store: Store,
     advertiser: Advertiser,
     announcer: Announcer,
-    /// For calls to others.
+    /// Sessions for calls to other nodes.
     sessions: Sessions,
-    /// For calls from others.
+    /// Services that this node offers to other nodes.
     offered: Offered,
     serving: Serving,
     discovery: Discovery,
     topics: Mutex<topics::KnownTopics>,
     services: services::KnownServices,
     resolved: Resolved,
-    /// Where what the node does by itself runs.
+    /// The runtime on which background work runs.
     runtime: Handle,
     admission: Admission,
     hub: Hub,
@@ -74,73 +77,73 @@ struct Inner {
     trusted: Trusted,
     followed: Arc<Followed>,
     started: Instant,
-    /// There are bootstrap nodes, or such as were known before, or mDNS may find some.
+    /// True if bootstrap nodes or relays were given, peers of an earlier run are known, or mDNS may find some.
     expects_peers: bool,
     leases: Leases,
-    /// What runs beside: ends when this is dropped.
+    /// Background tasks; they are aborted when this is dropped.
     tasks: Mutex<JoinSet<()>>,
-    /// Last, so that the home is free only when all else is gone.
+    /// Dropped last, so that the home is free only when everything else is gone.
     home: Home,
 }
 
-/// What a node is doing.
+/// A node's identity, addresses and activity; see [`Node::status`].
 #[derive(Debug, Clone)]
 pub struct Status {
-    /// Its id.
+    /// Identifier of the node, derived from its key.
     pub peer_id: PeerId,
-    /// Its home folder.
+    /// Folder that holds the node's key, its store and its databases.
     pub home: PathBuf,
-    /// Addresses that others can dial, each ending in `/p2p/<PeerId>`.
+    /// Addresses that peers can dial, each ending in `/p2p/<PeerId>`.
     pub addresses: Vec<Multiaddr>,
-    /// Since it started.
+    /// Time since the node started.
     pub uptime: Duration,
-    /// Peers connected to.
+    /// Number of connected peers.
     pub peers: usize,
-    /// The bootstrap nodes and relays that were given, and why those that cannot be reached cannot.
+    /// The given bootstrap nodes and relays, each with the error if it cannot be reached.
     pub bootstrap: Vec<BootstrapPeer>,
-    /// Nodes in the DHT's routing table.
+    /// Number of nodes in the DHT's routing table.
     pub dht_nodes: usize,
-    /// Statements kept for the DHT.
+    /// Number of records that this node stores for the DHT.
     pub dht_records: usize,
-    /// Models held, whole or in part.
+    /// Number of held models, whole or in part.
     pub models: usize,
-    /// The sum of their sizes in bytes.
+    /// Total size of the held models, in bytes. A model counts in full even if only a part of it is here.
     pub model_bytes: u64,
-    /// The disk of the home is full: the node serves what it has, and takes little or nothing in. Looked at every 30
-    /// seconds while it is so.
+    /// True if the disk of the home is full. The node then serves the content it has, and accepts little or no new
+    /// content. The disk is looked at again every 30 seconds while it is full.
     pub disk_full: bool,
-    /// Limits that are lower than asked for, because this process may open too few files.
+    /// Limits that are lower than requested, because the process may open too few files.
     pub lowered_limits: Option<LoweredLimits>,
 }
 
 impl Node {
-    /// How a node is started.
+    /// Returns a builder, which configures and starts a node.
     pub fn builder() -> Builder {
         Builder::default()
     }
 
-    /// The node's id.
+    /// Returns the node's identifier.
     pub fn peer_id(&self) -> PeerId {
         self.inner.network.local_peer()
     }
 
-    /// The node's home folder.
+    /// Returns the node's home folder.
     pub fn home(&self) -> &Path {
         self.inner.home.path()
     }
 
-    /// Returns true if the disk of the home was full when the node last looked: at its start, and when something was to
-    /// be removed.
+    /// Returns true if the disk of the home was full when the node last looked. It looks at its start, before a
+    /// removal, and every 30 seconds while the disk is full.
     pub fn is_disk_full(&self) -> bool {
         self.inner.home.reserve().is_full()
     }
 
-    /// Sees to it that what makes room on the disk can itself be written. Blocks.
+    /// Frees the reserve if the disk is full, so that the database writes of a removal succeed. Blocks.
     pub(crate) fn make_room_to_remove(&self) {
         self.inner.home.reserve().make_room();
     }
 
-    /// What it is doing.
+    /// Returns the node's identity, addresses and activity.
     ///
     /// # Errors
     /// [`Error::Store`] if the store cannot be read, [`Error::Stopped`] after a shutdown.
@@ -163,7 +166,7 @@ impl Node {
         })
     }
 
-    /// Addresses that others can dial, each ending in `/p2p/<PeerId>`.
+    /// Returns the addresses that peers can dial, each ending in `/p2p/<PeerId>`.
     pub async fn addresses(&self) -> Vec<Multiaddr> {
         let peer = self.peer_id();
         let addresses = self.inner.network.addresses().all;
@@ -173,19 +176,20 @@ impl Node {
             .collect()
     }
 
-    /// The bootstrap nodes and relays that were given, and why those that cannot be reached cannot.
+    /// Returns the given bootstrap nodes and relays, each with the error if it cannot be reached.
     pub async fn bootstrap(&self) -> Vec<BootstrapPeer> {
         self.inner.network.bootstrap().await
     }
 
-    /// The error for what was not found, if this node is connected to nobody: then it cannot know whether there is such
-    /// a thing. `error` otherwise.
+    /// Returns [`Error::Disconnected`] if this node has no connected peer: it then cannot know whether the thing
+    /// exists. Returns `error` otherwise.
     pub(crate) async fn not_found(&self, error: Error) -> Error {
         self.is_connected().await.err().unwrap_or(error)
     }
 
+    /// Checks that this node has a connected peer.
     /// # Errors
-    /// [`Error::Disconnected`] if this node is connected to nobody.
+    /// [`Error::Disconnected`] if this node has no connected peer.
     pub(crate) async fn is_connected(&self) -> Result<(), Error> {
         match self.inner.network.peers().await.is_empty() {
             true => Err(Error::Disconnected(self.bootstrap().await)),
@@ -193,18 +197,20 @@ impl Node {
         }
     }
 
-    /// Who it is connected to.
+    /// Returns the connected peers, those with the nearest kind of path first.
     pub async fn peers(&self) -> Vec<PeerInfo> {
         let mut peers = self.inner.network.peers().await;
         peers.sort_by_key(|peer| (peer.path.kind, peer.peer));
         peers
     }
 
-    /// Connects to a peer at any of `addresses` (without `/p2p`), or where it says in the DHT that it is; the path is the best there is now, and may be
-    /// replaced by a better one.
+    /// Connects to a peer, or returns the path of the connection that is open already.
+    ///
+    /// Dials `addresses` (without `/p2p`) first. If none of them works, looks up the peer's addresses in the DHT and
+    /// dials those. The returned path is the best one available now; a better one may replace it later.
     ///
     /// # Errors
-    /// [`Error::Connect`], after a little more than a minute at the latest.
+    /// [`Error::Connect`] if no address works, after a little more than a minute at the latest.
     pub async fn connect(
         &self,
         peer: PeerId,
@@ -212,7 +218,7 @@ impl Node {
     ) -> Result<NetPath, Error> {
         let network = &self.inner.network;
         if peer == self.peer_id() {
-            let reason = "it is this node itself".to_owned();
+            let reason = "it is this node's own id".to_owned();
             return Err(ConnectError::Failed { peer, reason }.into());
         }
         let given: Vec<_> = addresses.into_iter().collect();
@@ -222,7 +228,7 @@ impl Node {
             Err(error) => error,
         };
         self.meet().await;
-        let found = whereabouts::find(&self.inner.dht, &peer).await;
+        let found = known_addresses::find(&self.inner.dht, &peer).await;
         let found = found.map_err(|_| Error::Stopped)?;
         if found.is_empty() {
             return Err(error.into());
@@ -230,16 +236,16 @@ impl Node {
         Ok(network.connect(peer, found).await?)
     }
 
-    /// Measures the round trip to a peer over the best path, connecting to it if need be.
+    /// Measures the round-trip time to a peer over the best path, and connects to the peer first if needed.
     ///
     /// # Errors
-    /// [`Error::Connect`], [`Error::Ping`].
+    /// [`Error::Connect`] if the peer cannot be reached, [`Error::Ping`] if it does not answer.
     pub async fn ping(&self, peer: PeerId) -> Result<(Duration, NetPath), Error> {
         self.connect(peer, Vec::new()).await?;
         Ok(self.inner.network.ping(peer).await?)
     }
 
-    /// What is known of how others reach this node.
+    /// Returns what the node knows about its reachability: NAT, port mappings, relays and external addresses.
     ///
     /// # Errors
     /// [`Error::Stopped`] after a shutdown.
@@ -248,16 +254,16 @@ impl Node {
         known.ok_or(Error::Stopped)
     }
 
-    /// Returns how this machine's clock compares with those of the connected peers: the median over several networks.
-    /// `None` if there are too few of them to tell, or once the node has stopped.
+    /// Returns the difference between this machine's clock and those of the connected peers: the median over several
+    /// networks. Returns `None` if there are too few networks to tell, or after the node has stopped.
     ///
-    /// Records live by the clock. If [`ClockDifference::is_wrong`] says so, others take what this node states for
-    /// expired or for too long-lived, and this node takes what others state for that.
+    /// Records expire by the clock. If [`ClockDifference::is_wrong`] returns true, peers take this node's records as
+    /// expired or as too long-lived, and this node misjudges theirs in the same way.
     pub async fn clock(&self) -> Option<ClockDifference> {
         self.inner.network.clock().await
     }
 
-    /// Every limit on what others can make this node hold and do, and what it comes to.
+    /// Returns every limit on what peers can make this node hold and do, each with its current use.
     ///
     /// # Errors
     /// [`Error::Stopped`] after a shutdown.
@@ -287,7 +293,7 @@ impl Node {
         Ok(limits)
     }
 
-    /// Whom this node has to do with at all.
+    /// Returns the allow and block lists, which decide which peers and networks the node exchanges anything with.
     ///
     /// # Errors
     /// [`Error::Stopped`] after a shutdown.
@@ -295,20 +301,23 @@ impl Node {
         self.inner.network.access().await.ok_or(Error::Stopped)
     }
 
-    /// Changes whom this node has to do with, until it stops. Connections that are open and should not be are closed.
+    /// Replaces the allow and block lists until the node stops. Closes open connections that the new lists forbid.
     pub async fn set_access(&self, access: Access) {
         self.inner.network.set_access(access).await;
     }
 
-    /// Publishing, fetching and listing models.
+    /// Returns the handle to publish, fetch, list and remove models.
     pub fn models(&self) -> Models {
         Models::new(self.clone())
     }
 
-    /// Closes connections in order and ends what runs beside. The home is free for another node when the last handle is gone.
+    /// Stops the node gracefully: withdraws records that hold only while it runs (for two seconds at most), ends its
+    /// services, closes its connections and stops its background tasks.
+    ///
+    /// Calls on remaining handles then fail. The home is free for another node when the last handle is dropped.
     pub async fn shutdown(&self) {
         self.inner.advertiser.leave().await;
-        // Handlers of calls may hold this node, and so its home.
+        // Handlers of calls may hold a clone of this node, and with it the home.
         self.inner.offered.close();
         self.inner.network.stop().await;
         let mut tasks = std::mem::take(
@@ -325,12 +334,12 @@ impl Node {
         &self.inner.network
     }
 
-    /// Calls to and from other nodes.
+    /// Returns the handle to call services of other nodes and to offer services to them.
     pub fn rpc(&self) -> Rpc {
         Rpc::new(self.clone())
     }
 
-    /// Whose names win over those of others.
+    /// Returns the list of trusted publishers, whose names win over those of others.
     pub fn trust(&self) -> Trust {
         Trust::new(self.clone())
     }
@@ -339,7 +348,7 @@ impl Node {
         &self.inner.trusted
     }
 
-    /// Making, following and listing registries of models.
+    /// Returns the handle to create, follow and list registries of models.
     pub fn registries(&self) -> Registries {
         Registries::new(self.clone())
     }
@@ -348,12 +357,12 @@ impl Node {
         Arc::clone(&self.inner.followed)
     }
 
-    /// Stating, reading and watching signed records.
+    /// Returns the handle to publish, read and watch signed records.
     pub fn records(&self) -> Records {
         Records::new(self.clone())
     }
 
-    /// Making, opening and listing replicated documents.
+    /// Returns the handle to create, open and list replicated documents.
     pub fn docs(&self) -> Docs {
         Docs::new(self.clone())
     }
@@ -362,7 +371,7 @@ impl Node {
         &self.inner.driver
     }
 
-    /// Publishing to and subscribing to topics.
+    /// Returns the handle to publish messages on topics and to subscribe to topics.
     pub fn topics(&self) -> Topics {
         Topics::new(self.clone())
     }
@@ -375,7 +384,7 @@ impl Node {
         &self.inner.topics
     }
 
-    /// Registers what this node advertises in the DHT.
+    /// Publishes and renews this node's records in the DHT.
     pub(crate) fn advertiser(&self) -> &Advertiser {
         &self.inner.advertiser
     }
@@ -396,12 +405,12 @@ impl Node {
         &self.inner.sessions
     }
 
-    /// How fast content may come and go.
+    /// Returns the limits on the rates of content, in bytes per second.
     pub fn rates(&self) -> Rates {
         self.inner.bandwidth.rates()
     }
 
-    /// Changes how fast content may come and go, until the node stops; also of what is under way.
+    /// Changes the limits on the rates of content until the node stops. Transfers under way follow the new limits.
     pub fn set_rates(&self, rates: Rates) {
         self.inner.bandwidth.set(rates);
     }
@@ -418,17 +427,17 @@ impl Node {
         }
     }
 
-    /// Whose turn it is to fetch a model.
+    /// Turns to fetch a model: one fetch of a model runs at a time.
     pub(crate) fn turns(&self) -> &Turns {
         &self.inner.turns
     }
 
-    /// Which transfers go first.
+    /// Priorities of the transfers under way.
     pub(crate) fn ranks(&self) -> &Ranks {
         &self.inner.ranks
     }
 
-    /// What comes for readers.
+    /// State that the open readers share.
     pub(crate) fn reading(&self) -> &Reading {
         &self.inner.reading
     }
@@ -453,36 +462,36 @@ impl Node {
         &self.inner.announcer
     }
 
-    /// Where models go that are fetched to no particular folder.
+    /// Default parent folder of fetched models.
     pub(crate) fn models_folder(&self) -> PathBuf {
         self.inner.home.models()
     }
 
-    /// Waits until the mesh is met, if this node has just started and there is anybody to expect: what follows would otherwise find, or
-    /// tell, nobody.
+    /// Waits until the DHT knows a peer, for at most [`MEET_TIMEOUT`] after the node's start, and only if peers are
+    /// expected. Right after a start, a lookup would otherwise find nothing, and a record would reach no other node.
     pub(crate) async fn meet(&self) {
         if !self.inner.expects_peers {
             return;
         }
         let mut nodes = self.inner.dht.nodes();
-        let until = tokio::time::Instant::from_std(self.inner.started + MEET);
-        // Not meeting anybody is no error: what follows says what came of it.
+        let until = tokio::time::Instant::from_std(self.inner.started + MEET_TIMEOUT);
+        // A timeout is no error: the work that follows reports its own result.
         let _ = tokio::time::timeout_at(until, nodes.wait_for(|nodes| *nodes > 0)).await;
     }
 
-    /// The folders that are being filled.
+    /// Leases on the folders that are being filled.
     pub(crate) fn leases(&self) -> &Leases {
         &self.inner.leases
     }
 
-    /// Runs `work` beside, until it ends or the node does.
+    /// Runs `work` in the background until it ends or the node stops.
     pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self
             .inner
             .tasks
             .lock()
             .expect("nothing panics while holding the lock");
-        // Those that have ended need not be kept.
+        // Frees the results of tasks that have ended.
         while tasks.try_join_next().is_some() {}
         tasks.spawn(work);
     }

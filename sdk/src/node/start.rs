@@ -1,4 +1,4 @@
-//! Starting a node: its parts are put together, and what it does by itself begins.
+//! Starting a node: assembles its parts and starts its background tasks.
 
 use std::{
     sync::{Arc, Mutex},
@@ -16,7 +16,7 @@ use super::{
     admission::{Admission, serve_all, serve_transfer},
 };
 use crate::{
-    discovery::{advertise::Advertiser, find::Discovery, relays, remembered, whereabouts},
+    discovery::{advertise::Advertiser, find::Discovery, known_addresses, relays, remembered},
     documents::{self, Driver},
     home::Home,
     models::{
@@ -33,30 +33,30 @@ use crate::{
     },
 };
 
-/// What a node is made of: everything that can fail to open is open.
+/// The parts of a node. Everything that can fail to open is open.
 pub(super) struct Parts {
     pub(super) opened: Opened,
     pub(super) network: Network,
     pub(super) dht: Dht,
-    /// There is somebody to wait for after the start.
+    /// True if peers are expected soon after the start.
     pub(super) expects_peers: bool,
     pub(super) calls: CallLimits,
     pub(super) rates: Rates,
 }
 
-/// What is in a node's home.
+/// The opened contents of a node's home.
 pub(super) struct Opened {
     pub(super) home: Home,
     pub(super) store: Store,
     pub(super) trusted: Trusted,
     pub(super) followed: Followed,
     pub(super) documents: Documents,
-    /// What documents have to say to peers.
+    /// Messages that documents send to peers.
     pub(super) outgoing: documents::Outgoing,
 }
 
 impl Node {
-    /// Starts what the node does by itself. Needs a runtime.
+    /// Assembles the node and starts its background tasks. Needs a Tokio runtime.
     pub(super) fn start(parts: Parts) -> Self {
         let Parts {
             opened,
@@ -125,7 +125,7 @@ impl Node {
 }
 
 impl Inner {
-    /// Answers the streams that peers open. None of these tasks holds the node.
+    /// Answers the streams that peers open. None of these tasks holds a clone of the node.
     fn answer(&self, tasks: &mut JoinSet<()>, listener: documents::Listener) {
         let (store, bandwidth) = (self.store.clone(), Arc::clone(&self.bandwidth));
         let transfer = move |stream| serve_transfer(store.clone(), Arc::clone(&bandwidth), stream);
@@ -161,25 +161,28 @@ impl Inner {
             .expect("a new network accepts nothing yet")
     }
 
-    /// Keeps up what this node states, holds and knows. None of these tasks holds the node.
+    /// Starts the tasks that renew records, find relays and remember peers. None of them holds a clone of the node.
     fn keep_up(&self, tasks: &mut JoinSet<()>) {
         let (dht, network) = (&self.dht, &self.network);
-        tasks.spawn(documents::hold_again(Arc::clone(&self.driver)));
+        tasks.spawn(documents::advertise_held(Arc::clone(&self.driver)));
         tasks.spawn(registry::keep_up(
             Arc::clone(&self.followed),
             Arc::clone(&self.driver),
         ));
         tasks.spawn(self.announcer.clone().announce_all());
-        tasks.spawn(records::say_again(dht.clone(), self.advertiser.clone()));
+        tasks.spawn(records::renew(dht.clone(), self.advertiser.clone()));
         let of_disk = self.store.clone();
         let free = move || of_disk.free().ok();
         tasks.spawn(self.home.reserve().clone().keep_up(free));
         tasks.spawn(remembered::remember(dht.clone(), self.home.peers()));
-        tasks.spawn(whereabouts::say_whether_reached(
+        tasks.spawn(known_addresses::report_reachability(
             dht.clone(),
             network.clone(),
         ));
-        tasks.spawn(whereabouts::tell(self.advertiser.clone(), network.clone()));
+        tasks.spawn(known_addresses::advertise(
+            self.advertiser.clone(),
+            network.clone(),
+        ));
         tasks.spawn(relays::find_relays(self.discovery.clone()));
     }
 }

@@ -1,8 +1,10 @@
-//! What is in a registry's documents.
+//! The content of a registry's documents.
 //!
-//! A registry is a document of type [`TYPE`]. Its map `publishers` has a key `<PeerId> <pattern>` for each publisher and each kind of names that it may publish.
-//! For each of these there is another document, the publisher's catalogue, which only the publisher writes. How a catalogue begins follows from the registry, the
-//! publisher and the pattern, so that everybody knows its id. It has a key for each name, `org/name@revision`, and there an [`Entry`].
+//! A registry is a document of type [`TYPE`]. Its map `publishers` has a key `<PeerId> <pattern>` for each publisher
+//! and each pattern of names that it may publish. For each of these keys there is another document, the publisher's
+//! catalogue, which only the publisher writes. The genesis of a catalogue follows from the registry, the publisher
+//! and the pattern, so that every node can compute its id. A catalogue has a key for each name, `org/name@revision`,
+//! with an [`Entry`].
 
 use std::{fmt, str::FromStr};
 
@@ -13,50 +15,51 @@ use weft_crdt::{DocumentId, Key, NewDocument, Path};
 
 use crate::{ModelInfo, ModelName, models::manifest_size};
 
-/// What a registry's key `type` says.
+/// Value of the key `type` in a registry.
 pub(super) const TYPE: &str = "weft registry 1";
 
 const NONCE: &str = "weft registry catalogue v1";
 const LABEL: &str = "catalogue ";
 
-/// Bytes of a pattern.
+/// Longest pattern, in bytes.
 const MAX_PATTERN: usize = 100;
 
-/// Bytes of a commit: its hex digits.
+/// Longest commit, in bytes: 40 hex digits.
 const MAX_COMMIT: usize = 40;
 
-/// Files of a model that a catalogue lists, and the bytes of the list; of models with more only the number is said.
+/// The most files of a model that a catalogue lists, and the most bytes of this list. For a larger model, only the
+/// number of files is listed.
 const MAX_FILES: usize = 128;
 const MAX_LIST: usize = 8 << 10;
 
-/// Names of models: those that begin with what stands before its `*`.
+/// A pattern of model names: a prefix followed by `*`. It matches the names that begin with the prefix.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NamePattern(String);
 
-/// A text is no pattern.
+/// The error of parsing a pattern of names.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no pattern of names: it looks like * for all names, or acme/* for those that begin with acme/"
+    "{0:?} is not a pattern of names; a pattern is * for all names, or a prefix such as acme/*"
 )]
 pub struct ParsePatternError(String);
 
 impl NamePattern {
-    /// All names.
+    /// Returns the pattern `*`, which matches all names.
     pub fn all() -> Self {
         Self("*".to_owned())
     }
 
-    /// What names begin with.
+    /// Returns the prefix: the pattern without its `*`.
     pub fn prefix(&self) -> &str {
         &self.0[..self.0.len() - 1]
     }
 
-    /// Whether it is one of these.
+    /// Returns true if the pattern matches `name`.
     pub fn matches(&self, name: &ModelName) -> bool {
         key(name).starts_with(self.prefix())
     }
 
-    /// Whether some name could begin with `prefix` and be one of these.
+    /// Returns true if a name could begin with `prefix` and match the pattern.
     pub(super) fn overlaps(&self, prefix: &str) -> bool {
         self.prefix().starts_with(prefix) || prefix.starts_with(self.prefix())
     }
@@ -82,7 +85,8 @@ impl FromStr for NamePattern {
     }
 }
 
-/// How a publisher's catalogue begins. Everybody may read it at first; the publisher lets the registry's readers read it, and nobody else, before it writes anything.
+/// Returns the genesis of a publisher's catalogue. At first, every peer may read the catalogue. Before the publisher
+/// writes to it, the publisher restricts it to the registry's readers.
 pub(super) fn beginning(registry: &DocumentId, pattern: &NamePattern) -> NewDocument {
     let mut hasher = blake3::Hasher::new_derive_key(NONCE);
     hasher.update(&registry.0).update(pattern.0.as_bytes());
@@ -96,7 +100,7 @@ pub(super) fn beginning(registry: &DocumentId, pattern: &NamePattern) -> NewDocu
     }
 }
 
-/// The id of a publisher's catalogue.
+/// Returns the id of a publisher's catalogue.
 pub(super) fn id(registry: &DocumentId, publisher: &Key, pattern: &NamePattern) -> DocumentId {
     let id = beginning(registry, pattern).id_by(publisher);
     id.ok()
@@ -104,40 +108,41 @@ pub(super) fn id(registry: &DocumentId, publisher: &Key, pattern: &NamePattern) 
         .expect("it has a nonce, a short label and no writers")
 }
 
-/// The registry of which a document is a catalogue, if it is one.
+/// Returns the registry of a catalogue; `None` if the document is not a catalogue.
 pub(super) fn registry_of(id: &DocumentId, owner: &Key, label: &str) -> Option<DocumentId> {
     let (registry, pattern) = label.strip_prefix(LABEL)?.split_once(' ')?;
     let (registry, pattern) = (registry.parse().ok()?, pattern.parse().ok()?);
     (self::id(&registry, owner, &pattern) == *id).then_some(registry)
 }
 
-/// The key of a name in a catalogue.
+/// Returns the key of a name in a catalogue.
 pub(super) fn key(name: &ModelName) -> String {
     format!("{}/{}@{}", name.org(), name.name(), name.revision())
 }
 
-/// Where a name stands in a catalogue.
+/// Returns the path of a name in a catalogue.
 pub(super) fn path(name: &ModelName) -> Path {
     Path::default().join(key(name))
 }
 
-/// What a catalogue says of a name.
+/// The entry of a name in a catalogue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Entry {
-    /// 64 hex digits.
+    /// Id of the model, 64 hex digits.
     pub(super) manifest: String,
     pub(super) manifest_size: u64,
-    /// The sum of its files' sizes in bytes.
+    /// Total size of the model's files, in bytes.
     pub(super) size: u64,
     pub(super) tensors: u64,
-    /// Parts by which providers say what they have.
+    /// Number of shard groups: the parts by which providers announce what they have.
     pub(super) shard_groups: u32,
     pub(super) file_count: u64,
-    /// A line for each file, its size in bytes and its path; empty where there are too many. One text, for documents are best kept below some ten thousand values.
+    /// A line for each file: its size in bytes and its path. Empty if there are too many files. It is one text,
+    /// because documents are best kept below some ten thousand values.
     pub(super) files: String,
-    /// Milliseconds since the Unix epoch, by the publisher's clock.
+    /// Time of publication in milliseconds since the Unix epoch, by the publisher's clock.
     pub(super) published: u64,
-    /// The hub's commit that the model is what a cache holds of, 40 hex digits; empty for none.
+    /// The commit of the hub that the model is a cache's part of, 40 hex digits; empty if there is none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub(super) commit: String,
 }
@@ -167,7 +172,7 @@ impl Entry {
         }
     }
 
-    /// What stands in a catalogue. `None` if it is no entry, or longer than any of ours: its publisher may be a liar.
+    /// Parses an entry. Returns `None` if it is malformed or over a limit, as a hostile publisher may write it.
     pub(super) fn read(value: Value) -> Option<Self> {
         let entry: Self = serde_json::from_value(value).ok()?;
         let is_long = entry.files.len() > MAX_LIST
@@ -189,7 +194,8 @@ impl Entry {
     }
 }
 
-/// The entries of a catalogue whose names begin with `prefix` and are the pattern's. What is none is passed over.
+/// Returns the entries of a catalogue whose names begin with `prefix` and match the pattern. Malformed entries are
+/// ignored.
 pub(super) fn entries(
     content: Map<String, Value>,
     pattern: &NamePattern,
@@ -210,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patterns_match_what_begins_like_them() {
+    fn patterns_match_names_with_their_prefix() {
         let some: NamePattern = "acme/*".parse().unwrap();
         let name = |text: &str| text.parse::<ModelName>().unwrap();
         assert!(some.matches(&name("acme/tiny")) && !some.matches(&name("acmes/tiny")));
@@ -234,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_catalogue_is_known_by_its_label_only_if_it_is_one() {
+    fn a_label_identifies_a_catalogue_only_if_the_id_matches() {
         let (registry, publisher) = (DocumentId([1; 32]), Key([2; 32]));
         let pattern: NamePattern = "acme/*".parse().unwrap();
         let id = id(&registry, &publisher, &pattern);
@@ -246,14 +252,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_entry_is_passed_over() {
+    fn malformed_entries_are_ignored() {
         let entry = json!({
-            "manifest": "ab".repeat(32), "manifest_size": 1, "size": 2, "tensors": 3, "shard_groups": 1, "file_count": 1, "files": "2 a b\n", "published": 4,
+            "manifest": "ab".repeat(32), "manifest_size": 1, "size": 2, "tensors": 3, "shard_groups": 1,
+            "file_count": 1, "files": "2 a b\n", "published": 4,
         });
         let mut short = entry.clone();
         short["manifest"] = json!("ab");
         let content = json!({
-            "acme/a@main": entry, "acme/b": entry, "other/a@main": entry, "acme/c@main": short, "acme/d@main": 7, "x": {},
+            "acme/a@main": entry, "acme/b": entry, "other/a@main": entry, "acme/c@main": short,
+            "acme/d@main": 7, "x": {},
         });
         let Value::Object(content) = content else {
             unreachable!()

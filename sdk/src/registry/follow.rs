@@ -1,4 +1,4 @@
-//! Which registries this node follows, and holding what belongs to them.
+//! The registries that this node follows, and the task that holds their documents.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,25 +31,27 @@ use crate::{
     home::{io_error, lines},
 };
 
-/// After something could not be held, how long until it is tried again.
-const LATER: Duration = Duration::from_secs(30);
+/// Pause after a document could not be held.
+const RETRY_PAUSE: Duration = Duration::from_secs(30);
 
-/// Changes of registries are waited for this long: several often come together, and each costs a look at all.
-const SETTLE: Duration = Duration::from_millis(300);
+/// Delay after a change of a registry. Several changes often come together, and each would cost a look at all
+/// registries.
+const SETTLE_DELAY: Duration = Duration::from_millis(300);
 
-/// Registries that a node follows.
+/// The most registries that a node follows.
 const MAX_FOLLOWED: usize = 64;
 
-/// Publishers and patterns of one registry that count, in the order of their keys: its administrators cannot make a node hold, or look at, more.
+/// The most publishers and patterns of one registry that count, in the order of their keys. Administrators cannot
+/// make a node hold or read more.
 const MAX_CATALOGUES: usize = 512;
 
-/// Bytes of changes of a registry beyond which it is not read.
-const MAX_LOG: u64 = 16 << 20;
+/// Bytes of changes above which a registry is not read.
+const MAX_LOG_BYTES: u64 = 16 << 20;
 
-/// A registry's id, and what the names begin with that are of interest.
+/// The ids of registries, each with the prefix of the names of interest.
 pub(super) type List = BTreeMap<DocumentId, String>;
 
-/// The list of followed registries, and where it is kept.
+/// The list of followed registries, and its file.
 #[derive(Debug)]
 pub(crate) struct Followed {
     path: PathBuf,
@@ -58,7 +60,8 @@ pub(crate) struct Followed {
 }
 
 impl Followed {
-    /// What the file says, in each line an id and, after a space, a prefix; none if there is no file.
+    /// Reads the file, which has an id and, after a space, a prefix on each line. The list is empty if there is no
+    /// file.
     pub(crate) fn open(path: &Path) -> Result<Self, HomeError> {
         let lines = lines::read(path).map_err(io_error("cannot read", path))?;
         let registry = |line: &String| {
@@ -90,7 +93,8 @@ impl Followed {
         self.list().get(id).cloned()
     }
 
-    /// Follows a registry, or with `None` no longer; on disk before in memory. What was before. Blocks.
+    /// Follows a registry, or stops following it if `prefix` is `None`. Changes the list on disk, and then in memory.
+    /// Returns the prefix before. Blocks.
     pub(super) fn set(
         &self,
         id: DocumentId,
@@ -124,19 +128,19 @@ pub(super) struct Catalogue {
     pub(super) pattern: NamePattern,
 }
 
-/// What a registry's document says.
+/// The content of a registry's document.
 #[derive(Debug, Clone)]
 pub(super) struct Root {
     pub(super) details: DocumentDetails,
-    /// At most [`MAX_CATALOGUES`].
+    /// The catalogues; at most [`MAX_CATALOGUES`].
     pub(super) catalogues: Vec<Catalogue>,
 }
 
 impl Root {
-    /// `None` if it is no registry, or too large a one.
+    /// Reads a registry. Returns `None` if the document is not a registry, or is too large.
     ///
     /// # Errors
-    /// Those of reading a document: also [`DocumentError::NotYet`] while there is nothing in it.
+    /// Those of reading a document, such as [`DocumentError::NotYet`] while it is empty.
     pub(super) fn read(
         replica: &mut Replica,
         id: DocumentId,
@@ -146,14 +150,17 @@ impl Root {
         let mut get = |key: &str| replica.get(id, &weft_crdt::Path::default().join(key));
         let kind = get("type")?;
         if kind.is_none() && details.changes == 0 {
-            // Its content may be on its way.
+            // The content may be on its way.
             return Err(DocumentError::NotYet(id));
         }
         if kind.as_ref().and_then(Value::as_str) != Some(TYPE) {
             return Ok(None);
         }
-        if details.log_bytes > MAX_LOG {
-            tracing::warn!(registry = %id, bytes = details.log_bytes, "too large to be read; its owner can compact it");
+        if details.log_bytes > MAX_LOG_BYTES {
+            tracing::warn!(
+                registry = %id, bytes = details.log_bytes,
+                "registry is too large to be read; its owner can compact it"
+            );
             return Ok(None);
         }
         let publishers = match get("publishers")? {
@@ -161,7 +168,10 @@ impl Root {
             _ => serde_json::Map::new(),
         };
         if publishers.len() > MAX_CATALOGUES {
-            tracing::warn!(registry = %id, of = publishers.len(), "only the first {MAX_CATALOGUES} of its publishers count");
+            tracing::warn!(
+                registry = %id, of = publishers.len(),
+                "registry has too many publishers; only the first {MAX_CATALOGUES} count"
+            );
         }
         let catalogue = |key: &String| {
             let (peer, pattern) = key.split_once(' ')?;
@@ -181,7 +191,7 @@ impl Root {
         }))
     }
 
-    /// As [`read`](Self::read); what is not here, or no longer followed, is none.
+    /// Reads a registry like [`read`](Self::read), but returns `None` also if it is not here or no longer followed.
     pub(super) fn find(
         replica: &mut Replica,
         id: DocumentId,
@@ -192,13 +202,13 @@ impl Root {
         }
     }
 
-    /// The catalogues in which names can stand that begin so.
+    /// Returns the catalogues that may contain names which begin with `prefix`.
     pub(super) fn of_interest(&self, prefix: &str) -> impl Iterator<Item = &Catalogue> {
         let overlaps = move |one: &&Catalogue| one.pattern.overlaps(prefix);
         self.catalogues.iter().filter(overlaps)
     }
 
-    /// Who may read the registry, besides a catalogue's owner.
+    /// Returns the readers of the registry, for use as readers of a catalogue.
     fn readers(&self) -> Readers {
         let details = &self.details;
         match &details.readers {
@@ -209,7 +219,7 @@ impl Root {
                 if all.len() > MAX_KEYS {
                     tracing::warn!(
                         of = all.len(),
-                        "a catalogue is read by {MAX_KEYS} at most: some of its registry's readers cannot"
+                        "a catalogue has at most {MAX_KEYS} readers; some readers of the registry cannot read it"
                     );
                 }
                 Readers::Named(all.into_iter().take(MAX_KEYS).collect())
@@ -218,7 +228,8 @@ impl Root {
     }
 }
 
-/// Makes this node's catalogue, if it is not there. What is written in it is on disk with the rest of what is done.
+/// Creates this node's catalogue if it does not exist. The change is on disk with the rest of the work on the
+/// replica.
 pub(super) fn make(
     replica: &mut Replica,
     registry: &DocumentId,
@@ -229,7 +240,7 @@ pub(super) fn make(
     share(replica, root, mine)
 }
 
-/// Lets those read this node's catalogue who may read the registry.
+/// Lets the readers of the registry read this node's catalogue.
 fn share(replica: &mut Replica, root: &Root, mine: &Catalogue) -> Result<(), DocumentError> {
     let rights = Rights {
         readers: Some(root.readers()),
@@ -238,11 +249,12 @@ fn share(replica: &mut Replica, root: &Root, mine: &Catalogue) -> Result<(), Doc
     replica.decide(mine.id, rights)
 }
 
-/// Holds the documents of followed registries, and those of others no longer. Ends with the documents.
+/// Holds the documents of followed registries, and drops those of registries that are no longer followed. Ends when
+/// the documents stop.
 pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
     let documents = driver.documents.clone();
     let mut events = documents.events();
-    // What was held, also of catalogues that have not arrived.
+    // The documents held at the last look, including catalogues that have not arrived.
     let mut before = BTreeSet::new();
     loop {
         let list = followed.all();
@@ -254,13 +266,13 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
                 looked.dropped.into_iter().for_each(|id| driver.drops(id));
                 before = looked.held;
                 if looked.failed {
-                    again = Some(Instant::now() + LATER);
+                    again = Some(Instant::now() + RETRY_PAUSE);
                 }
             }
             Err(DocumentError::Stopped) => return,
             Err(error) => {
-                tracing::warn!(%error, "registries are not kept up; trying again later");
-                again = Some(Instant::now() + LATER);
+                tracing::warn!(%error, "cannot update the documents of followed registries; trying again later");
+                again = Some(Instant::now() + RETRY_PAUSE);
             }
         }
         let concerns = |event: &Event| match event {
@@ -276,7 +288,7 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
                 event = events.recv() => match event {
                     Ok(event) if !concerns(&event) => {}
                     Ok(_) | Err(RecvError::Lagged(_)) => {
-                        sleep(SETTLE).await;
+                        sleep(SETTLE_DELAY).await;
                         skip(&mut events);
                         break;
                     }
@@ -287,15 +299,15 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
     }
 }
 
-/// Takes the events that are there: the look that follows sees what they told.
+/// Skips the waiting events: the next look sees their effects.
 fn skip(events: &mut broadcast::Receiver<Event>) {
     while let Ok(_) | Err(TryRecvError::Lagged(_)) = events.try_recv() {}
 }
 
-/// What came of a look at all registries.
+/// The result of a look at all registries.
 #[derive(Debug, Default)]
 struct Looked {
-    /// Is to be held, and is if nothing failed.
+    /// Documents that are to be held, and are held unless something failed.
     held: BTreeSet<DocumentId>,
     added: Vec<DocumentId>,
     dropped: Vec<DocumentId>,
@@ -317,7 +329,7 @@ async fn look(
                 Err(error) => looked.fails(*id, &error),
             }
         }
-        // What is of interest no longer, or whose publisher is none any more, perhaps since the last start.
+        // Catalogues that are no longer of interest, or whose publisher was removed, perhaps since the last start.
         let of_registries = replica.geneses().filter_map(|(id, owner, label)| {
             let registry = catalogue::registry_of(&id, &owner, label)?;
             list.contains_key(&registry).then_some(id)
@@ -327,10 +339,10 @@ async fn look(
             .chain(before)
             .filter(|id| !held.contains(id))
             .collect();
-        // While something is not known, nothing is known to be stray.
+        // If something could not be read, it is unknown which catalogues are stray.
         if !looked.failed {
             for id in stray {
-                // What this node has made itself stays, for nobody else may have it.
+                // Documents that this node has created stay: it may be their only holder.
                 if replica.owner(&id) != Some(replica.key()) && replica.remove(id)? {
                     looked.dropped.push(id);
                 }
@@ -343,7 +355,7 @@ async fn look(
 
 impl Looked {
     fn fails(&mut self, id: DocumentId, error: &DocumentError) {
-        tracing::warn!(document = %id, %error, "what a registry needs is not held");
+        tracing::warn!(document = %id, %error, "cannot hold a document of a registry");
         self.failed = true;
     }
 
@@ -356,14 +368,15 @@ impl Looked {
         }
     }
 
-    /// Those of interest, and this node's own: it serves them.
+    /// Holds the catalogues of interest, and this node's own, which it serves.
     fn hold_catalogues(&mut self, replica: &mut Replica, root: &Root, prefix: &str) {
         let key = replica.key();
         for one in &root.catalogues {
             if one.publisher != key && !one.pattern.overlaps(prefix) {
                 continue;
             }
-            // One of its own that is not here may be elsewhere: it is made only when something is published.
+            // This node's own catalogue may be missing here and exist on other nodes, so it is only created when a
+            // name is published.
             self.hold(replica, one.id);
             if replica.owner(&one.id) == Some(key)
                 && let Err(error) = share(replica, root, one)

@@ -1,4 +1,4 @@
-//! One registry: what it lists, who publishes there, and listing and withdrawing names of this node's.
+//! One registry: reading its entries, changing its publishers, and listing and withdrawing this node's names.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -11,7 +11,7 @@ use weft_crdt::{DocumentId, Edit, Error as DocumentError, Key, Path, Replica};
 use weft_net::PeerId;
 
 use super::{
-    ARRIVAL, ListedModel, NamePattern, RegistryDetails, RegistryInfo,
+    ARRIVAL_TIMEOUT, ListedModel, NamePattern, RegistryDetails, RegistryInfo,
     catalogue::{self, Entry, entries},
     follow::{self, Catalogue, Root},
     newest, now_millis, publisher_path,
@@ -23,10 +23,10 @@ use crate::{
     operation::blocking,
 };
 
-/// Bytes of changes of a catalogue after which its publisher begins it anew.
+/// Bytes of changes of a catalogue above which its publisher compacts it.
 const MAX_HISTORY: u64 = 8 << 20;
 
-/// A registry that is followed. Cheap to clone.
+/// A handle to a registry that this node follows. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Registry {
     pub(super) node: Node,
@@ -34,7 +34,7 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Its id, by which other nodes follow it.
+    /// Returns the registry's id, by which other nodes follow it.
     pub fn id(&self) -> DocumentId {
         self.id
     }
@@ -44,7 +44,7 @@ impl Registry {
         prefix.ok_or(Error::NotFollowed(self.id))
     }
 
-    /// Lists a name; whether this node may.
+    /// Lists a name. Returns false if this node may not publish it.
     pub(super) async fn put(&self, name: &ModelName, entry: &Entry) -> Result<bool, Error> {
         self.wait_for_own(name).await?;
         let (id, name, entry) = (self.id, name.clone(), entry.clone());
@@ -52,12 +52,13 @@ impl Registry {
         Ok(self.node.driver().documents.with(put).await?)
     }
 
-    /// Where this node's catalogue for a name is not here, and somebody shares the registry, who may have it from an earlier life of this node, waits a little for
-    /// it: what is written before it comes may lose against what is in it.
+    /// Waits a little for this node's catalogue of a name, if it is missing here and a connected peer shares the
+    /// registry. The peer may have the catalogue from an earlier installation of this node, and a change that is
+    /// written before it arrives may lose against its content.
     pub(super) async fn wait_for_own(&self, name: &ModelName) -> Result<(), Error> {
         let documents = &self.node.driver().documents;
         let mut events = documents.events();
-        let until = Instant::now() + ARRIVAL;
+        let until = Instant::now() + ARRIVAL_TIMEOUT;
         loop {
             let (id, name) = (self.id, name.clone());
             let is_awaited = move |replica: &mut Replica| {
@@ -77,7 +78,7 @@ impl Registry {
         }
     }
 
-    /// Takes entries out of this node's catalogues; how many.
+    /// Deletes entries from this node's catalogues. Returns their number.
     pub(super) async fn delete(
         &self,
         is_meant: impl Fn(&ModelName, &Entry) -> bool + Send + 'static,
@@ -108,14 +109,16 @@ impl Registry {
         Ok(self.node.driver().documents.with(delete).await?)
     }
 
-    /// Waits until it is here, at most for `patience`: whether it is. Catalogues may come later.
+    /// Waits until the registry is here, for at most `patience`. Returns false if it is not here by then. Catalogues
+    /// may arrive later.
     ///
     /// # Errors
-    /// [`Error::NotFollowed`], [`Error::NotRegistry`] if what has come is none, [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::NotFollowed`] if this node does not follow it; [`Error::NotRegistry`] if the document is not a
+    /// registry; [`Error::Document`] if the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn arrived(&self, patience: Duration) -> Result<bool, Error> {
         let until = Instant::now() + patience;
         self.prefix()?;
-        // After a loss of the documents, it may not be held yet.
+        // After a loss of the documents, the registry may not be held yet.
         let mut watch = self.node.docs().open(self.id).await?.watch().await?;
         loop {
             let id = self.id;
@@ -138,10 +141,11 @@ impl Registry {
         }
     }
 
-    /// What is known of it.
+    /// Returns the state of the registry.
     ///
     /// # Errors
-    /// [`Error::NotFollowed`], [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::NotFollowed`] if this node does not follow it; [`Error::Document`] if the disk fails;
+    /// [`Error::Stopped`] after a shutdown.
     pub async fn info(&self) -> Result<RegistryInfo, Error> {
         let (id, prefix) = (self.id, self.prefix()?);
         let documents = &self.node.driver().documents;
@@ -181,7 +185,7 @@ impl Registry {
         })
     }
 
-    /// What is in a catalogue under names that begin with `prefix`; `None` if it is not here.
+    /// Returns the entries of a catalogue whose names begin with `prefix`; `None` if the catalogue is not here.
     pub(super) async fn entries(
         &self,
         one: &Catalogue,
@@ -200,10 +204,11 @@ impl Registry {
         Ok(self.node.driver().documents.with(read).await?)
     }
 
-    /// What it lists under names that begin with `prefix`, in their order: each publisher's latest word.
+    /// Returns the listed models whose names begin with `prefix`, sorted by name: the latest entry of each publisher.
     ///
     /// # Errors
-    /// [`Error::NotFollowed`], [`Error::NotRegistry`], [`Error::Document`] also if it has not arrived, [`Error::Stopped`].
+    /// [`Error::NotFollowed`] if this node does not follow it; [`Error::NotRegistry`] if the document is not a
+    /// registry; [`Error::Document`] if it has not arrived or the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn models(&self, prefix: &str) -> Result<Vec<ListedModel>, Error> {
         let (id, of_interest) = (self.id, self.prefix()?);
         let root = self
@@ -233,11 +238,13 @@ impl Registry {
         Ok(listed.collect())
     }
 
-    /// Says who publishes which names from now on, and who no longer does: with no pattern, none at all. What a former publisher listed is listed no longer.
+    /// Adds and removes publishers. `remove` with `None` removes the peer with all its patterns. Entries of a removed
+    /// publisher are no longer listed. Only the owner and the administrators may do this.
     ///
     /// # Errors
-    /// [`Error::NotAdministrator`] if this node may not, [`Error::Document`] if the registry has not arrived,
-    /// [`Error::NotRegistry`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotAdministrator`] if this node may not change the publishers; [`Error::NotRegistry`] if the document
+    /// is not a registry; [`Error::NoKey`] if a peer has no Ed25519 key; [`Error::Document`] if the registry has not
+    /// arrived or the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn set_publishers(
         &self,
         add: Vec<(PeerId, NamePattern)>,
@@ -290,11 +297,12 @@ impl Registry {
         }
     }
 
-    /// Lists a model that this node holds by a name; on disk when this returns. `model` is a name, an id, or the first
-    /// six or more digits of one.
+    /// Lists a model that this node holds under a name. The entry is on disk when this returns. `model` is a name, an
+    /// id, or the first six or more digits of an id.
     ///
     /// # Errors
-    /// [`Error::NotPublisher`] if this node does not publish such names there, [`Error::NoSuchModel`], [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::NotPublisher`] if the registry does not let this node publish the name; [`Error::NoSuchModel`] if
+    /// this node does not hold the model; [`Error::Document`] if the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn publish(&self, name: &ModelName, model: &str) -> Result<(), Error> {
         let (store, wanted) = (self.node.store().clone(), model.to_owned());
         let model = blocking(move || find(&store, &wanted)).await?;
@@ -308,17 +316,17 @@ impl Registry {
         }
     }
 
-    /// Lists a name no longer. Whether this node listed it.
+    /// Withdraws this node's entry of a name. Returns false if there was none.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::Document`] if the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn withdraw(&self, name: &ModelName) -> Result<bool, Error> {
         let withdrawn = name.clone();
         Ok(self.delete(move |name, _| *name == withdrawn).await? > 0)
     }
 }
 
-/// This node's catalogues in a registry that is here.
+/// Returns the registry and this node's catalogues in it, if the registry is here.
 fn own(
     replica: &mut Replica,
     id: DocumentId,
@@ -329,12 +337,13 @@ fn own(
     let key = replica.key();
     let own = root.catalogues.iter().filter(|one| one.publisher == key);
     let mut own: Vec<_> = own.cloned().collect();
-    // The narrowest first: what can be written there need not be held by who is interested in others.
+    // The narrowest first: followers that are interested in other names need not hold it.
     own.sort_by_key(|one| std::cmp::Reverse(one.pattern.prefix().len()));
     Ok(Some((root, own)))
 }
 
-/// Lists a name, in this one of this node's catalogues, and nowhere else in the registry; what is there already is older.
+/// Lists a name in the narrowest catalogue of this node that matches it, and deletes it from the others. The new
+/// entry is newer than any existing one.
 fn list(
     replica: &mut Replica,
     registry: DocumentId,
@@ -354,7 +363,7 @@ fn list(
             continue;
         }
         if let Some(known) = replica.get(other.id, &path)?.and_then(Entry::read) {
-            // Also where this node's clock was ahead.
+            // This holds even if this node's clock was ahead before.
             entry.published = entry.published.max(known.published.saturating_add(1));
             if other.id != one.id {
                 write(replica, other.id, vec![Edit::Delete(path.clone())])?;
@@ -366,7 +375,7 @@ fn list(
     Ok(true)
 }
 
-/// Changes a catalogue of this node; what it was no longer counts once there is much of that.
+/// Changes a catalogue of this node, and compacts it if its history has grown large.
 fn write(replica: &mut Replica, id: DocumentId, edits: Vec<Edit>) -> Result<(), DocumentError> {
     let time = (now_millis() / 1000) as i64;
     let details = replica.info(id)?.details;
@@ -374,7 +383,7 @@ fn write(replica: &mut Replica, id: DocumentId, edits: Vec<Edit>) -> Result<(), 
         replica.compact(id)?;
     }
     match replica.commit(id, &edits, None, time) {
-        // Many short runs of this node have written, or a few much.
+        // Many short runs of this node have written to it, or a few have written much.
         Err(DocumentError::TooLarge { .. }) => {
             replica.compact(id)?;
             replica.commit(id, &edits, None, time)?;

@@ -1,7 +1,10 @@
-//! Registries of models: who may publish which names, and what they publish, held by every node that follows one.
+//! Registries of models: lists of model names and their models, with publishers chosen by the registry's owner. Every
+//! follower holds a replica.
 //!
-//! A registry is a replicated document; its owner says who publishes. Each publisher writes what it publishes into documents of its own. So a follower knows all
-//! names without asking anybody, also while it is cut off, and nobody else has a say in what is listed, nor in names that the registry reserves for a publisher.
+//! A registry is a replicated document, whose owner decides which peers may publish which names. Each publisher lists
+//! its models in documents of its own, the catalogues. A follower therefore knows all names without asking another
+//! node, even without a connection. No other node can change the lists, or the names that the registry reserves for a
+//! publisher.
 
 mod catalogue;
 mod follow;
@@ -39,87 +42,88 @@ use crate::{
     operation::blocking,
 };
 
-/// How long a catalogue that may be on its way is waited for.
-const ARRIVAL: Duration = Duration::from_secs(3);
+/// The longest wait for a catalogue that may be on its way.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Making, following and listing registries; [`Node::registries`].
+/// Creates, follows and lists registries; see [`Node::registries`].
 #[derive(Debug, Clone)]
 pub struct Registries {
     node: Node,
 }
 
-/// Who a registry is kept and read by; for [`Registries::create`].
+/// Settings of a new registry; see [`Registries::create`].
 #[derive(Debug, Clone, Default)]
 pub struct NewRegistry {
-    /// What people call it, at most 256 bytes.
+    /// Label for people, at most 256 bytes. It need not be unique.
     pub label: String,
-    /// Who publishes which names. Empty: this node publishes all.
+    /// The publishers, each with a pattern of the names that it may publish. Empty: this node may publish all names.
     pub publishers: Vec<(PeerId, NamePattern)>,
-    /// Who else may say who publishes.
+    /// Peers that may change the publishers, besides the owner.
     pub administrators: Vec<PeerId>,
-    /// Who may read it, besides owner and administrators: publishers are to be among them. `None`: everybody in the network.
+    /// Peers that may read the registry besides the owner and the administrators; include the publishers. `None`
+    /// means every peer.
     pub readers: Option<Vec<PeerId>>,
 }
 
-/// What is known of a registry that is followed.
+/// State of a registry that this node follows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RegistryInfo {
-    /// Its id.
+    /// Id of the registry.
     pub id: DocumentId,
-    /// What the names begin with that are of interest; empty: all names.
+    /// Prefix of the names that this node is interested in. Empty: all names.
     pub prefix: String,
-    /// The rest, once it has arrived.
+    /// Details of the registry. `None` until it has arrived.
     pub details: Option<RegistryDetails>,
 }
 
-/// What is known of a registry that has arrived.
+/// Details of a registry that has arrived.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RegistryDetails {
-    /// What people call it.
+    /// Label for people.
     pub label: String,
-    /// Who made it.
+    /// The peer that created the registry.
     pub owner: PeerId,
-    /// Who publishes which names.
+    /// The publishers, each with a pattern of the names that it may publish.
     pub publishers: Vec<(PeerId, NamePattern)>,
-    /// Catalogues that are of interest: one for each publisher and pattern.
+    /// Number of catalogues that this node is interested in: one for each publisher and pattern.
     pub catalogues: usize,
-    /// Of these, those that have arrived. One whose publisher has not met the registry yet is nowhere.
+    /// Number of these catalogues that have arrived. A publisher that has not seen the registry yet has no catalogue.
     pub catalogues_here: usize,
-    /// Names that are listed, in the catalogues that have arrived.
+    /// Number of names in the catalogues that have arrived.
     pub names: usize,
-    /// This node may say who publishes.
+    /// True if this node may change the publishers.
     pub administered: bool,
-    /// This node publishes names.
+    /// True if this node is a publisher.
     pub published: bool,
 }
 
-/// A model as a registry lists it.
+/// A model that a registry lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ListedModel {
-    /// Its name.
+    /// Name of the model.
     pub name: ModelName,
-    /// The manifest's hash.
+    /// Id of the model.
     pub model: Hash,
-    /// Who says so.
+    /// The publisher that lists the model.
     pub publisher: PeerId,
-    /// The sum of its files' sizes in bytes.
+    /// Total size of the model's files, in bytes.
     pub size: u64,
-    /// The number of tensors in its safetensors and GGUF files.
+    /// Number of tensors in the model's safetensors and GGUF files.
     pub tensors: u64,
-    /// The parts by which providers say what they have.
+    /// Number of shard groups: the parts by which providers announce what they have.
     pub shard_groups: u32,
-    /// The number of its files.
+    /// Number of the model's files.
     pub file_count: u64,
-    /// Their paths and sizes in bytes; empty where there are very many.
+    /// Paths and sizes in bytes of the files. Empty if the model has more files than a catalogue lists.
     pub files: Vec<(String, u64)>,
-    /// Bytes of the manifest.
+    /// Size of the manifest, in bytes.
     pub manifest_size: u64,
-    /// When, by the publisher's clock.
+    /// Time of publication, by the publisher's clock.
     pub published: SystemTime,
-    /// The hub's commit that it is what a cache holds of.
+    /// The commit of the hub that the model is a cache's part of.
     pub(crate) commit: Option<Commit>,
 }
 
@@ -135,7 +139,7 @@ impl ListedModel {
             file_count: entry.file_count,
             files: entry.files(),
             manifest_size: entry.manifest_size,
-            // A liar's clock may say anything.
+            // A publisher may claim any time.
             published: UNIX_EPOCH
                 .checked_add(Duration::from_millis(entry.published))
                 .unwrap_or(UNIX_EPOCH),
@@ -144,7 +148,7 @@ impl ListedModel {
     }
 }
 
-/// The key of a publisher in a registry's document.
+/// Returns the path of a publisher in a registry's document.
 fn publisher_path(peer: &PeerId, pattern: &NamePattern) -> Path {
     Path::default()
         .join("publishers")
@@ -161,10 +165,12 @@ impl Registries {
         Self { node }
     }
 
-    /// Makes a registry, whose owner is this node, and follows it.
+    /// Creates a registry and follows it. This node is its owner.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::NoKey`], [`Error::Home`] if the list of followed registries cannot be written, [`Error::Stopped`].
+    /// [`Error::Document`] if a limit is reached or the disk fails; [`Error::NoKey`] if a peer has no Ed25519 key;
+    /// [`Error::Home`] if the list of followed registries is full or cannot be written; [`Error::Stopped`] after a
+    /// shutdown.
     pub async fn create(&self, new: NewRegistry) -> Result<Registry, Error> {
         let keys = |peers: Vec<PeerId>| -> Result<Vec<Key>, Error> {
             let key = |peer: PeerId| key_of(&peer).ok_or(Error::NoKey(peer));
@@ -200,12 +206,16 @@ impl Registries {
         self.follow(made.await?, "").await
     }
 
-    /// Follows a registry from now on, also after a restart: holds its documents, and takes its word for what names mean. Only names that begin with `prefix` are of
-    /// interest: what cannot hold such names is not held. Comes back at once; [`Registry::arrived`] waits.
+    /// Follows a registry from now on, also after a restart: holds its documents, and resolves model names by it.
+    /// Returns at once; [`Registry::arrived`] waits for it.
+    ///
+    /// With `prefix`, only names that begin with it are of interest, and catalogues that cannot contain such names
+    /// are not held. An empty prefix means all names.
     ///
     /// # Errors
-    /// [`Error::Pattern`] if no name begins so, [`Error::Home`] if the list of followed registries cannot be written or is full, [`Error::NotRegistry`] if a document
-    /// that is here is none, [`Error::Stopped`].
+    /// [`Error::Pattern`] if no name can begin with `prefix`; [`Error::Home`] if the list of followed registries is
+    /// full or cannot be written; [`Error::NotRegistry`] if the document is here and is not a registry;
+    /// [`Error::Document`] if too many documents are held or the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn follow(&self, id: DocumentId, prefix: &str) -> Result<Registry, Error> {
         format!("{prefix}*").parse::<NamePattern>()?;
         let is_other = move |replica: &mut Replica| match Root::read(replica, id) {
@@ -217,20 +227,22 @@ impl Registries {
         }
         let (followed, prefix) = (self.node.followed(), prefix.to_owned());
         blocking(move || Ok(followed.set(id, Some(prefix))?)).await?;
-        // Held at once, and not only when whatever keeps registries up comes to it.
+        // The document is held at once, before the task that keeps registries up gets to it.
         self.node.docs().open(id).await?;
         Ok(self.registry(id))
     }
 
-    /// Follows a registry no longer: its documents are deleted here, but for those of which this node is the owner. Whether it was followed.
+    /// Stops following a registry, and deletes its documents on this node, except those that this node owns. Returns
+    /// false if the registry was not followed.
     ///
     /// # Errors
-    /// [`Error::Home`] if the list of followed registries cannot be written, [`Error::Stopped`].
+    /// [`Error::Home`] if the list of followed registries cannot be written; [`Error::Document`] if the disk fails;
+    /// [`Error::Stopped`] after a shutdown.
     pub async fn unfollow(&self, id: DocumentId) -> Result<bool, Error> {
         let followed = self.node.followed();
         let before = blocking(move || Ok(followed.set(id, None)?)).await?;
         if before.is_some() {
-            // Its catalogues go with what keeps registries up.
+            // The task that keeps registries up removes the catalogues.
             let drop = move |replica: &mut Replica| {
                 let is_own = replica.owner(&id) == Some(replica.key());
                 Ok(!is_own && replica.remove(id)?)
@@ -242,10 +254,10 @@ impl Registries {
         Ok(before.is_some())
     }
 
-    /// A registry that is followed.
+    /// Returns a registry that this node follows.
     ///
     /// # Errors
-    /// [`Error::NotFollowed`].
+    /// [`Error::NotFollowed`] if this node does not follow it.
     pub fn followed(&self, id: DocumentId) -> Result<Registry, Error> {
         match self.node.followed().prefix(&id) {
             Some(_) => Ok(self.registry(id)),
@@ -253,16 +265,16 @@ impl Registries {
         }
     }
 
-    /// The registries that this node follows.
+    /// Lists the registries that this node follows.
     ///
     /// # Errors
-    /// [`Error::Document`] if the disk fails, [`Error::Stopped`].
+    /// [`Error::Document`] if the disk fails; [`Error::Stopped`] after a shutdown.
     pub async fn list(&self) -> Result<Vec<RegistryInfo>, Error> {
         let mut infos = Vec::new();
         for id in self.node.followed().all().into_keys() {
             match self.registry(id).info().await {
                 Ok(info) => infos.push(info),
-                // It was unfollowed meanwhile.
+                // The registry was unfollowed meanwhile.
                 Err(Error::NotFollowed(_)) => {}
                 Err(error) => return Err(error),
             }
@@ -277,7 +289,7 @@ impl Registries {
         }
     }
 
-    /// What followed registries say of a name: each publisher's latest word.
+    /// Returns the entries of a name in the followed registries: the latest of each publisher.
     pub(crate) async fn lookup(&self, name: &ModelName) -> Result<Listed, Error> {
         let mut listed = Listed::default();
         let mut found: BTreeMap<Key, Entry> = BTreeMap::new();
@@ -317,10 +329,10 @@ impl Registries {
         Ok(listed)
     }
 
-    /// As [`lookup`](Self::lookup), and waits a little for what is on its way.
+    /// Does the same as [`lookup`](Self::lookup), and waits up to three seconds for missing catalogues.
     pub(crate) async fn resolve(&self, name: &ModelName) -> Result<Listed, Error> {
         let mut events = self.node.driver().documents.events();
-        let until = Instant::now() + ARRIVAL;
+        let until = Instant::now() + ARRIVAL_TIMEOUT;
         loop {
             let listed = self.lookup(name).await?;
             if !listed.models.is_empty() || listed.missing.is_none() {
@@ -328,14 +340,15 @@ impl Registries {
             }
             match timeout_at(until, events.recv()).await {
                 Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
-                // Whoever is behind has missed something, and looks.
+                // A receiver that lags has missed an event, and looks again.
                 Ok(_) => {}
                 Err(_) => return Ok(listed),
             }
         }
     }
 
-    /// What followed registries list under names that begin with `prefix`: each publisher's latest word.
+    /// Returns the entries of all names that begin with `prefix` in the followed registries: the latest of each
+    /// publisher.
     pub(crate) async fn listed(&self, prefix: &str) -> Result<Vec<ListedModel>, Error> {
         let mut all = Vec::new();
         for id in self.node.followed().all().into_keys() {
@@ -352,7 +365,8 @@ impl Registries {
         Ok(all)
     }
 
-    /// Lists a model by a name in every followed registry in which this node may; which these are, and which do not list it, with the reason.
+    /// Lists a model under a name in every followed registry that lets this node publish the name. Returns these
+    /// registries, and a text with the reason for each registry in which this failed.
     pub(crate) async fn publish_all(
         &self,
         name: &ModelName,
@@ -375,8 +389,8 @@ impl Registries {
         Ok((registries, problems))
     }
 
-    /// Returns the followed registries that reserve a name for others than this node: their followers take the word of
-    /// those for what the name means, and not this node's.
+    /// Returns the followed registries that reserve a name for publishers other than this node. Followers of these
+    /// registries do not accept this node's claim.
     pub(crate) async fn reserved_for_others(
         &self,
         name: &ModelName,
@@ -412,8 +426,8 @@ impl Registries {
         Ok(all)
     }
 
-    /// Withdraws this node's entries of a model from the registries: the entry called `name`, or all of them if `name`
-    /// is `None`. Returns the registries for which this failed, each with the reason.
+    /// Withdraws this node's entries of a model from the registries: the entry of `name`, or all of them if `name` is
+    /// `None`. Returns the registries for which this failed, each with the reason.
     pub(crate) async fn withdraw_all(
         &self,
         model: &Hash,
@@ -449,14 +463,15 @@ impl Registries {
     }
 }
 
-/// What registries say of a name.
+/// The entries of a name in the followed registries.
 #[derive(Debug, Default)]
 pub(crate) struct Listed {
-    /// Each publisher's latest word.
+    /// The latest entry of each publisher.
     pub(crate) models: Vec<ListedModel>,
-    /// A registry that names publishers for names like this one, and not for all: nobody else has a say.
+    /// A registry that reserves the name: it has publishers for such names in particular, and no others may claim the
+    /// name.
     pub(crate) reserved: Option<DocumentId>,
-    /// A registry for which this is so, and of which one of their catalogues is not here.
+    /// A registry that reserves the name, and of which a catalogue for it is missing here.
     pub(crate) missing: Option<DocumentId>,
 }
 

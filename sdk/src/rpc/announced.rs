@@ -1,4 +1,4 @@
-//! Being found as a provider of a service: its name, its labels, and the record that states them.
+//! Announcing a service that this node offers: its name, its labels, and the record in the DHT.
 
 use std::{
     collections::BTreeMap,
@@ -15,30 +15,31 @@ use crate::{
     discovery::advertise::{Presence, RecordId, Terms, Value},
 };
 
-/// Bytes of a service's name.
+/// Longest name of a service, in bytes.
 pub const MAX_NAME: usize = 256;
 
-/// Labels of one announcement, and bytes of a label's name and of its value.
+/// The most labels of one announcement. A label's name has 1 to 64 bytes, and its value at most 256.
 pub const MAX_LABELS: usize = 16;
 pub(super) const MAX_LABEL: usize = 64;
 const MAX_LABEL_VALUE: usize = 256;
 
-/// What tells a service's offer from others of the same name: a model, its layers, the load.
+/// Labels that describe a service's offer, such as a model, its layers or the load. They tell offers of the same name
+/// apart.
 pub type Labels = BTreeMap<String, String>;
 
-/// A service that cannot be announced or looked for.
+/// The error of a service name or labels that break a limit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServiceError {
-    /// Its name is empty or too long.
-    #[error("a service's name has 1 to {MAX_NAME} bytes, and this has {0}")]
+    /// The name is empty or too long. Holds its length in bytes.
+    #[error("the name of a service has 1 to {MAX_NAME} bytes; this name has {0}")]
     Name(usize),
-    /// There are too many labels.
-    #[error("a service has at most {MAX_LABELS} labels, and these are {0}")]
+    /// There are too many labels. Holds their number.
+    #[error("a service has at most {MAX_LABELS} labels; {0} were given")]
     TooManyLabels(usize),
-    /// A label is too long, or has no name.
+    /// A label's name is empty or too long, or its value is too long. Holds the label's name.
     #[error(
-        "a label's name has 1 to {MAX_LABEL} bytes and its value at most {MAX_LABEL_VALUE}, and {0:?} is another"
+        "label {0:?} breaks a limit: its name may have 1 to {MAX_LABEL} bytes and its value at most {MAX_LABEL_VALUE}"
     )]
     Label(String),
 }
@@ -67,13 +68,13 @@ pub(super) fn check_labels(labels: &Labels) -> Result<(), ServiceError> {
 }
 
 pub(super) fn key(name: &str) -> Vec<u8> {
-    // A name may be longer than a key.
+    // The name is hashed because it may be longer than a key.
     let mut hasher = blake3::Hasher::new_derive_key("weft service v1");
     hasher.update(name.as_bytes());
     format!("service/{}", hasher.finalize()).into_bytes()
 }
 
-/// The record of a service that this node offers.
+/// Returns the record of a service that this node offers.
 fn record(name: &str, labels: Arc<Mutex<Labels>>) -> (RecordId, Value) {
     let value = move |addresses: Vec<Bytes>| {
         let labels = lock(&labels);
@@ -87,7 +88,7 @@ fn record(name: &str, labels: Arc<Mutex<Labels>>) -> (RecordId, Value) {
     (RecordId::of(key(name)), Value::of(value))
 }
 
-/// Makes this node be found as one that offers a service, without labels, for as long as it runs.
+/// Announces a service, without labels, for as long as the node runs.
 pub(super) fn announce_always(node: &Node, name: &str) -> Result<(), ServiceError> {
     check(name)?;
     let (id, value) = record(name, Arc::default());
@@ -95,9 +96,10 @@ pub(super) fn announce_always(node: &Node, name: &str) -> Result<(), ServiceErro
     Ok(())
 }
 
-/// This node is found as one that offers a service, for as long as this is held.
+/// The announcement of a service, in effect until its last clone is dropped; returned by
+/// [`Rpc::announce`](super::Rpc::announce).
 #[derive(Debug, Clone)]
-#[must_use = "what is dropped is announced no more"]
+#[must_use = "dropping it ends the announcement"]
 pub struct Announced {
     labels: Arc<Mutex<Labels>>,
     presence: Arc<Presence>,
@@ -109,17 +111,19 @@ impl Announced {
         check_labels(&labels)?;
         let labels = Arc::new(Mutex::new(labels));
         let (id, value) = record(name, Arc::clone(&labels));
-        let presence = node.advertiser().be_present(id, value, Terms::PRESENCE);
+        let presence = node
+            .advertiser()
+            .register_while_held(id, value, Terms::PRESENCE);
         Ok(Self {
             labels,
             presence: Arc::new(presence),
         })
     }
 
-    /// States other labels from now on. Others know within twenty seconds.
+    /// Replaces the labels. Other nodes know them within twenty seconds.
     ///
     /// # Errors
-    /// [`ServiceError`], and the labels stay as they are.
+    /// [`ServiceError`] if the new labels break a limit. Then the labels stay as they are.
     pub fn set_labels(&self, labels: Labels) -> Result<(), ServiceError> {
         check_labels(&labels)?;
         let before = std::mem::replace(&mut *lock(&self.labels), labels);

@@ -1,7 +1,8 @@
 //! The choice of a provider for a call by name: a state machine without I/O.
 //!
-//! It remembers the offers that records state, and how each provider did. Of those that fit, it names the one with the
-//! smallest product of round trip and open calls; a provider that failed is left alone for a while, longer each time.
+//! It remembers the offers in records, and the successes and failures of each provider. Of the matching providers it
+//! chooses the one with the smallest product of round trip and open calls. A provider that failed is avoided for a
+//! while, longer each time.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -17,81 +18,81 @@ use weft_proto::wire;
 use super::announced::{Labels, MAX_LABELS, check_labels};
 use crate::discovery::addresses;
 
-/// Peers that are remembered of one service.
+/// The most providers that are remembered for one service.
 const MAX_OFFERS: usize = 256;
 
-/// Longest time for which an offer is believed, whatever its publisher states: the protocol's ten minutes, and some for
-/// clocks.
-const BELIEVED: Duration = Duration::from_secs(11 * 60);
+/// The longest time for which an offer is believed, whatever its publisher claims: the protocol's ten minutes, and a
+/// minute for inaccurate clocks.
+const MAX_BELIEVED: Duration = Duration::from_secs(11 * 60);
 
-/// The first and the longest time for which a peer that failed is left alone.
-const AVOID: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
+/// The first and the longest time for which a peer that failed is avoided.
+const AVOID_TIME: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
 
-/// A round trip that has not been measured counts as this one, to a peer that is connected and to one that is not.
-const UNKNOWN: Duration = Duration::from_millis(5);
+/// Assumed round trips where none was measured: to a connected peer, and to a peer that is not connected.
+const ASSUMED_RTT: Duration = Duration::from_millis(5);
 
-const FAR: Duration = Duration::from_millis(50);
+const ASSUMED_RTT_FAR: Duration = Duration::from_millis(50);
 
-/// Round trips under this one are all the same.
-const NEXT_DOOR: Duration = Duration::from_millis(2);
+/// Shorter round trips count as this one: the difference does not matter.
+const MIN_RTT: Duration = Duration::from_millis(2);
 
-/// The offers of one service that are known.
+/// The known offers of one service.
 #[derive(Default)]
 pub(super) struct Offers {
     pub(super) of: HashMap<PeerId, Candidate>,
     pub(super) looked: Option<Instant>,
-    /// The last look of any kind.
+    /// Time of the last lookup of any kind.
     pub(super) looked_some: Option<Instant>,
     pub(super) looked_at_paths: Option<Instant>,
-    /// When it was called last.
+    /// Time of the last call.
     pub(super) used: Option<Instant>,
-    /// Its providers are being watched.
+    /// True while the providers are being pinged.
     pub(super) watched: bool,
-    /// Counts calls, so that of equals the one that was not asked for longest is.
+    /// Number of calls made. Among equal providers, the one whose last call is oldest is chosen.
     calls: u64,
 }
 
-/// A provider of a service, and what is known of it.
+/// A provider of a service, and its known state.
 #[derive(Default)]
 pub(super) struct Candidate {
     pub(super) addresses: Heard,
     pub(super) labels: Labels,
     sequence: u64,
-    /// When its statement ends.
+    /// Time at which its record expires.
     until: Option<Instant>,
     pub(super) path: Option<(Path, Option<Duration>)>,
     pub(super) outstanding: usize,
-    /// Times that it failed since it last answered.
+    /// Number of failures since it last answered.
     failures: u32,
     avoid_until: Option<Instant>,
-    /// It failed to answer the last ping, and not a call.
+    /// True if it did not answer the last ping.
     pub(super) silent: bool,
-    /// It has answered a call.
+    /// True if it has answered a call.
     pub(super) proven: bool,
-    /// The network that its first public address is in, or the relay.
+    /// The network group of its first public address, or its relay.
     pub(super) network: Option<String>,
     pub(super) last: u64,
 }
 
 impl Candidate {
-    /// How long a call is expected to take, in arbitrary units.
+    /// Returns the expected time of a call, in arbitrary units.
     fn cost(&self) -> u128 {
         let (relayed, rtt) = match &self.path {
-            Some((path, rtt)) => (path.kind == PathKind::Relayed, rtt.unwrap_or(UNKNOWN)),
-            None => (false, FAR),
+            Some((path, rtt)) => (path.kind == PathKind::Relayed, rtt.unwrap_or(ASSUMED_RTT)),
+            None => (false, ASSUMED_RTT_FAR),
         };
-        // What a relay forwards is slower than its round trip says, and is another's to pay for.
-        let rtt = rtt.max(NEXT_DOOR) * if relayed { 2 } else { 1 };
+        // A relay forwards more slowly than its round trip suggests, and its owner pays for the traffic.
+        let rtt = rtt.max(MIN_RTT) * if relayed { 2 } else { 1 };
         rtt.as_micros() * (self.outstanding as u128 + 1)
     }
 
-    /// Nothing shows that it is there at all.
+    /// Returns true if nothing shows yet that the peer is there at all.
     fn is_stranger(&self) -> bool {
         !self.proven && self.path.is_none()
     }
 
-    /// The lowest is asked first, where so many were asked in vain in its network: those that have not failed, those
-    /// that are connected or have answered before, and of strangers those of networks that were not tried.
+    /// Returns the provider's rank; the lowest is called first. Providers that have not failed come first, then
+    /// connected and proven ones. Among strangers, those in networks with fewer failed attempts (`tried`) come first.
     pub(super) fn rank(&self, now: Instant, tried: usize) -> impl Ord + use<> {
         let stranger = self.is_stranger();
         let tried = if stranger { tried } else { 0 };
@@ -104,15 +105,15 @@ impl Candidate {
         )
     }
 
-    /// It failed, and nothing has been heard of it since.
+    /// Returns true if the provider failed, and has not been heard of since.
     pub(super) fn is_suspect(&self) -> bool {
         self.silent || self.failures > 0 && self.path.is_none()
     }
 
-    /// Leaves it alone for a while, longer each time.
+    /// Avoids the provider for a while, longer each time.
     pub(super) fn failed(&mut self, now: Instant) {
         let times = self.failures.min(16);
-        let pause = (AVOID.0 * (1 << times)).min(AVOID.1);
+        let pause = (AVOID_TIME.0 * (1 << times)).min(AVOID_TIME.1);
         self.failures += 1;
         self.avoid_until = Some(now + pause);
     }
@@ -122,14 +123,14 @@ impl Candidate {
         self.avoid_until = None;
     }
 
-    /// The time for which it is left alone.
+    /// Returns the remaining time for which the provider is avoided.
     pub(super) fn avoided(&self, now: Instant) -> Option<Duration> {
         let until = self.avoid_until?;
         (until > now).then(|| until.duration_since(now))
     }
 }
 
-/// The widest network around the first public address, or the relay; `None` if there is neither.
+/// Returns the widest network group around the first public address, or the relay. `None` if there is neither.
 fn network(addresses: &Heard) -> Option<String> {
     let addresses = addresses.to_wire().into_iter();
     let addresses = addresses.filter_map(|address| Multiaddr::try_from(address).ok());
@@ -137,7 +138,7 @@ fn network(addresses: &Heard) -> Option<String> {
     places.filter_map(|place| place.networks().last()).next()
 }
 
-/// One of each network, in random order, then a second of each, and so on.
+/// Returns one provider of each network, in random order, then a second of each, and so on.
 pub(super) fn in_turns<T>(all: impl Iterator<Item = (Option<String>, T)>) -> Vec<T> {
     let mut all: Vec<_> = all.collect();
     fastrand::shuffle(&mut all);
@@ -157,7 +158,7 @@ fn has(labels: &Labels, wanted: &Labels) -> bool {
     wanted.all(|(name, value)| labels.get(name) == Some(value))
 }
 
-/// What a statement says, if it is one of an offer: labels, and where to reach it.
+/// Decodes the value of an offer's record: the labels, and the addresses of the provider.
 pub(super) fn offer(value: &[u8]) -> Option<(Labels, Heard)> {
     let claim = wire::ServiceClaim::decode(value).ok()?;
     let labels = claim.labels.into_iter().take(MAX_LABELS);
@@ -167,7 +168,7 @@ pub(super) fn offer(value: &[u8]) -> Option<(Labels, Heard)> {
 }
 
 impl Offers {
-    /// Whom to ask: the cheapest of those that have not failed, or of all if they have.
+    /// Chooses the cheapest matching provider that has not failed, or the cheapest of all if all have.
     pub(super) fn choose(
         &mut self,
         wanted: &ConditionsNow<'_>,
@@ -191,7 +192,8 @@ impl Offers {
         Some((*peer, chosen.addresses.clone()))
     }
 
-    /// Takes in what publishers state. Who is silent is remembered until its last statement ends: a look-up may miss some.
+    /// Learns from records. A provider that is missing in a lookup is remembered until its last record expires,
+    /// because a lookup may miss some.
     pub(super) fn learn(&mut self, own: PeerId, records: &[Record], now: Instant) {
         for record in records {
             let peer = record.publisher();
@@ -215,14 +217,15 @@ impl Offers {
             candidate.addresses = addresses;
             candidate.labels = labels;
             candidate.sequence = record.sequence();
-            candidate.until = Some(now + record.remaining().min(BELIEVED));
+            candidate.until = Some(now + record.remaining().min(MAX_BELIEVED));
         }
         self.of
             .retain(|_, c| c.outstanding > 0 || c.until.is_some_and(|until| until > now));
     }
 
-    /// Forgets an offer that leads nowhere as far as is known: of a peer that never answered, in the network that has
-    /// the most of those, the one that has failed most, or else is the oldest. Offers of connected peers stay.
+    /// Makes room for an offer by forgetting another. Peers that never answered go first; of those, a peer of the
+    /// network that has the most of them; then the one with the most failures or the oldest record. Offers of
+    /// connected peers stay.
     fn make_room(&mut self) -> bool {
         let mut of_network = HashMap::<_, usize>::new();
         for candidate in self.of.values().filter(|c| c.is_stranger()) {
@@ -243,7 +246,7 @@ impl Offers {
     }
 }
 
-/// The conditions that a provider has to meet, with the list of trusted peers as it is.
+/// The conditions that a provider has to meet, with the current list of trusted peers.
 #[derive(Debug)]
 pub(super) struct ConditionsNow<'a> {
     pub(super) labels: &'a Labels,

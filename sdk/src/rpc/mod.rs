@@ -1,7 +1,12 @@
-//! Calls between nodes: serving, and calling by PeerId.
+//! Calls between nodes: offering services, and calling peers by PeerId or by the name of a service.
 //!
-//! A session is one stream for each peer and class, opened with the first call and again when it is lost or a better path is open. A call that had not
-//! been seen when its session was lost is made again; one that perhaps was, only if its schema says that it may be (`option idempotency_level`).
+//! Calls to one peer share a session: one stream for each peer and class of traffic. It is opened with the first
+//! call, and again when it is lost or a better path opens.
+//!
+//! A call that fails because its session was lost is repeated if the peer had not seen it. If the peer may have seen
+//! it, it is repeated only if its schema permits that (`option idempotency_level`).
+//!
+//! Generated clients work on a [`Peer`] or a [`Service`].
 
 mod announced;
 mod choice;
@@ -23,7 +28,7 @@ use weft_proto::rpc::{
     Session, Status,
 };
 
-use self::retries::{ATTEMPTS, Pauses};
+use self::retries::{MAX_ATTEMPTS, Pauses};
 use crate::Node;
 
 pub use self::{
@@ -42,7 +47,7 @@ pub(crate) use self::{
 /// The protocol's name on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/rpc/1");
 
-/// Calls to and from other nodes; [`Node::rpc`].
+/// Makes calls to other nodes and offers services to them; see [`Node::rpc`].
 #[derive(Debug, Clone)]
 pub struct Rpc {
     node: Node,
@@ -53,10 +58,11 @@ impl Rpc {
         Self { node }
     }
 
-    /// Answers calls with these services, until the node stops, and announces each by its name (`package.Service`): [`service`](Self::service) finds it.
+    /// Offers the services of a router until the node stops. Announces each by its full name (`package.Service`), so
+    /// that [`service`](Self::service) finds it on other nodes.
     ///
     /// # Errors
-    /// [`AlreadyOffered`], and nothing is served.
+    /// [`AlreadyOffered`] if this node offers one of the services already. Then none is offered.
     pub fn serve(&self, router: Router) -> Result<(), AlreadyOffered> {
         let names: Vec<_> = router.services().map(str::to_owned).collect();
         let schemas = router.all_schemas();
@@ -64,37 +70,44 @@ impl Rpc {
         offer.keep();
         for name in names {
             if let Err(error) = announced::announce_always(&self.node, &name) {
-                tracing::warn!(service = name, %error, "not announced");
+                tracing::warn!(service = name, %error, "cannot announce service");
             }
         }
         Ok(())
     }
 
-    /// Makes this node be found as one that offers a service of this name, such as `llama-70b`, for as long as what this returns is held. The name need not be
-    /// that of a service in a schema: who looks for it knows what to call. It says where this node is, and the labels, to anybody who asks for the name.
+    /// Announces that this node offers a service of this name, such as `llama-70b`, until the returned value is
+    /// dropped.
+    ///
+    /// The name need not be that of a service in a schema; callers have to know the methods. The announcement is
+    /// public: anybody who looks up the name gets this node's addresses and the labels.
     ///
     /// # Errors
-    /// [`ServiceError`].
+    /// [`ServiceError`] if the name or the labels break a limit.
     pub fn announce(&self, name: &str, labels: Labels) -> Result<Announced, ServiceError> {
         Announced::new(&self.node, name, labels)
     }
 
-    /// Calls whoever offers a service of this name. Nothing is looked up before the first call.
+    /// Returns a client that calls any peer which offers a service of this name. Nothing is looked up before the
+    /// first call.
     ///
-    /// Anybody in the mesh may say that they offer it. Unless any of them will do, say whom to call with
+    /// Any node of the mesh may claim to offer a service. Unless any provider will do, restrict the choice with
     /// [`Service::only`] or [`Service::trusted`].
     ///
     /// # Errors
-    /// [`ServiceError::Name`].
+    /// [`ServiceError::Name`] if the name is empty or longer than [`MAX_NAME`].
     pub fn service(&self, name: &str) -> Result<Service, ServiceError> {
         Service::new(&self.node, name)
     }
 
-    /// Has a handler answer calls of services with these names, unannounced, which look as `schemas` says (an encoded `FileDescriptorSet`, or nothing), until what this
-    /// returns is dropped.
+    /// Offers services with a handler until the returned value is dropped. The services are not announced;
+    /// [`announce`](Self::announce) does that.
+    ///
+    /// `names` are the full names of the services. `schemas` is an encoded `FileDescriptorSet` that describes them
+    /// for callers that ask, or empty.
     ///
     /// # Errors
-    /// [`AlreadyOffered`], and nothing is offered.
+    /// [`AlreadyOffered`] if this node offers one of the services already. Then none is offered.
     pub fn offer(
         &self,
         names: Vec<String>,
@@ -104,7 +117,7 @@ impl Rpc {
         self.node.offered().add(names, schemas, handler)
     }
 
-    /// Calls this peer, wherever it is: for a generated client. Nothing is opened before the first call.
+    /// Returns a client that calls this peer, at whatever address it is. Nothing is opened before the first call.
     pub fn peer(&self, peer: PeerId) -> Peer {
         Peer {
             node: self.node.clone(),
@@ -114,16 +127,20 @@ impl Rpc {
     }
 }
 
-/// Who calls. A handler's context knows it as text.
+/// Returns the caller of a call between nodes. A handler's context has the caller as text.
 ///
 /// # Errors
-/// [`Code::Internal`] if the context is not one of a call between nodes.
+/// [`Code::Internal`] if the call does not come from another node.
 pub fn caller(context: &Context) -> Result<PeerId, Status> {
     let peer = context.peer.parse();
     peer.map_err(|_| Status::new(Code::Internal, "the caller has no PeerId"))
 }
 
-/// Calls one peer. Cheap to clone.
+/// Calls one peer; see [`Rpc::peer`]. A client for generated code. Cheap to clone.
+///
+/// # Errors
+/// Calls fail with a [`Status`]. Its code is [`Code::Unavailable`] if the peer cannot be reached, and
+/// [`Code::DeadlineExceeded`] if the deadline passes first.
 #[derive(Clone)]
 pub struct Peer {
     node: Node,
@@ -141,19 +158,19 @@ impl fmt::Debug for Peer {
 }
 
 impl Peer {
-    /// Calls that move much, on a session of their own: they hold up no others.
+    /// Makes calls that transfer much data, on a session of their own, so that they delay no other calls.
     #[must_use]
     pub fn bulk(mut self) -> Self {
         self.class = Class::Bulk;
         self
     }
 
-    /// Whom it calls.
+    /// Returns the peer.
     pub fn id(&self) -> PeerId {
         self.peer
     }
 
-    /// Makes a call as often as it may be made, and there is time for.
+    /// Makes a call, and repeats it within the limits on attempts, retries and time.
     async fn attempt<T, F>(
         &self,
         method: Method,
@@ -181,9 +198,11 @@ impl Peer {
                 };
                 match call(session, left).await {
                     Err(status)
-                        if attempt < ATTEMPTS && may_repeat(&status, &method) && retries.take() =>
+                        if attempt < MAX_ATTEMPTS
+                            && may_repeat(&status, &method)
+                            && retries.take() =>
                     {
-                        tracing::debug!(peer = %self.peer, method = %method.name, %status, "again");
+                        tracing::debug!(peer = %self.peer, method = %method.name, %status, "repeating a call");
                         sleep(pauses.next()).await;
                     }
                     ended => return ended,
@@ -200,25 +219,25 @@ impl Peer {
             Some(deadline) => timeout_at(deadline, attempts).await.unwrap_or_else(|_| {
                 Err(Status::new(
                     Code::DeadlineExceeded,
-                    "the caller's time is over",
+                    "the deadline of the call has passed",
                 ))
             }),
         }
     }
 }
 
-/// The service and the method in a method's full name, `package.Service/Method`.
+/// Splits a method's full name, `package.Service/Method`, into the service and the method.
 fn names(method: &str) -> (&str, &str) {
     method.split_once('/').unwrap_or((method, ""))
 }
 
-/// Whether a call that has failed can be made again without doing twice what is to be done once.
+/// Returns true if a failed call can be repeated without the risk that it takes effect twice.
 fn may_repeat(status: &Status, method: &Method) -> bool {
     status.code == Code::Unavailable
         && match status.seen {
             Some(Seen::No) => true,
             Some(Seen::Perhaps | Seen::Yes) => method.idempotent,
-            // The handler itself says so.
+            // The handler itself returned this status.
             None => false,
         }
 }
@@ -251,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_may_have_been_done_is_not_done_again() {
+    fn a_call_that_may_have_taken_effect_is_repeated_only_if_idempotent() {
         let method = |idempotent| Method {
             name: "a.B/C".into(),
             idempotent,

@@ -1,4 +1,4 @@
-//! What a node offers: services that come and go.
+//! The services that this node offers. They can be added and removed while it runs.
 
 use std::{
     collections::BTreeMap,
@@ -12,21 +12,21 @@ use weft_proto::rpc::{Code, Context, Ended, Handler, Receiver, SCHEMAS, Sender, 
 
 use super::names;
 
-/// This node offers a service of this name already.
+/// The error of offering a service that this node offers already. Holds the service's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("this node offers {0} already")]
+#[error("this node offers the service {0} already")]
 pub struct AlreadyOffered(pub String);
 
-/// What a node offers, by the name of the service.
+/// The offered services, by name.
 #[derive(Clone, Default)]
 pub(crate) struct Offered(Arc<RwLock<Entries>>);
 
 #[derive(Default)]
 struct Entries {
     by_name: BTreeMap<String, Entry>,
-    /// Of all, made when they change: whoever asks gets the same bytes.
+    /// Schemas of all services, rebuilt when they change: all callers get the same bytes.
     schemas: Bytes,
-    /// The node has stopped.
+    /// True once the node has stopped.
     closed: bool,
 }
 
@@ -67,14 +67,14 @@ impl Offered {
         self.read().by_name.contains_key(name)
     }
 
-    /// Lets go of all that answers, and of what is added from here on: the node stops, and a handler may hold it.
+    /// Drops all handlers, and those that are added later: the node stops, and a handler may hold a clone of it.
     pub(crate) fn close(&self) {
         let mut all = self.write();
         all.closed = true;
         let gone = std::mem::take(&mut all.by_name);
         all.changed();
         drop(all);
-        // Not while the lock is held: it may be the last to hold something that drops an offer.
+        // Dropped without the lock: a handler may own an [`Offer`], whose drop takes the lock.
         drop(gone);
     }
 
@@ -99,7 +99,7 @@ impl Offered {
         for (n, name) in names.iter().enumerate() {
             let entry = Entry {
                 handler: Arc::clone(&handler),
-                // Once is enough.
+                // The schemas are stored once, with the first name.
                 schemas: if n == 0 {
                     schemas.clone()
                 } else {
@@ -137,7 +137,7 @@ impl Handler for Offered {
                 }
             }
             None => {
-                let text = format!("there is no service {service} here");
+                let text = format!("this node offers no service {service}");
                 Box::pin(std::future::ready(Err(Status::new(
                     Code::Unimplemented,
                     text,
@@ -147,16 +147,16 @@ impl Handler for Offered {
     }
 }
 
-/// Services that are offered for as long as this is held.
+/// Services that are offered until this is dropped; returned by [`Rpc::offer`](super::Rpc::offer).
 #[derive(Debug)]
-#[must_use = "what is dropped is offered no more"]
+#[must_use = "dropping it ends the offer"]
 pub struct Offer {
     offered: Offered,
     names: Vec<String>,
 }
 
 impl Offer {
-    /// Until the node stops.
+    /// Keeps the services offered until the node stops.
     pub(super) fn keep(mut self) {
         self.names.clear();
     }

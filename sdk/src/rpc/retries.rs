@@ -1,8 +1,8 @@
-//! Limits on repeating a call that has failed, and the pauses between attempts.
+//! Limits on repeating failed calls, and pauses between attempts.
 //!
-//! A service that comes back after a restart, or is overloaded, is not to be asked by all its callers at the same
-//! moments, nor several times as often as usual: pauses are random around what they should be, and a [`Retries`] gives
-//! out so many and no more.
+//! A service that restarts or is overloaded must not be called by all its callers at the same moments, nor several
+//! times as often as usual. Pauses are therefore random around a growing mean, and a [`Retries`] limits the number of
+//! retries.
 
 use std::{
     sync::{Mutex, MutexGuard},
@@ -11,22 +11,22 @@ use std::{
 
 use tokio::time::Instant;
 
-/// The largest number of attempts at one call, including the first.
-pub(super) const ATTEMPTS: u32 = 5;
+/// The most attempts at one call, including the first.
+pub(super) const MAX_ATTEMPTS: u32 = 5;
 
-/// The pause before the second time; it doubles.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Mean pause before the second attempt. It doubles with each further attempt.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
-/// One call in so many may be a retry.
+/// Number of calls that allow one retry.
 const CALLS_PER_RETRY: f64 = 10.0;
 
-/// Retries a second that there are beside, for a caller that makes few calls.
-const PER_SECOND: f64 = 1.0;
+/// Additional retries allowed each second, for a caller that makes few calls.
+const RETRIES_PER_SECOND: f64 = 1.0;
 
-/// Retries that may be saved up: as many calls as go on at a time, when their provider is lost.
-const MOST: f64 = 128.0;
+/// The most retries saved up: as many as there are calls under way when their provider is lost.
+const MAX_SAVED: f64 = 128.0;
 
-/// The retries that are left towards one peer, or one service.
+/// The remaining retries towards one peer or one service.
 #[derive(Debug)]
 pub(super) struct Retries(Mutex<State>);
 
@@ -39,7 +39,7 @@ struct State {
 impl Default for Retries {
     fn default() -> Self {
         Self(Mutex::new(State {
-            left: MOST,
+            left: MAX_SAVED,
             counted: Instant::now(),
         }))
     }
@@ -52,13 +52,13 @@ impl Retries {
             .expect("nothing panics while holding the lock")
     }
 
-    /// A call is made for the first time.
+    /// Counts a first attempt at a call.
     pub(super) fn called(&self) {
         let mut state = self.lock();
-        state.left = (state.left + 1.0 / CALLS_PER_RETRY).min(MOST);
+        state.left = (state.left + 1.0 / CALLS_PER_RETRY).min(MAX_SAVED);
     }
 
-    /// Takes a retry, if there is one left.
+    /// Takes a retry. Returns false if none is left.
     pub(super) fn take(&self) -> bool {
         self.take_at(Instant::now())
     }
@@ -66,7 +66,7 @@ impl Retries {
     fn take_at(&self, now: Instant) -> bool {
         let mut state = self.lock();
         let passed = now.saturating_duration_since(state.counted);
-        state.left = (state.left + passed.as_secs_f64() * PER_SECOND).min(MOST);
+        state.left = (state.left + passed.as_secs_f64() * RETRIES_PER_SECOND).min(MAX_SAVED);
         state.counted = now;
         let is_left = state.left >= 1.0;
         if is_left {
@@ -82,10 +82,10 @@ pub(super) struct Pauses(Duration);
 
 impl Pauses {
     pub(super) fn new() -> Self {
-        Self(PAUSE)
+        Self(FIRST_PAUSE)
     }
 
-    /// The next pause: twice the last, and half of that more or less.
+    /// Returns the next pause: a mean that doubles each time, varied by half of it in either direction.
     pub(super) fn next(&mut self) -> Duration {
         let middle = self.0;
         self.0 *= 2;
@@ -102,7 +102,7 @@ mod tests {
         let retries = Retries::default();
         let begin = Instant::now();
         let taken = |now| (0..1000).filter(|_| retries.take_at(now)).count();
-        // Those that are saved up, once.
+        // The saved retries are there once.
         assert_eq!(taken(begin), 128);
         assert_eq!(taken(begin), 0);
         (0..1003).for_each(|_| retries.called());

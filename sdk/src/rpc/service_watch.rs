@@ -1,4 +1,4 @@
-//! Watching which peers offer a service.
+//! Watching the providers of a service.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -13,32 +13,33 @@ use super::{
 };
 use crate::discovery::watch::{Change, Watcher};
 
-/// What has changed of who offers a service.
+/// A change of the providers of a service; see [`Service::watch`](super::Service::watch).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ServiceChange {
-    /// Offers it now, or did so when the watch began.
+    /// A peer offers the service now, or did when the watch began.
     Joined {
-        /// Who.
+        /// The provider.
         peer: PeerId,
-        /// What it says of its offer.
+        /// Labels of its offer.
         labels: Labels,
     },
-    /// Says something else of its offer.
+    /// A provider has changed the labels of its offer.
     Changed {
-        /// Who.
+        /// The provider.
         peer: PeerId,
-        /// What it says now.
+        /// The new labels.
         labels: Labels,
     },
-    /// Offers it no more, or states other labels than those that are wanted.
+    /// A peer no longer offers the service, or its new labels do not match the wanted ones.
     Left {
-        /// Who.
+        /// The peer.
         peer: PeerId,
     },
 }
 
-/// The changes of who offers a service; [`Service::watch`](super::Service::watch). Keeps no node from stopping.
+/// Changes of the providers of a service; see [`Service::watch`](super::Service::watch). A watch does not keep its
+/// node running.
 #[derive(Debug)]
 pub struct ServiceWatch {
     pub(super) watcher: Watcher,
@@ -50,7 +51,8 @@ pub struct ServiceWatch {
 }
 
 impl ServiceWatch {
-    /// The next change; `None` once the node has stopped. May be dropped and called again.
+    /// Waits for the next change. Returns `None` once the node has stopped. Cancel safe: if the future is dropped, no
+    /// change is lost.
     pub async fn next(&mut self) -> Option<ServiceChange> {
         loop {
             let change = self.watcher.next().await?;

@@ -1,12 +1,13 @@
-//! Services by name: calling peers that offer one. `announced.rs` is the other side, and `choice.rs` says which peer
-//! is called.
+//! Services by name: calls to the peers that offer one. `announced.rs` is the providers' side, and `choice.rs`
+//! chooses the peer to call.
 //!
-//! Who offers a service says so in the DHT, with labels, for as long as it does. A [`Service`] knows who does, and sends each call where it expects it to be
-//! answered soonest: to near peers and over direct paths, and not to where many of its calls are open already. A peer that fails is left alone for a while that
-//! grows as it goes on failing, and what it had not begun is asked of another.
+//! A provider publishes a record in the DHT, with labels, while it offers a service. A [`Service`] knows these
+//! providers, and sends each call to the one that it expects to answer soonest: to near peers over direct paths, and
+//! not to peers with many open calls. A peer that fails is avoided for a while, longer with each failure, and a call
+//! that it had not begun goes to another peer.
 //!
-//! The node remembers who offers a service, so that the short-lived handles of commands and API clients share it. While
-//! a service is used, its providers are watched: one that dies is found out without a call, and costs one failed
+//! The node remembers the providers of a service, so that short-lived handles of commands and API clients share them.
+//! While a service is used, its providers are pinged: a dead provider is noticed without a call, and costs one failed
 //! attempt at most.
 
 use std::{
@@ -28,65 +29,67 @@ use super::{
     announced::{Labels, ServiceError, check, key},
     choice::{ConditionsNow, Offers, in_turns},
     may_repeat, names,
-    retries::{ATTEMPTS, Pauses, Retries},
+    retries::{MAX_ATTEMPTS, Pauses, Retries},
     service_watch::ServiceWatch,
 };
 use crate::{Node, discovery::watch::Watcher};
 
-/// How old what is known of who offers a service may be before it is looked up again, beside the calls.
-const FRESH: Duration = Duration::from_secs(15);
+/// Age at which the known providers of a service are looked up again, in the background.
+const MAX_AGE: Duration = Duration::from_secs(15);
 
-/// Time between two looks for other providers while all that are known have failed.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Time between two lookups while all known providers have failed.
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How old what is known of the paths to them may be.
-const FRESH_PATHS: Duration = Duration::from_secs(2);
+/// Age at which the known paths to providers are updated.
+const MAX_PATH_AGE: Duration = Duration::from_secs(2);
 
-/// Peers that are connected to before they are called, so that the nearest of them is known.
-const NEAR: usize = 8;
+/// Number of providers that are connected to before they are called, to find the nearest.
+const MAX_MET: usize = 8;
 
-/// Time to reach a peer before another one is tried: a dial over a long path takes less. It doubles, in case there is
-/// no other; the dial goes on meanwhile.
-const REACH: Duration = Duration::from_secs(1);
+/// Time to reach a peer before another is tried. A dial over a long path takes less. The time doubles in case there
+/// is no other provider; the dial goes on meanwhile.
+const REACH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Interval at which connected providers have to show that they are there, time for which they do so after the last
-/// call, and number of providers watched.
-const WATCH: Duration = Duration::from_secs(2);
-const WATCH_FOR: Duration = Duration::from_secs(60);
-const WATCHED: usize = 16;
+/// Interval between pings of connected providers, time for which they are pinged after the last call, and number of
+/// providers pinged.
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+const PING_TIME: Duration = Duration::from_secs(60);
+const MAX_PINGED: usize = 16;
 
-/// The least and the most that a watched provider may take to answer; between them, a multiple of its round trip.
-const ALIVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
-const ALIVE_TRIPS: u32 = 8;
+/// The shortest and the longest time that a pinged provider may take to answer. Between them, the time is a multiple
+/// of its round trip.
+const PING_TIMEOUT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
+const PING_TIMEOUT_TRIPS: u32 = 8;
 
-/// Time for which a service that nothing uses is remembered, and number of services remembered.
-const REMEMBER: Duration = Duration::from_secs(600);
+/// Time for which an unused service is remembered, and number of services remembered.
+const REMEMBER_TIME: Duration = Duration::from_secs(600);
 const MAX_SERVICES: usize = 256;
 
-/// Locks what no holder of the lock panics over.
+/// Locks a mutex whose holders do not panic.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("nothing panics while holding the lock")
 }
 
-/// One that offers a service.
+/// A provider of a service; see [`Service::peers`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ServicePeer {
-    /// Who.
+    /// The provider.
     pub peer: PeerId,
-    /// What it says of its offer.
+    /// Labels of its offer, as the provider claims them.
     pub labels: Labels,
-    /// The path to it, if it is connected.
+    /// Path to the provider, if it is connected.
     pub path: Option<Path>,
-    /// The round trip to it, once measured.
+    /// Round-trip time to the provider, once measured.
     pub rtt: Option<Duration>,
-    /// Calls of this node's to the service there that are open.
+    /// Number of this node's open calls to the service on this provider.
     pub outstanding: usize,
-    /// It has failed, and is not asked for so long unless there is no other.
+    /// Time for which the provider is avoided because it has failed. It is then called only if there is no other.
+    /// `None` if it is not avoided.
     pub avoided: Option<Duration>,
 }
 
-/// The services that this node calls by name, or did so lately.
+/// The services that this node calls by name, or did recently.
 #[derive(Debug, Default)]
 pub(crate) struct KnownServices(Mutex<HashMap<String, Remembered>>);
 
@@ -100,9 +103,9 @@ impl KnownServices {
     fn get(&self, name: &str, node: &Node) -> Arc<Shared> {
         let now = Instant::now();
         let mut known = lock(&self.0);
-        // One that a handle has is in use.
+        // A service that a handle refers to is in use.
         let idle = |one: &Remembered| Arc::strong_count(&one.shared) == 1;
-        known.retain(|_, one| !idle(one) || now.duration_since(one.used) < REMEMBER);
+        known.retain(|_, one| !idle(one) || now.duration_since(one.used) < REMEMBER_TIME);
         if known.len() >= MAX_SERVICES && !known.contains_key(name) {
             let unused = known.iter().filter(|(_, one)| idle(one));
             let oldest = unused.min_by_key(|(_, one)| one.used);
@@ -126,13 +129,13 @@ impl KnownServices {
     }
 }
 
-/// What all handles of one service know.
+/// The state that all handles of one service share.
 struct Shared {
     key: Vec<u8>,
     dht: Dht,
     network: Network,
     offers: Mutex<Offers>,
-    /// Held by whoever looks it up.
+    /// Held by the task that looks up the providers.
     looking: tokio::sync::Mutex<()>,
     retries: Retries,
 }
@@ -144,7 +147,7 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    /// Who offers it; a few will do for a first call.
+    /// Looks up the providers. With `some`, a few are enough, for a first call.
     async fn look(&self, some: bool) {
         let records = match some {
             true => self.dht.get_some(&self.key).await,
@@ -156,9 +159,9 @@ impl Shared {
             let mut state = lock(&self.offers);
             state.learn(own, &records, now);
             state.looked_some = Some(now);
-            // After a few, all, with the next call.
+            // After a lookup of a few, the next call starts a full lookup.
             state.looked = if some {
-                now.checked_sub(FRESH)
+                now.checked_sub(MAX_AGE)
             } else {
                 Some(now)
             };
@@ -169,7 +172,7 @@ impl Shared {
         self.look_at_paths().await;
     }
 
-    /// Connects to some, so that the nearest is known.
+    /// Connects to some providers, to find the nearest.
     async fn meet(&self) {
         let strangers: Vec<_> = {
             let (state, now) = (lock(&self.offers), Instant::now());
@@ -179,12 +182,12 @@ impl Shared {
             let strangers = in_turns(strangers.map(|(peer, c)| (c.network.clone(), (*peer, c))));
             strangers
                 .into_iter()
-                .take(NEAR.saturating_sub(met))
+                .take(MAX_MET.saturating_sub(met))
                 .map(|(peer, c)| (peer, c.addresses.clone()))
                 .collect()
         };
         let dials = strangers.into_iter().map(|(peer, addresses)| {
-            let dial = timeout(REACH, self.network.connect(peer, addresses));
+            let dial = timeout(REACH_TIMEOUT, self.network.connect(peer, addresses));
             async move { (peer, matches!(dial.await, Ok(Ok(_)))) }
         });
         for (peer, reached) in futures::future::join_all(dials).await {
@@ -194,14 +197,14 @@ impl Shared {
         }
     }
 
-    /// Has the connected providers show that they are there, for as long as the service is used. One that does not is
-    /// left alone, and its connections are made to show that they work, or are closed.
+    /// Pings the connected providers while the service is used. A provider that does not answer is avoided, and its
+    /// connections are checked and closed if they do not work.
     async fn watch(self: Arc<Self>) {
         loop {
-            sleep(WATCH).await;
+            sleep(PING_INTERVAL).await;
             {
                 let mut state = lock(&self.offers);
-                let idle = state.used.is_none_or(|used| used.elapsed() > WATCH_FOR);
+                let idle = state.used.is_none_or(|used| used.elapsed() > PING_TIME);
                 if idle {
                     state.watched = false;
                     return;
@@ -213,13 +216,17 @@ impl Shared {
                 let connected = state.of.iter();
                 let connected = connected.filter_map(|(peer, c)| {
                     let (_, rtt) = c.path.as_ref()?;
-                    let patience = rtt.unwrap_or_default() * ALIVE_TRIPS;
-                    Some((c.last, *peer, patience.clamp(ALIVE.0, ALIVE.1)))
+                    let patience = rtt.unwrap_or_default() * PING_TIMEOUT_TRIPS;
+                    Some((
+                        c.last,
+                        *peer,
+                        patience.clamp(PING_TIMEOUT.0, PING_TIMEOUT.1),
+                    ))
                 });
                 let mut connected: Vec<_> = connected.collect();
-                // Those that are called.
+                // The providers that were called last.
                 connected.sort_by_key(|(last, ..)| std::cmp::Reverse(*last));
-                connected.truncate(WATCHED);
+                connected.truncate(MAX_PINGED);
                 connected
             };
             let network = &self.network;
@@ -236,7 +243,7 @@ impl Shared {
                 match (alive, was_silent) {
                     (true, true) => self.answered(peer),
                     (false, false) => {
-                        tracing::debug!(%peer, "a provider of a service does not answer");
+                        tracing::debug!(%peer, "provider of a service does not answer");
                         self.failed(peer);
                         self.network.check(peer, PATH_TIMEOUT).await;
                     }
@@ -268,7 +275,7 @@ impl Shared {
         }
     }
 
-    /// It has answered a call, whatever it said.
+    /// Notes that the provider has answered a call, with whatever result.
     fn called(&self, peer: PeerId) {
         if let Some(candidate) = lock(&self.offers).of.get_mut(&peer) {
             candidate.proven = true;
@@ -277,7 +284,7 @@ impl Shared {
     }
 }
 
-/// A call that is open, counted until this is dropped.
+/// An open call, counted until this is dropped.
 struct Outstanding {
     shared: Arc<Shared>,
     peer: PeerId,
@@ -291,7 +298,15 @@ impl Drop for Outstanding {
     }
 }
 
-/// Calls whoever offers a service of this name: for a generated client. Cheap to clone; [`Rpc::service`](super::Rpc::service).
+/// Calls any peer that offers a service; see [`Rpc::service`](super::Rpc::service). A client for generated code.
+/// Cheap to clone.
+///
+/// Each call goes to the provider that is expected to answer soonest. If a provider fails before it has begun the
+/// call, another is tried.
+///
+/// # Errors
+/// Calls fail with a [status](weft_proto::rpc::Status). Its code is [`Code::Unavailable`] if no provider is found
+/// or reached, and [`Code::DeadlineExceeded`] if the deadline passes first.
 #[derive(Debug, Clone)]
 pub struct Service {
     node: Node,
@@ -301,18 +316,18 @@ pub struct Service {
     class: Class,
 }
 
-/// The conditions that a provider of a service has to meet to be called.
+/// Conditions that a provider has to meet to be called.
 #[derive(Debug, Clone, Default)]
 struct Conditions {
     labels: Labels,
-    /// Only these.
+    /// The only peers that may be called, if restricted.
     only: Option<Arc<BTreeSet<PeerId>>>,
-    /// Only those that the node trusts, as it does at the time.
+    /// Set if only trusted peers may be called; the list is read at each call.
     trusted: Option<Node>,
 }
 
 impl Conditions {
-    /// Returns the conditions as they are at this moment.
+    /// Returns the conditions at this moment.
     fn now(&self) -> ConditionsNow<'_> {
         ConditionsNow {
             labels: &self.labels,
@@ -321,7 +336,7 @@ impl Conditions {
         }
     }
 
-    /// In words, for a person; empty if any will do.
+    /// Describes the conditions as a text for people. Empty if there are none.
     fn in_words(&self) -> String {
         let mut words = String::new();
         if !self.labels.is_empty() {
@@ -353,16 +368,18 @@ impl Service {
         })
     }
 
-    /// Only those that state this label.
+    /// Restricts the choice to providers whose offer has this label.
     #[must_use]
     pub fn labelled(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.wanted.labels.insert(name.into(), value.into());
         self
     }
 
-    /// Calls only these peers. Anybody may state that a service is at their node, and labels are their own word: this,
-    /// or [`trusted`](Self::trusted), says who may see requests and answer them. Called again, it narrows the choice to
-    /// the peers that are in both.
+    /// Restricts the choice to these peers.
+    ///
+    /// Any node may claim to offer a service, and labels are the provider's own claim. Use this method or
+    /// [`trusted`](Self::trusted) to decide which peers may see requests and answer them. A second call restricts the
+    /// choice to the peers in both lists.
     #[must_use]
     pub fn only(mut self, peers: impl IntoIterator<Item = PeerId>) -> Self {
         let mut peers: BTreeSet<_> = peers.into_iter().collect();
@@ -373,27 +390,27 @@ impl Service {
         self
     }
 
-    /// Calls only peers that this node trusts ([`Node::trust`]) when the call is made. A peer has to state the service
-    /// itself.
+    /// Restricts the choice to peers that this node trusts ([`Node::trust`]) at the time of the call. The peer itself
+    /// has to offer the service.
     #[must_use]
     pub fn trusted(mut self) -> Self {
         self.wanted.trusted = Some(self.node.clone());
         self
     }
 
-    /// Calls that move much, on sessions of their own: they hold up no others.
+    /// Makes calls that transfer much data, on sessions of their own, so that they delay no other calls.
     #[must_use]
     pub fn bulk(mut self) -> Self {
         self.class = Class::Bulk;
         self
     }
 
-    /// Its name.
+    /// Returns the name of the service.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Who offers it, in the order in which they would be asked. Asks the DHT.
+    /// Returns the providers in the order in which they would be called. Looks them up in the DHT.
     pub async fn peers(&self) -> Vec<ServicePeer> {
         self.node.meet().await;
         {
@@ -419,10 +436,12 @@ impl Service {
         offers.collect()
     }
 
-    /// Who offers it, and how that changes: the same as [`peers`](Self::peers) shows, told within five seconds and the time of a look-up; that a node which has
-    /// crashed offers nothing any more, when its word ends (ten minutes).
+    /// Watches the providers: returns those that [`peers`](Self::peers) would list, and then every change.
     ///
-    /// With [`trusted`](Self::trusted), it shows those that are trusted when it begins.
+    /// A change is reported within five seconds plus the time of a lookup. A provider that has crashed is reported as
+    /// gone when its record expires, after ten minutes at most.
+    ///
+    /// With [`trusted`](Self::trusted), the list of trusted peers is read once, when the watch begins.
     pub async fn watch(&self) -> ServiceWatch {
         self.node.meet().await;
         ServiceWatch {
@@ -435,11 +454,11 @@ impl Service {
         }
     }
 
-    /// Whom to ask, other than those that were tried; looks for more where there are none.
+    /// Chooses a provider that was not tried yet, and looks for more if there is none.
     async fn choose(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
         self.keep_fresh().await;
         if self.is_doubtful(tried) {
-            // Another may have begun to offer it.
+            // Another peer may have begun to offer the service.
             let _looking = self.shared.looking.lock().await;
             if self.is_doubtful(tried) {
                 self.shared.look(true).await;
@@ -453,7 +472,7 @@ impl Service {
         }
         self.node.meet().await;
         let _looking = self.shared.looking.lock().await;
-        // Somebody else may have looked meanwhile.
+        // Another task may have looked meanwhile.
         if let Some(chosen) = self.choose_known(tried) {
             return Some(chosen);
         }
@@ -461,12 +480,12 @@ impl Service {
         self.choose_known(tried)
     }
 
-    /// Returns true if all providers that are known, and were not tried, failed lately, and this was not looked into
-    /// for a second.
+    /// Returns true if all known providers that were not tried have failed recently, and no lookup was made in the
+    /// last second.
     fn is_doubtful(&self, tried: &HashSet<PeerId>) -> bool {
         let wanted = self.wanted.now();
         let (state, now) = (lock(&self.shared.offers), Instant::now());
-        let lately = |at: Instant| now.duration_since(at) < LOOK_AGAIN;
+        let lately = |at: Instant| now.duration_since(at) < LOOKUP_INTERVAL;
         let known = state.of.iter();
         let mut known = known
             .filter(|(peer, c)| !tried.contains(peer) && wanted.fits(peer, &c.labels))
@@ -484,16 +503,17 @@ impl Service {
         Some((Outstanding { shared, peer }, addresses))
     }
 
-    /// Looks again, beside the calls, if what is known is old; at paths before the call, which asks nobody.
+    /// Refreshes old knowledge: providers in the background, and paths before the call, which needs no network
+    /// traffic.
     async fn keep_fresh(&self) {
         let now = Instant::now();
         let (all, paths, watch) = {
             let mut state = lock(&self.shared.offers);
             let old =
                 |at: Option<Instant>, than| at.is_some_and(|at| now.duration_since(at) > than);
-            let all = old(state.looked, FRESH);
-            let paths = old(state.looked_at_paths, FRESH_PATHS);
-            // One looks at a time.
+            let all = old(state.looked, MAX_AGE);
+            let paths = old(state.looked_at_paths, MAX_PATH_AGE);
+            // One task looks at a time.
             if all {
                 state.looked = Some(now);
             }
@@ -532,13 +552,13 @@ impl Service {
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
         let attempts = async {
-            let (mut tried, mut pauses, mut reach) = (HashSet::new(), Pauses::new(), REACH);
+            let (mut tried, mut pauses, mut reach) = (HashSet::new(), Pauses::new(), REACH_TIMEOUT);
             self.shared.retries.called();
             let mut last = None;
-            for attempt in 1..=ATTEMPTS {
+            for attempt in 1..=MAX_ATTEMPTS {
                 let mut chosen = self.choose(&tried).await;
                 if chosen.is_none() && !tried.is_empty() {
-                    // All have failed; the first of them may be well again.
+                    // All have failed; the first of them may have recovered.
                     tried.clear();
                     sleep(pauses.next()).await;
                     reach *= 2;
@@ -547,7 +567,7 @@ impl Service {
                 let Some((outstanding, addresses)) = chosen else {
                     return Err(match last {
                         Some(last) => last,
-                        None => self.nobody().await,
+                        None => self.no_provider().await,
                     });
                 };
                 let peer = outstanding.peer;
@@ -557,7 +577,10 @@ impl Service {
                 let was_reached = matches!(session, Ok(Ok(_)));
                 let failed = match session {
                     Err(_) => {
-                        let text = format!("{peer} was not reached in {} s", reach.as_secs());
+                        let text = format!(
+                            "cannot reach {peer}: no connection within {} s",
+                            reach.as_secs()
+                        );
                         unreached(text)
                     }
                     Ok(Err(status)) => status,
@@ -577,9 +600,9 @@ impl Service {
                     }
                 };
                 self.shared.failed(peer);
-                tracing::debug!(%peer, service = self.name, status = %failed, attempt, "a call by name has failed");
+                tracing::debug!(%peer, service = self.name, status = %failed, attempt, "call to a service failed");
                 let may_go_on = may_ask_another(&failed, &method);
-                // One that was not reached has not been asked anything.
+                // A provider that was not reached has not seen the call, so the attempt is not counted as a retry.
                 let is_asked_again = may_go_on && (!was_reached || self.shared.retries.take());
                 if !is_asked_again {
                     return Err(failed);
@@ -588,7 +611,7 @@ impl Service {
             }
             Err(match last {
                 Some(last) => last,
-                None => self.nobody().await,
+                None => self.no_provider().await,
             })
         };
         let (_, name) = names(&method_name);
@@ -603,7 +626,7 @@ impl Service {
             Some(deadline) => timeout_at(deadline, attempts).await.unwrap_or_else(|_| {
                 Err(Ended::new(
                     Code::DeadlineExceeded,
-                    "the caller's time is over",
+                    "the deadline of the call has passed",
                 ))
             }),
         }
@@ -611,7 +634,7 @@ impl Service {
 
     async fn session(&self, peer: PeerId, addresses: Heard) -> Result<Session, Ended> {
         let (network, sessions) = (self.node.network(), self.node.sessions());
-        // Where it says it is, unless it is connected.
+        // Dials the addresses in the provider's record, unless it is connected.
         if !sessions.has(peer, self.class) {
             let connected = network.connect(peer, addresses).await;
             connected.map_err(|error| unreached(error.to_string()))?;
@@ -619,16 +642,16 @@ impl Service {
         sessions.get(&self.node, peer, self.class).await
     }
 
-    async fn nobody(&self) -> Ended {
+    async fn no_provider(&self) -> Ended {
         if let Err(error) = self.node.is_connected().await {
             return unreached(error.to_string());
         }
         let wanted = self.wanted.in_words();
         let own = match self.node.offered().has(&self.name) {
-            true => "; this node does itself, and a node calls others only",
+            true => "; this node offers it, but a node cannot call itself",
             false => "",
         };
-        unreached(format!("nobody offers {:?}{wanted}{own}", self.name))
+        unreached(format!("no peer offers {:?}{wanted}{own}", self.name))
     }
 }
 
@@ -639,7 +662,7 @@ fn unreached(text: String) -> Ended {
     }
 }
 
-/// Whether it says something of the peer, and not of the call.
+/// Returns true if the status says something about the peer rather than about the call.
 fn is_failure(status: &Ended) -> bool {
     match status.code {
         Code::Unavailable | Code::Unimplemented => true,
@@ -648,7 +671,8 @@ fn is_failure(status: &Ended) -> bool {
     }
 }
 
-/// Who has not begun it, or does not have the method, has done nothing of it.
+/// Returns true if the call may go to another peer: the failed one has not begun it or lacks the method, or the call
+/// may be repeated.
 fn may_ask_another(status: &Ended, method: &Method) -> bool {
     status.code == Code::Unimplemented
         || status.seen == Some(Seen::No)
@@ -689,7 +713,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_may_be_asked_of_another() {
+    fn a_call_goes_to_another_provider_only_if_it_cannot_take_effect_twice() {
         let method = |idempotent| Method {
             name: "a.B/C".into(),
             idempotent,

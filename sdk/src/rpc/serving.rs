@@ -1,4 +1,4 @@
-//! Answering calls from others, within limits.
+//! Answering calls of other nodes, within limits.
 
 use std::sync::Arc;
 
@@ -8,18 +8,22 @@ use weft_proto::rpc::{Budget, Handler, Limits, Session};
 
 use super::Offered;
 
-/// What calls from others can make a node hold and do.
+/// Limits on what callers on other nodes can make this node hold and do; see
+/// [`Builder::call_limits`](crate::Builder::call_limits).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CallLimits {
-    /// Sessions that others may have open, one for each of their streams.
+    /// The most sessions that callers may have open in all. Each is one stream. Default: 512.
     pub sessions: usize,
-    /// Sessions that one peer may have open. A peer needs two, one for interactive calls and one for bulk, and for a moment a third when a better path opens.
+    /// The most sessions that one peer may have open. A peer needs two, for interactive and for bulk calls, and a
+    /// third for a moment when a better path opens. Default: 8.
     pub sessions_per_peer: usize,
-    /// Bytes held for callers, of all sessions together: requests, what has come and waits to be taken by what answers,
-    /// and answers of programs behind the gRPC API that wait for the caller. One peer, and one network, may have an
-    /// eighth of it, and more only while three eighths are free.
+    /// The most bytes that are held for callers, of all sessions together. Default: 512 MiB.
+    ///
+    /// These are requests, messages that have arrived and wait for the handler, and answers of programs behind the
+    /// gRPC API that wait for the caller. One peer and one network group may have an eighth of the bytes each, and
+    /// more only while three eighths are free.
     pub held: usize,
-    /// What may come on each session.
+    /// Limits of each session.
     pub session: Limits,
 }
 
@@ -34,7 +38,7 @@ impl Default for CallLimits {
     }
 }
 
-/// What answers calls from others, and what that comes to.
+/// Answers calls of other nodes, and counts them against the limits.
 #[derive(Debug, Clone)]
 pub(crate) struct Serving {
     limits: CallLimits,
@@ -51,12 +55,12 @@ impl Serving {
         }
     }
 
-    /// The sessions that others have open.
+    /// Returns the sessions that callers have open.
     pub(crate) fn sessions(&self) -> &Shares {
         &self.served
     }
 
-    /// Every limit on calls from others, and what it comes to.
+    /// Returns every limit on calls of other nodes, with its use.
     pub(crate) fn limits(&self) -> Vec<LimitUse> {
         let sessions = self.served.limits(
             "call_sessions",
@@ -68,7 +72,7 @@ impl Serving {
     }
 }
 
-/// Returns the use of a budget, in all and by the peer or network that uses the most.
+/// Returns the use of a budget: in all, and by the peer or network group that uses the most.
 pub(super) fn usage(budget: &Budget, all: &'static str, of_one: &'static str) -> [LimitUse; 2] {
     let refused = budget.refused();
     [
@@ -77,13 +81,13 @@ pub(super) fn usage(budget: &Budget, all: &'static str, of_one: &'static str) ->
     ]
 }
 
-/// A budget, in the name of who is at the other end of a stream and of the networks around it.
+/// Returns the part of a budget that counts for the peer of a stream and for the network groups around it.
 pub(super) fn of_stream(budget: &Budget, stream: &Stream) -> Budget {
     let networks = Place::of(stream.path()).networks();
     budget.of(networks.chain([stream.peer().to_string()]))
 }
 
-/// Returns what answers the calls of one session: a stream that a peer has opened.
+/// Returns a function that answers the calls on a stream that a peer has opened.
 pub(crate) fn answering(
     offered: Offered,
     serving: &Serving,
@@ -97,7 +101,7 @@ pub(crate) fn answering(
             let name = peer.to_string().into();
             let served = Session::serve_within(held, stream, limits, name, offered);
             if let Err(error) = served.await {
-                tracing::debug!(%peer, %error, "a session of calls has ended");
+                tracing::debug!(%peer, %error, "session for calls ended");
             }
         };
         answer.boxed()
@@ -120,7 +124,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    /// Takes nothing, or gives back what it gets. May hold a node.
+    /// A test service: `Hold` reads nothing, `Echo` returns its request. It may hold a node.
     struct Service {
         _node: Option<Node>,
     }
@@ -176,7 +180,7 @@ mod tests {
         for node in [&attacker, &honest] {
             node.connect(peer, at.clone()).await.unwrap();
         }
-        // Four times what may be held, in messages that nobody takes.
+        // Four times the limit, in messages that the handler does not read.
         let mut held = Vec::new();
         for n in 0..24 {
             if n % 3 == 0 {
@@ -189,7 +193,7 @@ mod tests {
             let call = session.call("test.Test/Hold", Options::default()).await;
             let (mut sender, receiver) = call.unwrap();
             let sending = tokio::spawn(async move {
-                // It may be refused.
+                // The message may be refused.
                 let _ = sender.send(message(3 * MIB)).await;
                 sender
             });

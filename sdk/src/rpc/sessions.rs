@@ -1,7 +1,8 @@
-//! Sessions for calls to others: one for each peer and class.
+//! Sessions for calls to other nodes: one for each peer and class.
 //!
-//! One begins on whatever stream there is at once. One of interactive calls that is used more than a little moves to a connection of its own (a lane), where
-//! one can be had: its calls share no multiplexer with anything. One that is not used any more is closed.
+//! A session begins on a stream of any open connection. A session of interactive calls that is used more than a
+//! little moves to a connection of its own (a lane) where one is possible, so that its calls share no multiplexer
+//! with other traffic. An unused session is closed.
 
 use std::{
     collections::HashMap,
@@ -24,20 +25,21 @@ use super::{
 };
 use crate::Node;
 
-/// Calls on a shared connection before interactive ones move to one of their own: a peer that is asked something now and then needs none.
+/// Number of calls on a shared connection before interactive calls move to a lane. A peer that is called now and then
+/// needs none.
 const CALLS_BEFORE_LANE: u64 = 16;
 
-/// How long a session is kept on which no call is made: at least so long, and less than twice.
-const IDLE: Duration = Duration::from_secs(120);
+/// Time without a call after which a session is closed. It is closed after at least this time, and less than twice.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Slots that are remembered before those without a session are forgotten.
-const REMEMBERED: usize = 256;
+/// Number of remembered slots at which those without a session are forgotten.
+const MAX_REMEMBERED: usize = 256;
 
-/// Bytes of answers that have come and wait to be taken, of all sessions together. One peer may have an eighth of it,
-/// and more only while three eighths are free: an answer may be as large as 260 MiB.
-const ANSWERS: usize = 512 << 20;
+/// The most bytes of answers that have arrived and wait for the caller, of all sessions together. One peer may have an
+/// eighth of them, and more only while three eighths are free: an answer may be as large as 260 MiB.
+const MAX_ANSWER_BYTES: usize = 512 << 20;
 
-/// The sessions of a node.
+/// The sessions of a node, for calls to other nodes.
 #[derive(Debug, Clone)]
 pub(crate) struct Sessions {
     slots: Arc<Mutex<Slots>>,
@@ -48,18 +50,18 @@ impl Default for Sessions {
     fn default() -> Self {
         Self {
             slots: Arc::default(),
-            held: Budget::new(ANSWERS),
+            held: Budget::new(MAX_ANSWER_BYTES),
         }
     }
 }
 
 type Slots = HashMap<(PeerId, Class), Arc<Slot>>;
 
-/// Where the session for one peer and class is.
+/// The session for one peer and class.
 #[derive(Debug, Default)]
 struct Slot {
     open: Mutex<Option<Open>>,
-    /// Held by whoever opens one.
+    /// Held by the task that opens a session.
     opening: tokio::sync::Mutex<()>,
     retries: Arc<Retries>,
 }
@@ -68,10 +70,10 @@ struct Slot {
 struct Open {
     session: Session,
     best: BestPath,
-    /// Tells it from those before and after.
+    /// Distinguishes this session from earlier and later ones of the slot.
     number: u64,
     calls: u64,
-    /// It has a connection of its own, or whether it can have one has been looked into.
+    /// True if the session has a lane, or if a lane has been requested.
     settled: bool,
 }
 
@@ -80,10 +82,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Sessions {
-    /// The session that there is, if calls can be made on it and no better path is open; else a new one.
+    /// Returns the open session if it is usable and no better path is open; opens a new one otherwise.
     ///
     /// # Errors
-    /// [`Code::Unavailable`] if the peer cannot be reached.
+    /// [`Code::Unavailable`] if the peer cannot be reached; [`Code::FailedPrecondition`] if the peer is this node.
     pub(super) async fn get(
         &self,
         node: &Node,
@@ -91,7 +93,7 @@ impl Sessions {
         class: Class,
     ) -> Result<Session, Status> {
         if peer == node.peer_id() {
-            let text = format!("{peer} is this node itself; a node calls others only");
+            let text = format!("{peer} is this node; a node cannot call itself");
             return Err(Status::new(Code::FailedPrecondition, text));
         }
         let slot = self.slot(peer, class);
@@ -99,7 +101,7 @@ impl Sessions {
             return Ok(session);
         }
         let _opening = slot.opening.lock().await;
-        // Somebody else may have opened one meanwhile.
+        // Another task may have opened a session meanwhile.
         if let Some(session) = slot.usable(node, peer, class, &self.held) {
             return Ok(session);
         }
@@ -120,12 +122,12 @@ impl Sessions {
         Ok(slot.fill(stream, class != Class::Interactive, &self.held))
     }
 
-    /// The retries that are left of calls to this peer.
+    /// Returns the remaining retries of calls to this peer.
     pub(super) fn retries(&self, peer: PeerId, class: Class) -> Arc<Retries> {
         Arc::clone(&self.slot(peer, class).retries)
     }
 
-    /// Returns the limits on the bytes held of answers, and their use.
+    /// Returns the limits on the bytes held for answers, with their use.
     pub(crate) fn limits(&self) -> [LimitUse; 2] {
         usage(
             &self.held,
@@ -134,7 +136,7 @@ impl Sessions {
         )
     }
 
-    /// Whether there is one on which calls can be made.
+    /// Returns true if there is an open session.
     pub(super) fn has(&self, peer: PeerId, class: Class) -> bool {
         let slots = lock(&self.slots);
         let slot = slots.get(&(peer, class));
@@ -150,8 +152,8 @@ impl Sessions {
         if let Some(slot) = slots.get(&(peer, class)) {
             return Arc::clone(slot);
         }
-        if slots.len() >= REMEMBERED {
-            // One that somebody else has is in use.
+        if slots.len() >= MAX_REMEMBERED {
+            // A slot that another task refers to is in use.
             slots.retain(|_, slot| Arc::strong_count(slot) > 1 || lock(&slot.open).is_some());
         }
         Arc::clone(slots.entry((peer, class)).or_default())
@@ -177,7 +179,7 @@ impl Slot {
             let (slot, network) = (Arc::clone(self), node.network().clone());
             let held = held.clone();
             node.spawn(async move {
-                // Without one, things stay as they are.
+                // Without a lane, the session stays where it is.
                 if let Ok(Some(lane)) = network.open_lane(peer, PROTOCOL).await {
                     slot.fill(lane, true, &held);
                 }
@@ -186,12 +188,12 @@ impl Slot {
         Some(open.session.clone())
     }
 
-    /// Puts a session on this stream in the place of the one that there is, which ends with its last call.
+    /// Replaces the slot's session with one on this stream. The old session ends with its last call.
     fn fill(self: &Arc<Self>, stream: Stream, settled: bool, held: &Budget) -> Session {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let (best, peer, lane) = (stream.best_path(), stream.peer(), stream.is_lane());
-        tracing::debug!(%peer, lane, "a session for calls");
+        tracing::debug!(%peer, lane, "opened a session for calls");
         let held = of_stream(held, &stream);
         let (session, driver) = Session::client_within(held, stream, Limits::default());
         *lock(&self.open) = Some(Open {
@@ -204,14 +206,14 @@ impl Slot {
         let slot = Arc::downgrade(self);
         tokio::spawn(async move {
             let mut driver = pin!(driver);
-            let mut tick = interval(IDLE);
+            let mut tick = interval(IDLE_TIMEOUT);
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut calls = 0;
             loop {
                 tokio::select! {
                     ended = &mut driver => {
                         if let Err(error) = ended {
-                            tracing::debug!(%peer, %error, "a session of calls has ended");
+                            tracing::debug!(%peer, %error, "session for calls ended");
                         }
                         break;
                     }
@@ -220,7 +222,7 @@ impl Slot {
                         let mut open = lock(&slot.open);
                         if let Some(this) = open.as_ref().filter(|open| open.number == number) {
                             if this.calls == calls {
-                                // It ends with its last call.
+                                // The session ends with its last call.
                                 *open = None;
                             } else {
                                 calls = this.calls;
@@ -229,7 +231,7 @@ impl Slot {
                     }
                 }
             }
-            // A slot with a session that has ended is one that can be forgotten.
+            // An empty slot can be forgotten.
             if let Some(slot) = slot.upgrade() {
                 lock(&slot.open).take_if(|open| open.number == number);
             }

@@ -1,23 +1,24 @@
-//! Limits on the rate of content: of the node, and of each peer, in both directions.
+//! Limits on the rates of content, in both directions: of the node, and for each peer.
 
 use std::{collections::HashMap, sync::Mutex};
 
 use weft_blobs::{rate::Limit, uplink::Uplink};
 use weft_net::PeerId;
 
-/// Peers whose limits are kept; beyond that, those that nobody uses are forgotten.
+/// The most peers whose limits are kept. Above this, unused ones are forgotten.
 const MAX_PEERS: usize = 1024;
 
-/// How fast content may come and go, in bytes a second; zero is no limit.
+/// Limits on the rates of content, in bytes per second. Zero means no limit, which is the default. See
+/// [`Node::set_rates`](crate::Node::set_rates).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rates {
-    /// From all peers.
+    /// Content received from all peers together.
     pub download: u64,
-    /// To all peers.
+    /// Content sent to all peers together.
     pub upload: u64,
-    /// From one peer.
+    /// Content received from one peer.
     pub download_per_peer: u64,
-    /// To one peer.
+    /// Content sent to one peer.
     pub upload_per_peer: u64,
 }
 
@@ -48,7 +49,7 @@ impl Bandwidth {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Changes them, for what is under way as well.
+    /// Changes the limits, also for transfers under way.
     pub(crate) fn set(&self, rates: Rates) {
         *self
             .rates
@@ -68,17 +69,17 @@ impl Bandwidth {
         }
     }
 
-    /// The turns of those to whom content goes.
+    /// Returns the turns of the peers to which content is sent.
     pub(crate) fn uplink(&self) -> &Uplink {
         &self.uplink
     }
 
-    /// What holds for content from `peer`.
+    /// Returns the limits on content from `peer`.
     pub(crate) fn download_of(&self, peer: PeerId) -> [Limit; 2] {
         [self.download.clone(), self.of_peer(peer, false)]
     }
 
-    /// What holds for content to `peer`.
+    /// Returns the limits on content to `peer`.
     pub(crate) fn upload_of(&self, peer: PeerId) -> [Limit; 2] {
         [self.upload.clone(), self.of_peer(peer, true)]
     }

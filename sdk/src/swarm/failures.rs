@@ -1,17 +1,19 @@
-//! What is held against providers of a model: one rule while a manifest is looked for and while content comes.
+//! Failures of providers, with one rule for fetching a manifest and for fetching content.
 //!
-//! A provider that fails is tried again after a pause that doubles; one that sends wrong bytes is never asked again.
+//! A provider that fails is tried again after a pause that doubles. A provider that sends wrong bytes is never asked
+//! again.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use weft_blobs::TransferError;
 use weft_net::PeerId;
 
-/// How long to look for a first provider that answers: long enough for one that is just starting, short for a person
-/// who waits.
-pub(super) const FIRST: Duration = Duration::from_secs(10);
+/// Time to look for a first provider that answers: long enough for a provider that is just starting, and short for a
+/// waiting user.
+pub(super) const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The first and the longest pause before a provider that failed is tried again, and between rounds over all of them.
+/// The first and the longest pause before a provider that failed is tried again, and between rounds over all
+/// providers.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
 /// A pause that doubles.
@@ -30,37 +32,37 @@ impl Backoff {
     /// The longest pause, unless a caller has a reason for a longer one.
     pub(super) const LONGEST: Duration = PAUSE.1;
 
-    /// The pause after this many failures in a row, of which there is at least one.
+    /// Returns the pause after this many failures in a row, at least one.
     pub(super) fn after(failures: u32, longest: Duration) -> Duration {
         let pause = PAUSE.0 * 2_u32.saturating_pow(failures.saturating_sub(1).min(8));
         pause.min(longest)
     }
 
-    /// The pause that is due now.
+    /// Returns the present pause.
     pub(super) fn current(&self) -> Duration {
         self.next
     }
 
-    /// The pause that is due now; the next is twice as long, up to `longest`.
+    /// Returns the present pause, and doubles the next one, up to `longest`.
     pub(super) fn take(&mut self, longest: Duration) -> Duration {
         let longer = (self.next * 2).min(longest);
         std::mem::replace(&mut self.next, longer)
     }
 }
 
-/// Peers that sent wrong bytes, each with what was wrong. They are never asked again.
+/// Peers that sent wrong bytes, each with the reason. They are never asked again.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Banned(BTreeMap<PeerId, String>);
 
 impl Banned {
-    /// Bans a peer if the failure of what it was asked for is its fault; returns whether it is.
+    /// Bans a peer if the failure is its fault. Returns true if it is banned.
     pub(super) fn judge(&mut self, peer: PeerId, error: &TransferError) -> bool {
         let is_wrong = error.is_provider_wrong();
         if is_wrong {
-            tracing::warn!(%peer, %error, "a provider is not asked again");
+            tracing::warn!(%peer, %error, "provider is banned: it sent wrong bytes");
             self.0.insert(peer, error.to_string());
         } else {
-            tracing::debug!(%peer, %error, "a provider did not finish");
+            tracing::debug!(%peer, %error, "provider failed");
         }
         is_wrong
     }
@@ -73,7 +75,7 @@ impl Banned {
         self.0.is_empty()
     }
 
-    /// The peers, with what was wrong.
+    /// Returns the peers, each with the reason.
     pub(super) fn reasons(&self) -> BTreeMap<PeerId, String> {
         self.0.clone()
     }

@@ -1,4 +1,5 @@
-//! Who else fetches or has a model: peers tell each other what they have of it, and whom else they know.
+//! Exchange of bitfields: peers that fetch or have a model tell each other which parts they have, and which other
+//! peers they know.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -29,82 +30,82 @@ use crate::{
     operation::blocking,
 };
 
-/// The protocol's name on the network.
+/// Name of the protocol on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new(availability::PROTOCOL);
 
-/// How often a peer is told what has come.
-const TELL: Duration = Duration::from_millis(250);
+/// Interval at which a peer is told what has arrived.
+const TELL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Between two messages of a peer at least: what they cost us is bounded by that.
-const PACE: Duration = Duration::from_millis(10);
+/// The shortest time between two messages of a peer, which limits their cost for this node.
+const MESSAGE_PACE: Duration = Duration::from_millis(10);
 
-/// For so many files in a message there is one such pause more.
+/// Number of files in a message for which one more pause is added.
 const FILES_AT_A_TIME: u32 = 1000;
 
-/// How long the first message may take.
-const FIRST: Duration = Duration::from_secs(10);
+/// The longest time for a peer's first message.
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The time for which a peer may say nothing of a model that is not being fetched here before the exchange is ended. A
-/// peer that fetches says what has come; a peer that has all of the model, or waits for very long, exchanges again when
-/// it has a reason.
-const SILENT: Duration = Duration::from_secs(600);
+/// Time without a message after which the exchange of a model that is not being fetched here ends. A peer that
+/// fetches reports what has arrived. A peer that has all of the model, or waits for very long, starts another
+/// exchange when it has a reason.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Peers of one model that are introduced to each other.
-const MAX_GUESTS: usize = 256;
+/// The most peers of one model that are introduced to each other.
+const MAX_PARTNERS: usize = 256;
 
-/// What a swarm hears from its peers.
+/// News from the peers of a swarm.
 #[derive(Debug)]
 pub(crate) enum News {
-    /// A peer has this.
+    /// A peer's bitfields.
     Have(PeerId, wire::Have),
     /// A peer has nothing of the model.
     Nothing(PeerId),
-    /// There is such a peer, it is said.
+    /// A peer was named, with unverified addresses.
     Peer(PeerId, Heard),
 }
 
-/// A model that is being fetched here.
+/// The transfer of a model that is being fetched here.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
     pub(crate) transfer: Transfer,
     pub(crate) news: mpsc::Sender<News>,
 }
 
-/// All of them, by model. Cheap to clone; all clones are one.
+/// All exchanges of this node, by model. Cheap to clone; all clones share their state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Hub {
-    rooms: Arc<Mutex<HashMap<Hash, Gathering>>>,
-    looking: Looking,
+    rooms: Arc<Mutex<HashMap<Hash, Room>>>,
+    looks: StoreLooks,
 }
 
-/// How many may look through the store for strangers at a time: each look opens every file of a model.
+/// Limits the number of tasks that look through the store for peers' requests: each look opens every file of a model.
 #[derive(Debug, Clone)]
-struct Looking(Arc<Semaphore>);
+struct StoreLooks(Arc<Semaphore>);
 
-impl Default for Looking {
+impl Default for StoreLooks {
     fn default() -> Self {
         Self(Arc::new(Semaphore::new(2)))
     }
 }
 
 #[derive(Debug, Default)]
-struct Gathering {
-    guests: HashMap<PeerId, Guest>,
+struct Room {
+    partners: HashMap<PeerId, Partner>,
     next: u64,
     link: Option<Link>,
 }
 
 #[derive(Debug)]
-struct Guest {
-    /// Which exchange put it here: there may be two with one peer.
+struct Partner {
+    /// Identifies the exchange: there may be two with one peer.
     number: u64,
     addresses: Heard,
-    /// Takes whom it is to be told of.
+    /// Receives the peers that this peer is to be told about.
     introduce: mpsc::Sender<(PeerId, Heard)>,
 }
 
 impl Hub {
-    /// What fetches a model here, if anything does.
+    /// Returns the transfer of a model that is being fetched here, if any.
     pub(crate) fn transfer(&self, model: &Hash) -> Option<Transfer> {
         let rooms = self.rooms();
         let link = rooms.get(model)?.link.as_ref()?;
@@ -112,7 +113,7 @@ impl Hub {
     }
 }
 
-/// A model that is linked while this is held.
+/// Keeps a transfer linked to the exchanges of its model. Dropping it ends that.
 #[derive(Debug)]
 pub(crate) struct Linked {
     hub: Hub,
@@ -124,14 +125,14 @@ impl Drop for Linked {
         let mut rooms = self.hub.rooms();
         if let Entry::Occupied(mut room) = rooms.entry(self.model) {
             room.get_mut().link = None;
-            if room.get().guests.is_empty() {
+            if room.get().partners.is_empty() {
                 room.remove();
             }
         }
     }
 }
 
-/// A peer that is in a room while this is held.
+/// An exchange with a peer. Dropping it removes the peer from the room.
 struct Present<'a> {
     hub: &'a Hub,
     model: Hash,
@@ -143,14 +144,14 @@ impl Drop for Present<'_> {
     fn drop(&mut self) {
         let mut rooms = self.hub.rooms();
         if let Entry::Occupied(mut room) = rooms.entry(self.model) {
-            let guests = &mut room.get_mut().guests;
-            if guests
+            let partners = &mut room.get_mut().partners;
+            if partners
                 .get(&self.peer)
-                .is_some_and(|guest| guest.number == self.number)
+                .is_some_and(|partner| partner.number == self.number)
             {
-                guests.remove(&self.peer);
+                partners.remove(&self.peer);
             }
-            if room.get().guests.is_empty() && room.get().link.is_none() {
+            if room.get().partners.is_empty() && room.get().link.is_none() {
                 room.remove();
             }
         }
@@ -158,13 +159,14 @@ impl Drop for Present<'_> {
 }
 
 impl Hub {
-    fn rooms(&self) -> MutexGuard<'_, HashMap<Hash, Gathering>> {
+    fn rooms(&self) -> MutexGuard<'_, HashMap<Hash, Room>> {
         self.rooms
             .lock()
             .expect("nothing panics while holding the lock")
     }
 
-    /// What peers say of `model` goes to `link` from now on, and what its transfer has is told to them.
+    /// Links a transfer to the exchanges of a model: it receives the news of peers, and they are told which parts it
+    /// has.
     pub(crate) fn link(&self, model: Hash, link: Link) -> Linked {
         self.rooms().entry(model).or_default().link = Some(link);
         Linked {
@@ -177,25 +179,26 @@ impl Hub {
         self.rooms().get(model).and_then(|room| room.link.clone())
     }
 
-    /// Introduces `peer` and those who are there to each other; whom it is to be told of.
+    /// Adds `peer` to the room of a model, and introduces the peers there to each other. Returns the channel of peers
+    /// that `peer` is to be told about.
     fn enter(&self, model: Hash, peer: PeerId) -> (Present<'_>, mpsc::Receiver<(PeerId, Heard)>) {
         let (introduce, introduced) = mpsc::channel(MAX_PEERS);
         let mut rooms = self.rooms();
         let room = rooms.entry(model).or_default();
-        let others = room.guests.iter().filter(|(other, _)| **other != peer);
-        for (other, guest) in others.filter(|(_, guest)| !guest.addresses.is_empty()) {
-            // Those for whom there is no room are met through others.
-            let _ = introduce.try_send((*other, guest.addresses.clone()));
+        let others = room.partners.iter().filter(|(other, _)| **other != peer);
+        for (other, partner) in others.filter(|(_, partner)| !partner.addresses.is_empty()) {
+            // If the channel is full, the rest is met through other peers.
+            let _ = introduce.try_send((*other, partner.addresses.clone()));
         }
         let number = room.next;
         room.next += 1;
-        if room.guests.len() < MAX_GUESTS {
-            let guest = Guest {
+        if room.partners.len() < MAX_PARTNERS {
+            let partner = Partner {
                 number,
                 addresses: Heard::default(),
                 introduce,
             };
-            room.guests.insert(peer, guest);
+            room.partners.insert(peer, partner);
         }
         drop(rooms);
         let present = Present {
@@ -207,24 +210,24 @@ impl Hub {
         (present, introduced)
     }
 
-    /// `peer` has said where it is.
-    fn is_at(&self, model: &Hash, peer: PeerId, addresses: Heard) {
+    /// Notes the addresses that `peer` has given, and introduces it to the others.
+    fn note_addresses(&self, model: &Hash, peer: PeerId, addresses: Heard) {
         let mut rooms = self.rooms();
         let Some(room) = rooms.get_mut(model) else {
             return;
         };
-        // Said again, it is no news for the others.
-        match room.guests.get_mut(&peer) {
-            Some(guest) if guest.addresses.is_empty() => guest.addresses = addresses.clone(),
+        // Only the first message with addresses is news for the others.
+        match room.partners.get_mut(&peer) {
+            Some(partner) if partner.addresses.is_empty() => partner.addresses = addresses.clone(),
             _ => return,
         }
-        for (_, guest) in room.guests.iter().filter(|(other, _)| **other != peer) {
-            let _ = guest.introduce.try_send((peer, addresses.clone()));
+        for (_, partner) in room.partners.iter().filter(|(other, _)| **other != peer) {
+            let _ = partner.introduce.try_send((peer, addresses.clone()));
         }
     }
 }
 
-/// What takes part in exchanges.
+/// Takes part in exchanges.
 #[derive(Debug, Clone)]
 pub(crate) struct Exchanger {
     pub(crate) hub: Hub,
@@ -233,7 +236,7 @@ pub(crate) struct Exchanger {
 }
 
 impl Exchanger {
-    /// Exchanges with `peer` what both have of `model`, until either side ends it.
+    /// Exchanges bitfields of `model` with `peer`, until either side ends the exchange.
     pub(crate) async fn dial(self, peer: PeerId, model: Hash) {
         let result = match self.network.open(peer, PROTOCOL, Class::Interactive).await {
             Ok(stream) => {
@@ -241,33 +244,33 @@ impl Exchanger {
                 self.exchange(stream, model, None).instrument(span).await
             }
             Err(error) => {
-                tracing::debug!(%peer, %error, "no exchange");
+                tracing::debug!(%peer, %error, "cannot open an exchange of bitfields");
                 return;
             }
         };
-        tracing::debug!(%peer, ?result, "an exchange ended");
+        tracing::debug!(%peer, ?result, "exchange of bitfields ended");
     }
 
-    /// Answers a peer that begins to exchange.
+    /// Answers a peer that starts an exchange.
     pub(crate) async fn accept(self, mut stream: Stream) {
         let peer = stream.peer();
-        let first = timeout(FIRST, frame::read(&mut stream, MAX_MESSAGE)).await;
+        let first = timeout(FIRST_MESSAGE_TIMEOUT, frame::read(&mut stream, MAX_MESSAGE)).await;
         let Ok(Ok(Some(first))) = first else {
-            tracing::debug!(%peer, "an exchange did not begin");
+            tracing::debug!(%peer, "no first message in an exchange of bitfields");
             return;
         };
         let first: wire::SwarmMessage = first;
         let Some(model) = Hash::from_slice(&first.manifest) else {
-            tracing::debug!(%peer, "an exchange began with no model");
+            tracing::debug!(%peer, "the first message of an exchange of bitfields names no model");
             return;
         };
         let span = tracing::info_span!("exchange", %model, %peer);
         let exchange = self.exchange(stream, model, Some(first));
         let result = exchange.instrument(span).await;
-        tracing::debug!(%peer, ?result, "an exchange ended");
+        tracing::debug!(%peer, ?result, "exchange of bitfields ended");
     }
 
-    /// `first`: what the peer began with, if it was the peer who did.
+    /// Runs an exchange. `first` is the peer's first message, if the peer has started the exchange.
     async fn exchange(
         &self,
         stream: Stream,
@@ -276,12 +279,12 @@ impl Exchanger {
     ) -> Result<(), Error> {
         let peer = stream.peer();
         let (present, introduced) = self.hub.enter(model, peer);
-        let dialled = first.is_none();
+        let dialed = first.is_none();
         if let Some(first) = first {
             self.heard(peer, &model, first).await;
         }
         let (reader, writer) = tokio::io::split(stream);
-        let said = self.say(writer, model, dialled, introduced);
+        let said = self.say(writer, model, dialed, introduced);
         let heard = self.hear(reader, peer, model);
         let result = tokio::select! {
             result = said => result,
@@ -295,7 +298,7 @@ impl Exchanger {
         &self,
         mut writer: W,
         model: Hash,
-        dialled: bool,
+        dialed: bool,
         mut introduced: mpsc::Receiver<(PeerId, Heard)>,
     ) -> Result<(), Error>
     where
@@ -308,7 +311,7 @@ impl Exchanger {
             }],
             ..Default::default()
         };
-        if dialled {
+        if dialed {
             first.manifest = model.as_bytes().to_vec().into();
         }
         let mut told = Told::default();
@@ -317,14 +320,14 @@ impl Exchanger {
             Some(link) => told.news(&link.transfer),
             None => self.stored(model).await?,
         };
-        if !dialled && news.is_empty() && linked.is_none() {
+        if !dialed && news.is_empty() && linked.is_none() {
             first.unknown = true;
         }
         if !news.is_empty() {
             first.have = Some(news.remove(0));
         }
         send(&mut writer, &first).await?;
-        let mut tell = interval(TELL);
+        let mut tell = interval(TELL_INTERVAL);
         loop {
             for have in news {
                 let message = wire::SwarmMessage {
@@ -355,7 +358,7 @@ impl Exchanger {
                     let now = self.hub.linked(&model);
                     news = match &now {
                         Some(link) => told.news(&link.transfer),
-                        // It has just been completed, or given up.
+                        // The transfer has just been completed or cancelled.
                         None if linked.is_some() => self.stored(model).await?,
                         None => Vec::new(),
                     };
@@ -371,11 +374,11 @@ impl Exchanger {
     {
         loop {
             let is_wanted = || self.hub.linked(&model).is_some();
-            let Some(message) = next_message(&mut reader, SILENT, is_wanted).await else {
+            let Some(message) = next_message(&mut reader, SILENCE_TIMEOUT, is_wanted).await else {
                 return Ok(());
             };
             let message = message.map_err(|error| {
-                tracing::debug!(%peer, %error, "an exchange broke");
+                tracing::debug!(%peer, %error, "exchange of bitfields failed");
                 Error::Stopped
             })?;
             let ends = message.unknown;
@@ -384,8 +387,8 @@ impl Exchanger {
             if ends {
                 return Ok(());
             }
-            // Taking note of a file costs microseconds: so much as an honest peer says in that time is free.
-            sleep(PACE * (1 + files as u32 / FILES_AT_A_TIME)).await;
+            // Handling a file costs microseconds. An honest peer's messages arrive more slowly than this pause.
+            sleep(MESSAGE_PACE * (1 + files as u32 / FILES_AT_A_TIME)).await;
         }
     }
 
@@ -405,27 +408,27 @@ impl Exchanger {
             };
             let addresses = decode(&other.addresses);
             if id == peer {
-                self.hub.is_at(model, peer, addresses.clone());
+                self.hub.note_addresses(model, peer, addresses.clone());
             }
-            if is_to_be_met(id, own, peer, has_nothing) {
+            if is_to_contact(id, own, peer, has_nothing) {
                 news.push(News::Peer(id, addresses));
             }
         }
         if let Some(link) = self.hub.linked(model) {
             for one in news {
-                // The swarm has just ended otherwise.
+                // Sending fails only if the swarm has just ended.
                 let _ = link.news.send(one).await;
             }
         }
     }
 
-    /// What is here of a model that is not being fetched.
+    /// Returns the bitfields of a model that is stored here and not being fetched.
     async fn stored(&self, model: Hash) -> Result<Vec<wire::Have>, Error> {
         let store = self.store.clone();
-        let looking = Arc::clone(&self.hub.looking.0);
+        let looking = Arc::clone(&self.hub.looks.0);
         let permit = looking.acquire_owned().await.map_err(|_| Error::Stopped)?;
         blocking(move || {
-            // Until the look is over, whether or not anybody still waits for it.
+            // The permit is held until the look is over, even if the caller is gone.
             let _permit = permit;
             Ok(match store.manifest(&model)? {
                 Some(manifest) => availability::of_store(&store, &manifest)?,
@@ -436,7 +439,8 @@ impl Exchanger {
     }
 }
 
-/// The next message; `None` at the end, or if nothing is said for so long and it is not wanted either.
+/// Returns the next message. Returns `None` at the end of the stream, or after `silent` without a message if the
+/// model is not wanted here.
 async fn next_message<R>(
     reader: &mut R,
     silent: Duration,
@@ -445,7 +449,7 @@ async fn next_message<R>(
 where
     R: AsyncRead + Unpin,
 {
-    // A message that has begun goes on where it was.
+    // A message that has partly arrived is continued after a timeout.
     let mut message = pin!(frame::read(reader, MAX_MESSAGE));
     loop {
         match timeout(silent, &mut message).await {
@@ -456,9 +460,9 @@ where
     }
 }
 
-/// Returns whether `id`, which `peer` names, is to be asked. A peer that has nothing names itself too: taken for a new
-/// one, it would be asked again at once, and again after its answer.
-fn is_to_be_met(id: PeerId, own: PeerId, peer: PeerId, has_nothing: bool) -> bool {
+/// Returns true if `id`, which `peer` has named, is to be contacted. A peer that has nothing names itself too. If it
+/// counted as new, it would be asked again at once, and again after its answer.
+fn is_to_contact(id: PeerId, own: PeerId, peer: PeerId, has_nothing: bool) -> bool {
     id != own && !(has_nothing && id == peer)
 }
 
@@ -466,7 +470,7 @@ async fn send<W>(writer: &mut W, message: &wire::SwarmMessage) -> Result<(), Err
 where
     W: AsyncWrite + Unpin,
 {
-    // Whatever went wrong, the exchange is over, and a new one begins when there is a reason.
+    // After any failure the exchange is over; another begins when there is a reason.
     frame::write(writer, message, MAX_MESSAGE)
         .await
         .map_err(|_| Error::Stopped)
@@ -483,14 +487,14 @@ mod tests {
     #[test]
     fn a_peer_that_has_nothing_is_not_asked_again_because_it_names_itself() {
         let [own, peer, third] = [PeerId::random(), PeerId::random(), PeerId::random()];
-        assert!(!is_to_be_met(peer, own, peer, true));
-        assert!(is_to_be_met(peer, own, peer, false));
-        assert!(is_to_be_met(third, own, peer, true));
-        assert!(!is_to_be_met(own, own, peer, false));
+        assert!(!is_to_contact(peer, own, peer, true));
+        assert!(is_to_contact(peer, own, peer, false));
+        assert!(is_to_contact(third, own, peer, true));
+        assert!(!is_to_contact(own, own, peer, false));
     }
 
     #[tokio::test]
-    async fn an_exchange_on_which_nothing_is_said_ends_unless_the_model_is_fetched() {
+    async fn a_silent_exchange_ends_unless_the_model_is_fetched() {
         const BRIEF: Duration = Duration::from_millis(20);
         let (near, mut far) = duplex(1 << 16);
         let (mut reader, _writer) = tokio::io::split(near);
@@ -500,7 +504,7 @@ mod tests {
             unknown: true,
             ..Default::default()
         };
-        // A part of it now, the rest much later.
+        // A part of the message now, and the rest much later.
         let mut bytes = Vec::new();
         frame::write(&mut bytes, &message, MAX_MESSAGE)
             .await
@@ -509,7 +513,7 @@ mod tests {
         let late = async {
             sleep(10 * BRIEF).await;
             far.write_all(&bytes[1..]).await.unwrap();
-            // It stays open.
+            // The stream stays open.
             far
         };
         let next = next_message(&mut reader, BRIEF, is_wanted);

@@ -1,7 +1,8 @@
-//! Fetching a model from all who have it, at once: finding them, reaching them, and keeping those that deliver.
+//! Fetching a model from many providers at once: finding them, connecting to them, and keeping those that deliver.
 //!
-//! Providers come from a ticket, the DHT, the local network and each other. Those that are known to have something are connected to, a few at a time, near
-//! ones first; what each is asked for is [`Transfer`]'s affair. One that fails is tried again later, one that sends wrong bytes never.
+//! Providers come from a ticket, the DHT, the local network and each other. The swarm connects to a few providers at
+//! a time, near ones first. [`Transfer`] decides which chunk groups are requested from each. A provider that fails is
+//! tried again later; one that sends wrong bytes is never tried again.
 
 pub(crate) mod bandwidth;
 mod failures;
@@ -31,10 +32,10 @@ use weft_net::{Destinations, PathKind, PeerId, Stream, is_superseded};
 use weft_proto::frame::FrameError;
 
 use self::{
-    failures::{Backoff, Banned, FIRST},
+    failures::{Backoff, Banned, FIRST_PATIENCE},
     hub::{Link, Linked, News},
     path_watch::SUSPICIOUS,
-    shown::{Came, PathUse},
+    shown::{PathUse, Traffic},
 };
 pub(crate) use self::{
     hub::{Exchanger, Hub, PROTOCOL},
@@ -49,75 +50,78 @@ use crate::{
     },
 };
 
-/// The span of everything that is done to fetch a model: log lines are grouped by it.
+/// Returns the span of all work to fetch a model, which groups its log lines.
 pub(crate) fn span(model: &Hash) -> tracing::Span {
     tracing::info_span!("transfer", %model)
 }
 
-/// Providers that are fetched from at a time.
+/// The most providers that are fetched from at a time.
 const MAX_ACTIVE: usize = 8;
 
-/// Providers that are remembered. Who comes later takes the place of one that failed.
+/// The most providers that are remembered. A new provider replaces one that failed.
 const MAX_MEMBERS: usize = 128;
 
-/// Peers that are tried because others spoke of them, in one transfer: who speaks of many that are none makes us dial no more.
+/// The most peers per transfer that are tried because other peers named them. A peer that names many useless peers
+/// causes no more dials than this.
 const MAX_INTRODUCED: u32 = 256;
 
-/// Addresses kept of a provider.
+/// The most addresses kept of a provider.
 const MAX_ADDRESSES: usize = 32;
 
-/// Peers that are reached at a time only to ask what they have, and for how long: most of those that others speak of may be gone.
+/// The most peers that are dialed at a time only to ask for their bitfields, and the longest time for each. Most of
+/// the peers that others name may be gone.
 const MAX_REACHING: usize = 16;
-const REACH: Duration = Duration::from_secs(5);
+const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Peers on the local network that are asked whether they have the model.
+/// The most peers on the local network that are asked whether they have the model.
 const MAX_NEIGHBOURS: usize = 16;
 
-/// How long to wait for a provider once content has come: a restart, a change of network.
-const LOST: Duration = Duration::from_secs(120);
+/// Time to wait for a provider after content has arrived: enough for a restart or a change of network.
+const LOST_PATIENCE: Duration = Duration::from_secs(120);
 
-/// How long nothing at all may come while providers are connected.
-const SILENT: Duration = Duration::from_secs(45);
+/// The longest time in which nothing at all arrives while providers are connected.
+const SILENCE_PATIENCE: Duration = Duration::from_secs(45);
 
-/// How long those whom a ticket names have for themselves, before the mesh is asked.
-const GIVEN: Duration = Duration::from_millis(1500);
+/// Head start of the providers in a ticket before the DHT is asked.
+const TICKET_HEAD_START: Duration = Duration::from_millis(1500);
 
-/// The longest pause of a transfer that keeps trying, once it has waited for as long as others do.
-const LONGEST: Duration = Duration::from_secs(60);
+/// The longest pause of a transfer that keeps trying, after it has waited for [`LOST_PATIENCE`].
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Between look-ups while somebody delivers and there is room for more.
-const LOOK_UP: Duration = Duration::from_secs(10);
+/// Time between lookups while a provider delivers and there is room for more.
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How often the state is looked at when nothing happens.
+/// Interval at which the state is checked when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
-/// A provider that has failed so often since its last whole chunk group proves nothing by some bytes more: what it
-/// sends of a group is lost with the stream.
-const FRUITLESS: u32 = 3;
+/// Number of failures since its last complete chunk group after which single bytes from a provider no longer count as
+/// progress: a part of a group is lost with the stream.
+const MAX_FRUITLESS: u32 = 3;
 
-/// How long a provider that sends nothing keeps a place that another waits for: nothing at all, or no whole chunk group.
-const USELESS: Duration = Duration::from_secs(5);
-const SLOW: Duration = Duration::from_secs(60);
+/// Time after which a provider that delivers nothing is replaced by a waiting one: if it sends no bytes at all, and
+/// if it sends no complete chunk group.
+const NO_BYTES_TIMEOUT: Duration = Duration::from_secs(5);
+const NO_GROUP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a provider that lacked what it was said to have sends nothing before it is asked for all of it again: it may have come there too. At first, and
-/// at most: twice as long each time.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// Time without content after which a provider that lacked announced groups is asked for all of them again, because
+/// they may have arrived there since: at first, and at most. It doubles each time.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
-/// How long streams have to end in order when everything is here.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// Time for streams to end in order once everything is here.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Changes of path without content in between that a provider may make before it counts as having failed.
+/// The most changes of path without content in between before a provider counts as having failed.
 const MAX_CHANGES: u32 = 3;
 
-/// News of peers that wait to be looked at.
+/// The most news of peers that may wait to be handled.
 const MAX_NEWS: usize = 64;
 
 #[derive(Debug)]
 struct Member {
     addresses: Destinations,
-    /// Something that it has was spoken of.
+    /// True if the provider has announced that it has a part.
     offers: bool,
-    /// A provider that says so in the DHT or a ticket, or that says so itself.
+    /// True if the provider has all of the model, by the DHT, a ticket or its own word.
     complete: bool,
     busy: bool,
     exchanging: bool,
@@ -125,17 +129,17 @@ struct Member {
     failures: u32,
     changes: u32,
     reason: String,
-    /// It was reached, and has not what it was asked for.
+    /// True if the provider was reached and lacks what it was asked for.
     lacks: bool,
-    /// How long it sends nothing before it is asked for that again.
+    /// Time without content after which it is asked for that again.
     again: Duration,
-    /// How much it has sent, and since when no more.
+    /// Bytes delivered, and the time of the last increase.
     moved: (u64, Instant),
-    /// The same of bytes, and of its word that it is alive.
+    /// Signs of life: received bytes and keep-alive messages, and the time of the last one.
     alive: (u64, Instant),
-    /// Ends what is fetched from it, for another.
+    /// Stops the fetch from this provider, in favour of another.
     stop: Arc<Notify>,
-    /// Its part in the transfer.
+    /// The provider's part in the transfer.
     handle: Arc<Peer>,
 }
 
@@ -158,7 +162,7 @@ pub(crate) struct Swarm {
     banned: Banned,
     asked_neighbours: HashSet<PeerId>,
     introduced: u32,
-    /// Room for those who are being reached to be asked.
+    /// Permits to dial peers only to ask for their bitfields.
     reaching: Arc<Semaphore>,
     work: FuturesUnordered<BoxFuture<'static, Event>>,
     sessions: FuturesUnordered<BoxFuture<'static, Event>>,
@@ -170,37 +174,37 @@ pub(crate) struct Swarm {
     next_look_up: Instant,
     pause: Backoff,
     moved: u64,
-    /// Bytes that came, of whole chunk groups or not, and since when no more.
+    /// Bytes received, of complete chunk groups or not, and the time of the last increase.
     heard: (u64, Instant),
-    /// How often a provider said that this node waits in its queue.
+    /// Number of times that a provider reported this node as waiting in its queue.
     queued: u64,
-    /// Others go first.
+    /// True while transfers of higher priority go first.
     held: bool,
-    /// When there was last a sign that content comes, or the work began.
+    /// Time of the last sign of progress, or of the start.
     since: Instant,
     patience: Duration,
-    /// There is no end to it, only longer pauses.
+    /// Never give up; only the pauses grow longer.
     keep_trying: bool,
-    /// From the start to the first that answered.
+    /// Time at which the first provider answered.
     pub(crate) first_answer: Option<Instant>,
 }
 
-/// What is to be fetched for one caller, and how.
+/// A model to fetch for one caller, with its options.
 pub(crate) struct Job {
     pub(crate) model: Hash,
     pub(crate) transfer: Transfer,
     pub(crate) progress: Arc<plan::Progress>,
     pub(crate) shown: Shown,
-    /// Providers that are known to have all of the model, and peers that are never asked.
+    /// Providers that are known to have all of the model, and banned peers.
     pub(crate) known: KnownProviders,
     pub(crate) limits: Vec<Limit>,
     pub(crate) priority: Priority,
-    /// Go on however long nobody delivers.
+    /// Never give up, however long no provider delivers.
     pub(crate) keep_trying: bool,
 }
 
 impl Swarm {
-    /// Begins with the providers that the job names; nothing is fetched yet.
+    /// Starts with the providers of the job. Nothing is fetched yet.
     pub(crate) fn new(node: &Node, job: Job) -> Self {
         let Job {
             model,
@@ -241,7 +245,7 @@ impl Swarm {
             look_ups: 0,
             next_look_up: match given.is_empty() {
                 true => now,
-                false => now + GIVEN,
+                false => now + TICKET_HEAD_START,
             },
             pause: Backoff::default(),
             moved: 0,
@@ -249,7 +253,7 @@ impl Swarm {
             queued: 0,
             held: false,
             since: now,
-            patience: FIRST,
+            patience: FIRST_PATIENCE,
             keep_trying,
             first_answer: None,
         };
@@ -259,10 +263,10 @@ impl Swarm {
         swarm
     }
 
-    /// Fetches what `plan` misses.
+    /// Fetches the content that `plan` lacks.
     ///
     /// # Errors
-    /// [`Error::NoProvider`] when nobody delivers for too long; [`Error::Store`] if this side fails.
+    /// [`Error::NoProvider`] if no provider delivers for too long; [`Error::Store`] if this node's store fails.
     pub(crate) async fn fetch(&mut self, plan: &mut Plan) -> Result<(), Error> {
         let transfer = self.transfer.clone();
         let mut run = Box::pin(transfer.run(plan));
@@ -277,12 +281,12 @@ impl Swarm {
                     result?;
                     break;
                 }
-                Some(event) = self.sessions.next() => self.happened(event)?,
-                Some(event) = self.work.next() => self.happened(event)?,
-                Some(news) = self.news.recv() => self.heard(news),
+                Some(event) = self.sessions.next() => self.handle(event)?,
+                Some(event) = self.work.next() => self.handle(event)?,
+                Some(news) = self.news.recv() => self.handle_news(news),
                 _ = tick.tick() => {
                     self.ask_neighbours().await;
-                    self.see_to_silent();
+                    self.handle_silent();
                     if let Err(error) = self.check_patience() {
                         return Err(match &error {
                             Error::NoProvider { failures, .. } if failures.is_empty() => {
@@ -294,8 +298,8 @@ impl Swarm {
                 }
             }
         }
-        // Those who sent see their streams end in order.
-        let farewell = Instant::now() + FAREWELL;
+        // Providers see their streams end in order.
+        let farewell = Instant::now() + CLOSE_TIMEOUT;
         while let Ok(Some(event)) = timeout_at(farewell, self.sessions.next()).await {
             if let Event::Ended(peer, result) = event {
                 self.ended(peer, result);
@@ -311,7 +315,7 @@ impl Swarm {
         self.shown.state().sources.iter_mut().for_each(PathUse::end);
     }
 
-    /// A peer that has the model, or may have.
+    /// Adds a peer that has the model, or may have it.
     fn meet(&mut self, peer: PeerId, addresses: impl Into<Destinations>, complete: bool) {
         if peer == self.node.peer_id() || self.banned.contains(&peer) {
             return;
@@ -342,7 +346,7 @@ impl Swarm {
             changes: 0,
             reason: String::new(),
             lacks: false,
-            again: AGAIN.0,
+            again: ASK_AGAIN.0,
             moved: (0, Instant::now()),
             alive: (0, Instant::now()),
             stop: Arc::default(),
@@ -361,16 +365,17 @@ impl Swarm {
             member.offers = true;
             member.handle.has_all();
         }
-        self.see_whether_crowded();
+        self.note_other_fetchers();
     }
 
-    /// Where others fetch the same, each is to have something else.
-    fn see_whether_crowded(&self) {
+    /// Tells the transfer whether others fetch the same model. Each node then fetches different parts first, so that
+    /// they can fetch from each other.
+    fn note_other_fetchers(&self) {
         let others = self.members.values().any(|one| one.offers && !one.complete);
         self.transfer.set_crowded(others);
     }
 
-    fn heard(&mut self, news: News) {
+    fn handle_news(&mut self, news: News) {
         match news {
             News::Have(peer, have) => {
                 self.meet(peer, Destinations::default(), false);
@@ -379,10 +384,10 @@ impl Swarm {
                     member.offers |= have.complete || !have.files.is_empty();
                     availability::hear(&member.handle, &have);
                 }
-                self.see_whether_crowded();
+                self.note_other_fetchers();
             }
             News::Nothing(peer) => {
-                // Its statement in the DHT is out of date, or it was only a neighbour.
+                // The peer's record is out of date, or it was only a neighbour.
                 let idle = self
                     .members
                     .get(&peer)
@@ -405,7 +410,7 @@ impl Swarm {
         }
     }
 
-    /// Asks `peer` what it has, reaching it first.
+    /// Exchanges bitfields with `peer`, and connects to it first.
     fn exchange_with(&mut self, peer: PeerId) {
         let Some(member) = self.members.get_mut(&peer) else {
             return;
@@ -423,20 +428,20 @@ impl Swarm {
                 true => true,
                 false => {
                     let _permit = reaching.acquire().await;
-                    let reached = timeout(REACH, network.connect(peer, addresses)).await;
+                    let reached = timeout(REACH_TIMEOUT, network.connect(peer, addresses)).await;
                     matches!(reached, Ok(Ok(_)))
                 }
             };
             match reached {
                 true => exchanger.dial(peer, model).await,
-                false => tracing::debug!(%peer, "a peer cannot be reached"),
+                false => tracing::debug!(%peer, "cannot reach a peer"),
             }
             Event::Exchanged(peer)
         };
         self.work.push(work.boxed());
     }
 
-    /// Peers on the local network are asked whether they have it, whatever the DHT knows.
+    /// Asks peers on the local network whether they have the model, whatever the DHT knows.
     async fn ask_neighbours(&mut self) {
         if self.asked_neighbours.len() >= MAX_NEIGHBOURS {
             return;
@@ -470,7 +475,7 @@ impl Swarm {
         self.work.push(work.boxed());
     }
 
-    /// Reaches those who have something, the best first, as many as are fetched from at a time.
+    /// Connects to providers that offer something, the best first, up to the limit.
     fn start_some(&mut self) {
         let now = Instant::now();
         let busy = self.members.values().filter(|one| one.busy).count();
@@ -494,8 +499,9 @@ impl Swarm {
         }
     }
 
-    /// Has those who send nothing asked again for what they lacked. Where all places are taken, one of them makes room for another.
-    fn see_to_silent(&mut self) {
+    /// Asks silent providers again for what they lacked. If all slots are in use, replaces a useless provider by a
+    /// waiting one.
+    fn handle_silent(&mut self) {
         let now = Instant::now();
         let waits_for_us = self.held || self.transfer.is_idle();
         let mut busy = 0;
@@ -504,7 +510,7 @@ impl Swarm {
             let moved = member.handle.delivered();
             if moved != member.moved.0 {
                 member.moved = (moved, now);
-                member.again = AGAIN.0;
+                member.again = ASK_AGAIN.0;
             }
             let alive = member.handle.arrivals().signs();
             if alive != member.alive.0 {
@@ -514,11 +520,12 @@ impl Swarm {
                 member.lacks = true;
                 member.reason = unreadable.to_string();
             }
-            // Not at each of its streams: asked first for what it lacks each time, it would never come to the rest.
+            // Not with each of its streams: if it were asked first for what it lacks each time, it would never send
+            // the rest.
             let silent = now.duration_since(member.moved.1) >= member.again;
             if member.complete && member.lacks && silent && !waits_for_us {
                 member.handle.has_all();
-                member.again = (member.again * 2).min(AGAIN.1);
+                member.again = (member.again * 2).min(ASK_AGAIN.1);
             }
         }
         let others = self.members.values();
@@ -528,14 +535,15 @@ impl Swarm {
         }
         let useless = self.members.values().filter(|one| one.busy);
         let useless = useless.filter(|one| {
-            now.duration_since(one.moved.1) >= SLOW || now.duration_since(one.alive.1) >= USELESS
+            now.duration_since(one.moved.1) >= NO_GROUP_TIMEOUT
+                || now.duration_since(one.alive.1) >= NO_BYTES_TIMEOUT
         });
         if let Some(member) = useless.min_by_key(|one| one.moved.1) {
             member.stop.notify_one();
         }
     }
 
-    fn happened(&mut self, event: Event) -> Result<(), Error> {
+    fn handle(&mut self, event: Event) -> Result<(), Error> {
         match event {
             Event::LookedUp(found) => {
                 self.looking_up = false;
@@ -547,26 +555,26 @@ impl Swarm {
                         self.exchange_with(provider.peer);
                     }
                 }
-                let longest = match self.keep_trying && self.since.elapsed() >= LOST {
-                    true => LONGEST,
+                let longest = match self.keep_trying && self.since.elapsed() >= LOST_PATIENCE {
+                    true => LONGEST_PAUSE,
                     false => Backoff::LONGEST,
                 };
                 let pause = self.pause.take(longest);
                 let pause = match self.sessions.is_empty() {
                     true => pause,
-                    false => LOOK_UP,
+                    false => LOOKUP_INTERVAL,
                 };
                 self.next_look_up = Instant::now() + pause;
             }
             Event::Reached(peer, Ok(stream)) => self.begin(peer, *stream),
             Event::Reached(peer, Err(reason)) => {
-                tracing::debug!(%peer, reason, "a provider cannot be reached");
+                tracing::debug!(%peer, reason, "cannot reach a provider");
                 if let Some(member) = self.members.get_mut(&peer) {
                     member.lacks = false;
                 }
                 self.failed(peer, reason);
             }
-            // This side failed: no provider can help.
+            // This node failed, so no other provider can help.
             Event::Ended(_, Err(TransferError::Store(error))) => return Err(error.into()),
             Event::Ended(peer, result) => self.ended(peer, result),
             Event::Exchanged(peer) => {
@@ -592,7 +600,7 @@ impl Swarm {
             peer,
             path: path.kind,
             transport: path.transport,
-            came: Came::Now {
+            traffic: Traffic::Active {
                 before: handle.moved(),
                 handle: Arc::clone(&handle),
             },
@@ -655,14 +663,14 @@ impl Swarm {
             member.busy = false;
             member.failures += 1;
             member.reason = reason;
-            // Whoever goes on for ever asks less often after a while.
-            let longest = match self.keep_trying && self.since.elapsed() >= LOST {
-                true => LONGEST,
+            // A transfer that never gives up asks less often after a while.
+            let longest = match self.keep_trying && self.since.elapsed() >= LOST_PATIENCE {
+                true => LONGEST_PAUSE,
                 false => Backoff::LONGEST,
             };
             member.retry_at = Instant::now() + Backoff::after(member.failures, longest);
         }
-        // Those who were given cannot be counted on: others may be known.
+        // The given providers are unreliable; others may be known.
         self.next_look_up = self.next_look_up.min(Instant::now() + self.pause.current());
     }
 
@@ -672,43 +680,44 @@ impl Swarm {
         self.held = self.rank.is_outranked() && !self.transfer.is_urged();
         self.transfer.hold_back(self.held);
         if self.held || self.transfer.is_idle() || self.transfer.is_limited() {
-            // Nobody is asked for anything: nobody is late.
+            // Nothing is requested, so no provider is late.
             self.since = Instant::now();
         }
         let heard = self.transfer.heard();
         let mut busy = self.members.values().filter(|member| member.busy);
-        if heard > self.heard.0 && busy.any(|member| member.failures < FRUITLESS) {
-            // On a slow link a chunk group takes long: any byte of it will do. But only a whole one is kept.
+        if heard > self.heard.0 && busy.any(|member| member.failures < MAX_FRUITLESS) {
+            // On a slow link a chunk group takes long, so any byte counts as progress here. Only complete groups are
+            // kept.
             self.heard = (heard, Instant::now());
             self.since = Instant::now();
-            self.patience = self.patience.max(SILENT);
+            self.patience = self.patience.max(SILENCE_PATIENCE);
         }
         let queued = self.transfer.queued();
         if queued > self.queued {
             self.queued = queued;
-            // A provider's word that it is alive is worth as much time, and no more.
+            // A provider's keep-alive messages extend the patience only for a limited time.
             if self.heard.1.elapsed() < QUEUED {
                 self.since = Instant::now();
-                self.patience = LOST;
+                self.patience = LOST_PATIENCE;
             }
         }
         if moved > self.moved {
             self.moved = moved;
             self.rank.note();
             self.since = Instant::now();
-            self.patience = LOST;
+            self.patience = LOST_PATIENCE;
             self.pause = Backoff::default();
         }
         let waiting_for = match self.sessions.is_empty() {
             _ if self.held => Some("a transfer of higher priority".to_owned()),
             false if self.since.elapsed() < SUSPICIOUS => None,
-            false => Some(self.slowest()),
-            true => Some(self.absent()),
+            false => Some(self.waits_for_content()),
+            true => Some(self.waits_for_provider()),
         };
         self.shown.state().waiting_for = waiting_for;
     }
 
-    fn absent(&self) -> String {
+    fn waits_for_provider(&self) -> String {
         let failed = self.members.iter().find(|(_, one)| !one.reason.is_empty());
         match failed {
             Some((peer, one)) => format!("a provider ({peer}: {})", one.reason),
@@ -716,49 +725,52 @@ impl Swarm {
         }
     }
 
-    fn slowest(&self) -> String {
+    fn waits_for_content(&self) -> String {
         let active = self.shown.sources();
         let mut active = active.iter().filter(|source| source.is_active());
         match (active.next(), active.next()) {
             (Some(one), None) if one.is_queued() => {
-                format!("its turn: the provider {} serves others first", one.peer)
+                format!(
+                    "its turn: the provider {} serves other peers first",
+                    one.peer
+                )
             }
             (Some(one), None) => format!("content from {}", one.peer),
             (Some(one), Some(other)) if one.is_queued() && other.is_queued() => {
-                "its turn: the providers serve others first".to_owned()
+                "its turn: the providers serve other peers first".to_owned()
             }
-            _ => "content: no connected provider sends any of what is missing".to_owned(),
+            _ => "content: no connected provider sends the missing parts".to_owned(),
         }
     }
 
-    /// Returns true if one of the paths in use takes seconds for a round trip.
+    /// Returns true if a round trip on one of the paths in use takes seconds.
     fn is_slow(&self) -> bool {
         let mut members = self.members.values();
         members.any(|member| member.busy && member.handle.arrivals().is_slow())
     }
 
-    /// Gives up when nobody delivers for too long. Every provider that is known has been tried by then.
+    /// Gives up if no provider delivers for too long. Every known provider has been tried by then.
     fn check_patience(&mut self) -> Result<(), Error> {
         let waited = self.since.elapsed();
-        // Those who were tried before are tried again for ever: only who was not yet is waited for.
+        // Providers that failed are tried again and again, so only those that were not tried yet are waited for.
         let reaching = self
             .members
             .values()
             .any(|one| one.busy && one.failures == 0);
         let trying = reaching || self.looking_up || self.look_ups == 0;
         let nobody = !self.banned.is_empty() && self.members.is_empty();
-        // All who are known are there, and none has the rest: waiting for them to come back would be in vain.
+        // All known providers were reached and lack the rest: waiting would be in vain.
         let mut offering = self.members.values().filter(|one| one.offers).peekable();
         let all_lack = offering.peek().is_some() && offering.all(|one| one.lacks);
         let patience = match all_lack {
-            true => FIRST,
+            true => FIRST_PATIENCE,
             false => self.patience,
         };
         let over = match self.sessions.is_empty() {
             true => !trying && (waited >= patience || nobody),
-            false if all_lack => waited >= FIRST,
-            false if self.is_slow() => waited >= LOST,
-            false => waited >= self.patience.max(SILENT),
+            false if all_lack => waited >= FIRST_PATIENCE,
+            false if self.is_slow() => waited >= LOST_PATIENCE,
+            false => waited >= self.patience.max(SILENCE_PATIENCE),
         };
         if !over || self.keep_trying {
             return Ok(());
@@ -768,9 +780,9 @@ impl Swarm {
             let reason = match (one.reason.is_empty(), one.busy) {
                 (false, _) => one.reason.clone(),
                 (true, true) if one.handle.is_queued() => {
-                    "serves others first; its queue is too long".to_owned()
+                    "its queue is too long: it serves other peers first".to_owned()
                 }
-                (true, true) => "sends nothing of what is missing".to_owned(),
+                (true, true) => "sends none of the missing parts".to_owned(),
                 (true, false) => continue,
             };
             failures.insert(*peer, reason);

@@ -1,4 +1,4 @@
-//! Watching the path that content comes over: telling a slow path from a dead one, and both from a provider that is slow.
+//! Watching the path of a transfer, to distinguish a slow path, a dead path and a slow provider.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -8,25 +8,25 @@ use weft_net::{PATH_TIMEOUT, PeerId};
 
 use crate::Node;
 
-/// The time without content after which the path is suspected: on a fast path; on a path that has brought nothing yet;
-/// on one that brings less than [`SLOW_PATH`] bytes a second, which may be shared by many.
+/// Time without content after which the path is suspected: on a fast path, on a path that has carried nothing yet,
+/// and on a path that carries less than [`SLOW_PATH`] bytes a second, which many streams may share.
 pub(super) const SUSPICIOUS: Duration = Duration::from_secs(3);
 const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
 const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
 const SLOW_PATH: f64 = 32.0 * 1024.0;
 
-/// The time in which a suspected path has to carry anything: one that has brought nothing yet, and one that is slow. In
-/// front of a link of 20 kbit/s, a queue of 20 kB takes 8 s, and TCP sends a lost packet again after up to three round
-/// trips. A connection that is closed meanwhile has to be made again on the same link.
+/// Time in which a suspected path has to carry anything: one that has carried nothing yet, and a slow one. In front
+/// of a link of 20 kbit/s, a queue of 20 kB takes 8 s, and TCP sends a lost packet again after up to three round
+/// trips. A connection that is closed meanwhile has to be opened again on the same link.
 const ALIVE_FIRST: Duration = Duration::from_secs(45);
 const ALIVE_SLOW: Duration = Duration::from_secs(60);
 
-/// A path that takes longer for a round trip is slow: its provider gets more time.
-const QUICK: Duration = Duration::from_secs(2);
+/// Longest round trip of a fast path. The provider on a slow path gets more time.
+const FAST_ROUND_TRIP: Duration = Duration::from_secs(2);
 
-/// While content comes from `peer`: when none has come for a while, finds out whether the path is slow, and has the
-/// network find out whether it still works. If it does not, the stream fails at once, and not after the patience that a
-/// slow provider is owed.
+/// Watches the path while content comes from `peer`. If none has arrived for a while, finds out whether the path is
+/// slow, and has the network check the connection. If the connection is dead, the stream fails at once, and not after
+/// the patience for a slow provider.
 pub(crate) async fn watch(node: &Node, peer: PeerId, arrivals: &Arrivals) -> Infallible {
     let begun = Instant::now();
     let mut moved = arrivals.signs();
@@ -39,7 +39,7 @@ pub(crate) async fn watch(node: &Node, peer: PeerId, arrivals: &Arrivals) -> Inf
             since = Instant::now();
             continue;
         }
-        // On a slow link a lost packet alone costs seconds, and so does the first answer.
+        // On a slow link, a lost packet alone costs seconds, and so does the first answer.
         let average = (now - first) as f64 / begun.elapsed().as_secs_f64();
         let was_fast = average >= SLOW_PATH;
         let (patience, alive) = match average {
@@ -54,10 +54,10 @@ pub(crate) async fn watch(node: &Node, peer: PeerId, arrivals: &Arrivals) -> Inf
         if was_fast {
             network.check(peer, alive).await;
         }
-        match timeout(QUICK, network.ping(peer)).await {
-            // The path works: it is the provider that sends nothing.
+        match timeout(FAST_ROUND_TRIP, network.ping(peer)).await {
+            // The path works, so the provider sends nothing.
             Ok(Ok(_)) => arrivals.set_slow(false),
-            // The connection is being closed, or the peer answers no pings.
+            // The connection is being closed, or the peer does not answer pings.
             Ok(Err(_)) => {}
             Err(_) if was_fast => {}
             Err(_) => {

@@ -1,4 +1,5 @@
-//! Finding and reaching those who have a model, until one of them has sent its manifest; from then on there is a [swarm](crate::swarm).
+//! Finding and reaching providers of a model, until one of them has sent the manifest. After that, the
+//! [swarm](crate::swarm) takes over.
 
 use std::{
     collections::{BTreeMap, HashSet, VecDeque},
@@ -12,74 +13,75 @@ use weft_blobs::{Hash, TransferError};
 use weft_net::{Class, Destinations, Heard, Multiaddr, PeerId, Stream, StreamProtocol};
 use weft_proto::wire;
 
-use super::failures::{Backoff, Banned, FIRST};
+use super::failures::{Backoff, Banned, FIRST_PATIENCE};
 use crate::{Error, Failure, Node, discovery::addresses::decode};
 
-/// The transfer protocol's name on the network.
+/// Name of the transfer protocol on the network.
 pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(weft_blobs::serve::PROTOCOL);
 
-/// The key under which providers of a model state where they are.
+/// Returns the key in the DHT under which providers of a model publish their addresses.
 pub(crate) fn provider_key(id: &Hash) -> Vec<u8> {
     format!("provider/{id}").into_bytes()
 }
 
-/// A peer that says it has a model, or a part of it.
+/// A peer that claims to provide a model or a part of it; see [`Models::providers`](crate::Models::providers).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Provider {
-    /// Who.
+    /// The provider.
     pub peer: PeerId,
-    /// Where it says that it is.
+    /// Unverified addresses from the provider's record.
     pub addresses: Heard,
-    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`](crate::Manifest::shard_group)).
+    /// Shard groups that the provider claims to have: bit `g` stands for group `g`
+    /// ([`Manifest::shard_group`](crate::Manifest::shard_group)). `None` if it claims to have the whole model.
     pub shards: Option<u64>,
-    /// There is a connection to it.
+    /// True if this node is connected to the provider.
     pub connected: bool,
-    /// How long its word holds.
+    /// Time until the provider's record expires.
     pub remaining: Duration,
 }
 
-/// Providers tried in a round.
+/// The most providers that are tried in a round.
 const MAX_PROVIDERS: usize = 32;
 
-/// Providers connected to at a time; the first that answers is used.
+/// Number of providers that are dialed at a time; the first that answers is used.
 const RACE: usize = 4;
 
-/// When none of them has answered within this time, as many others are tried beside them, up to so many in all: where
-/// nodes come and go, most of those that are listed may be dead, and a dial of a dead one takes long to fail.
+/// Time without an answer after which as many other providers are dialed beside the first ones, and the most dials in
+/// all. Most listed providers may be dead where nodes come and go, and a dial of a dead peer takes long to fail.
 const STAGGER: Duration = Duration::from_millis(500);
 const MAX_RACE: usize = 16;
 
-/// Goes through a model's providers, round after round, until one finishes the work or patience ends.
+/// Tries a model's providers, round after round, until one finishes the work or patience ends.
 #[derive(Debug)]
 pub(crate) struct Providers {
     node: Node,
     model: Hash,
-    /// From a ticket. The first round is theirs alone: they need no look-up.
+    /// Providers from a ticket. The first round is for them alone, because they need no lookup.
     given: Vec<(PeerId, Vec<Multiaddr>)>,
     queue: VecDeque<(PeerId, Destinations)>,
-    /// Being reached.
+    /// Providers that are being dialed.
     racing: Vec<(PeerId, Destinations)>,
     failures: BTreeMap<PeerId, Failed>,
-    /// Sent wrong bytes: never asked again.
+    /// Peers that sent wrong bytes and are never asked again.
     banned: Banned,
-    /// Asked, and has neither failed nor finished.
+    /// Providers that were asked, and have neither failed nor finished.
     busy: HashSet<PeerId>,
-    /// The first in the queue has proved to be a good one.
+    /// True if the first provider in the queue has finished its work.
     succeeded: bool,
     since: Instant,
     pause: Backoff,
-    /// Rounds begun since the last progress.
+    /// Number of rounds begun since the last progress.
     rounds: u32,
-    /// Those who were not tried yet are looked for, whatever patience says.
+    /// Set to look up providers that were not tried yet, even if patience has ended.
     look_again: bool,
 }
 
-/// What is known of a model's providers before content is fetched.
+/// The known providers of a model, before content is fetched.
 #[derive(Debug, Default)]
 pub(crate) struct KnownProviders {
-    /// Who has it, and where they are.
+    /// Providers that have the model, with addresses.
     pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
-    /// Those that are never asked.
+    /// Peers that are never asked.
     pub(crate) banned: Banned,
 }
 
@@ -108,10 +110,12 @@ impl Providers {
         }
     }
 
-    /// A stream to the next provider; not to one that is still at work. It may be dropped while it is waited for: nobody is passed over.
+    /// Returns a stream to the next provider, except one that is still at work. Cancel safe: if the future is
+    /// dropped, no provider is skipped.
     ///
     /// # Errors
-    /// [`Error::NoProvider`] when patience has ended, with what each one did. Every provider that is known has been tried by then.
+    /// [`Error::NoProvider`] when patience has ended, with each provider's last failure. Every known provider has
+    /// been tried by then.
     pub(crate) async fn next(&mut self) -> Result<Stream, Error> {
         self.succeeded = false;
         if self.look_again {
@@ -127,8 +131,8 @@ impl Providers {
             }
             let all_banned = !self.failures.is_empty()
                 && self.failures.keys().all(|peer| self.banned.contains(peer));
-            // The ticket's own round does not count: the mesh may know more.
-            if self.rounds >= 2 && (self.since.elapsed() >= FIRST || all_banned) {
+            // The ticket's own round does not count, because the DHT may know more providers.
+            if self.rounds >= 2 && (self.since.elapsed() >= FIRST_PATIENCE || all_banned) {
                 return Err(self.exhausted().await);
             }
             if self.rounds >= 2 {
@@ -143,31 +147,31 @@ impl Providers {
         }
     }
 
-    /// The mesh is asked for others once more before patience ends.
+    /// Looks up other providers once more before patience ends.
     pub(crate) fn look_again(&mut self) {
         self.look_again = true;
     }
 
-    /// `peer` has just proved to be a good one: it comes next, and patience begins anew.
+    /// Notes that `peer` has finished its work. It comes next, and patience begins anew.
     pub(crate) fn succeeded(&mut self, peer: PeerId) {
         self.failures.remove(&peer);
         self.busy.remove(&peer);
-        // We are connected to it: no addresses are needed.
+        // The peer is connected, so no addresses are needed.
         self.queue.push_front((peer, Destinations::default()));
         self.succeeded = true;
     }
 
-    /// Notes why `peer` did not finish the work.
+    /// Notes that `peer` has failed, with the reason.
     pub(crate) fn failed(&mut self, peer: PeerId, error: &TransferError) {
         self.busy.remove(&peer);
         self.banned.judge(peer, error);
         self.note(peer, error.to_string());
     }
 
-    /// Whom it has found to answer, and who sent wrong bytes, each with what it did.
+    /// Returns the provider that has answered, the given ones, and the banned peers.
     pub(crate) fn into_known(self) -> KnownProviders {
         let mut good = self.given;
-        // It is connected: what was heard of where it is need not be told.
+        // The provider is connected, so its unverified addresses are not needed.
         let answered = self.queue.into_iter().take(1).filter(|_| self.succeeded);
         good.extend(answered.map(|(peer, at)| (peer, at.given)));
         good.retain(|(peer, _)| !self.banned.contains(peer));
@@ -177,7 +181,7 @@ impl Providers {
         }
     }
 
-    /// The ticket's peers, at the addresses that it names.
+    /// Returns the ticket's peers, with the ticket's addresses.
     fn given(&self) -> VecDeque<(PeerId, Destinations)> {
         let given = self.given.iter().cloned();
         given.map(|(peer, at)| (peer, at.into())).collect()
@@ -205,13 +209,14 @@ impl Providers {
         }
     }
 
-    /// Goes through the queue, a few at a time; the first stream that opens. Those that were not waited for stay in the queue.
+    /// Dials the providers in the queue, a few at a time. Returns the first stream that opens. Dials that were not
+    /// finished go back to the queue.
     async fn race(&mut self) -> Option<Stream> {
         let mut running = FuturesUnordered::new();
         self.back_to_queue();
-        let mut places = RACE;
+        let mut slots = RACE;
         loop {
-            while running.len() < places
+            while running.len() < slots
                 && let Some((peer, addresses)) = self.queue.pop_front()
             {
                 if self.banned.contains(&peer) || self.busy.contains(&peer) {
@@ -223,8 +228,8 @@ impl Providers {
             }
             let (peer, result) = tokio::select! {
                 ended = running.next() => ended?,
-                () = sleep(STAGGER), if places < MAX_RACE && !self.queue.is_empty() => {
-                    places += RACE;
+                () = sleep(STAGGER), if slots < MAX_RACE && !self.queue.is_empty() => {
+                    slots += RACE;
                     continue;
                 }
             };
@@ -235,21 +240,22 @@ impl Providers {
                     return Some(stream);
                 }
                 Err(reason) => {
-                    tracing::debug!(%peer, reason, "a provider cannot be reached");
+                    tracing::debug!(%peer, reason, "cannot reach a provider");
                     self.note(peer, reason);
                 }
             }
         }
     }
 
-    /// Those who were being reached come first again.
+    /// Puts the providers that were being dialed back to the front of the queue.
     fn back_to_queue(&mut self) {
         for candidate in self.racing.drain(..).rev() {
             self.queue.push_front(candidate);
         }
     }
 
-    /// Whom to try: the ticket's peers and the DHT's, those that failed least and that we are connected to first.
+    /// Returns the providers to try, from the ticket and the DHT. Those with the fewest failures come first, and
+    /// connected ones before others.
     async fn look_up(&mut self) -> Result<VecDeque<(PeerId, Destinations)>, Error> {
         if self.given.is_empty() {
             self.node.meet().await;
@@ -271,7 +277,7 @@ impl Providers {
         let connected = connected(&self.node).await;
         found.sort_by_key(|(peer, _)| {
             let failures = self.failures.get(peer).map_or(0, |failed| failed.times);
-            // Who has all of it needs no other.
+            // A provider with the whole model needs no other.
             (failures, partial.contains(peer), !connected.contains(peer))
         });
         found.truncate(MAX_PROVIDERS);
@@ -283,10 +289,10 @@ async fn connected(node: &Node) -> HashSet<PeerId> {
     node.peers().await.iter().map(|info| info.peer).collect()
 }
 
-/// Who says that it has a model, or a part of it; `all` of those that can be found, or some. Not this node.
+/// Finds providers of a model or a part of it in the DHT: all that can be found, or some. This node is left out.
 ///
 /// # Errors
-/// [`Error::Stopped`].
+/// [`Error::Stopped`] after a shutdown.
 pub(crate) async fn find_providers(
     node: &Node,
     model: &Hash,

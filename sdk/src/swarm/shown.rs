@@ -1,76 +1,76 @@
-//! What a transfer shows to people: the paths over which content comes, and what the transfer waits for.
+//! The visible state of a transfer: the paths that it uses, and what it waits for.
 
 use std::sync::{Arc, Mutex};
 
 use weft_blobs::transfer::Peer;
 use weft_net::{PathKind, PeerId, Transport};
 
-/// A path over which a provider is or was fetched from, as shown to people.
+/// A path over which a provider sends or has sent content.
 #[derive(Debug, Clone)]
 pub(crate) struct PathUse {
     pub(crate) peer: PeerId,
     pub(crate) path: PathKind,
     pub(crate) transport: Transport,
-    pub(super) came: Came,
+    pub(super) traffic: Traffic,
 }
 
-/// What comes over one path.
+/// The content received over one path.
 #[derive(Debug, Clone)]
-pub(super) enum Came {
-    /// It still does; `before` is what the handle had counted until then.
-    Now { handle: Arc<Peer>, before: u64 },
-    /// It is over, and nothing of the transfer is held on to.
-    Over { bytes: u64, wasted: u64 },
+pub(super) enum Traffic {
+    /// The path is in use; `before` is the handle's count at the start.
+    Active { handle: Arc<Peer>, before: u64 },
+    /// The path is no longer in use; no part of the transfer is referenced.
+    Ended { bytes: u64, wasted: u64 },
 }
 
 impl PathUse {
     pub(crate) fn is_active(&self) -> bool {
-        matches!(self.came, Came::Now { .. })
+        matches!(self.traffic, Traffic::Active { .. })
     }
 
-    /// Content bytes that it sent over this path.
+    /// Returns the content bytes received over this path.
     pub(crate) fn bytes(&self) -> u64 {
-        match &self.came {
-            Came::Now { handle, before } => handle.moved().saturating_sub(*before),
-            Came::Over { bytes, .. } => *bytes,
+        match &self.traffic {
+            Traffic::Active { handle, before } => handle.moved().saturating_sub(*before),
+            Traffic::Ended { bytes, .. } => *bytes,
         }
     }
 
-    /// Content bytes that it sent until now, over all its paths, and that others had sent before.
+    /// Returns the content bytes received from the provider over all its paths that another had sent before.
     pub(crate) fn wasted(&self) -> u64 {
-        match &self.came {
-            Came::Now { handle, .. } => handle.wasted(),
-            Came::Over { wasted, .. } => *wasted,
+        match &self.traffic {
+            Traffic::Active { handle, .. } => handle.wasted(),
+            Traffic::Ended { wasted, .. } => *wasted,
         }
     }
 
     pub(crate) fn rate(&self) -> u64 {
-        match &self.came {
-            Came::Now { handle, .. } => handle.rate(),
-            Came::Over { .. } => 0,
+        match &self.traffic {
+            Traffic::Active { handle, .. } => handle.rate(),
+            Traffic::Ended { .. } => 0,
         }
     }
 
     pub(super) fn is_queued(&self) -> bool {
-        match &self.came {
-            Came::Now { handle, .. } => handle.is_queued(),
-            Came::Over { .. } => false,
+        match &self.traffic {
+            Traffic::Active { handle, .. } => handle.is_queued(),
+            Traffic::Ended { .. } => false,
         }
     }
 
     pub(super) fn end(&mut self) {
         let (bytes, wasted) = (self.bytes(), self.wasted());
-        self.came = Came::Over { bytes, wasted };
+        self.traffic = Traffic::Ended { bytes, wasted };
     }
 }
 
-/// What is shown while a swarm works.
+/// The visible state of a swarm. Cheap to clone; all clones share their state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Shown {
     state: Arc<Mutex<ShownState>>,
 }
 
-/// What is shown now.
+/// The present state.
 #[derive(Debug, Default)]
 pub(super) struct ShownState {
     pub(super) sources: Vec<PathUse>,

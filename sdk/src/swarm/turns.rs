@@ -1,4 +1,4 @@
-//! One at a time: who fetches a model, and which transfers go first.
+//! Turns and priorities: one fetch of a model runs at a time, and transfers of high priority go first.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,18 +18,21 @@ use tokio::{
 
 use crate::Hash;
 
-/// How long a transfer that nothing comes for keeps those of lower priority back.
-const ACTIVE: Duration = Duration::from_secs(2);
+/// Time without content after which a transfer no longer holds back those of lower priority.
+const ACTIVE_TIME: Duration = Duration::from_secs(2);
 
-/// Which of several transfers of a node go first: while content comes for one, those of lower priority ask for none.
+/// The priority of a transfer among the transfers of a node. While content arrives for a transfer, those of lower
+/// priority request none.
+///
+/// It is parsed from `low`, `normal` and `high`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Priority {
     /// After all others.
     Low,
-    /// What a `get` has unless it is told otherwise.
+    /// The default of a fetch.
     #[default]
     Normal,
-    /// Before all others; what a reader has.
+    /// Before all others. Readers have this priority.
     High,
 }
 
@@ -43,9 +46,9 @@ impl fmt::Display for Priority {
     }
 }
 
-/// The text is no priority.
+/// The error of parsing a priority.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no priority; there are low, normal and high")]
+#[error("{0:?} is not a priority; choose low, normal or high")]
 pub struct ParsePriorityError(String);
 
 impl FromStr for Priority {
@@ -61,7 +64,7 @@ impl FromStr for Priority {
     }
 }
 
-/// Whose turn it is to fetch which model.
+/// The turns to fetch models: one for each model.
 #[derive(Debug, Default)]
 pub(crate) struct Turns(Mutex<HashMap<Hash, Weak<Queue>>>);
 
@@ -72,7 +75,7 @@ struct Queue {
     came: Notify,
 }
 
-/// The turn of a model, while it is held.
+/// The turn to fetch a model, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Turn {
     queue: Arc<Queue>,
@@ -94,14 +97,14 @@ impl Turns {
         queue
     }
 
-    /// The turn of `model`, if nobody has it.
+    /// Takes the turn of `model`, if it is free.
     pub(crate) fn try_take(&self, model: Hash) -> Option<Turn> {
         let queue = self.queue(model);
         let held = Arc::clone(&queue.turn).try_lock_owned().ok()?;
         Some(Turn { queue, _held: held })
     }
 
-    /// Waits for the turn of `model`. `pressing`: whoever has it without need is told.
+    /// Waits for the turn of `model`. If `pressing` is true, the present holder is told, so that it can give way.
     pub(crate) async fn take(&self, model: Hash, pressing: bool) -> Turn {
         let queue = self.queue(model);
         let _waiting = pressing.then(|| {
@@ -124,7 +127,7 @@ impl Drop for Waiting<'_> {
 }
 
 impl Turn {
-    /// Resolves when somebody waits for it who needs it more.
+    /// Waits until a pressing caller waits for this turn.
     pub(crate) async fn is_wanted(&self) {
         loop {
             let came = self.queue.came.notified();
@@ -138,7 +141,7 @@ impl Turn {
     }
 }
 
-/// The transfers of a node, with their priorities. Cheap to clone; all clones are one.
+/// The transfers of a node, with their priorities. Cheap to clone; all clones share their state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Ranks(Arc<Mutex<RanksState>>);
 
@@ -148,7 +151,7 @@ struct RanksState {
     ranks: BTreeMap<u64, (Priority, Option<Instant>)>,
 }
 
-/// A transfer's place among the others, while it is held.
+/// A transfer's entry among the others, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Rank {
     ranks: Ranks,
@@ -178,18 +181,18 @@ impl Ranks {
 }
 
 impl Rank {
-    /// Content has come.
+    /// Notes that content has arrived.
     pub(crate) fn note(&self) {
         if let Some((_, moved)) = self.ranks.state().ranks.get_mut(&self.number) {
             *moved = Some(Instant::now());
         }
     }
 
-    /// Whether content comes for one of higher priority.
+    /// Returns true if content arrives for a transfer of higher priority.
     pub(crate) fn is_outranked(&self) -> bool {
         let state = self.ranks.state();
         state.ranks.values().any(|(priority, moved)| {
-            *priority > self.priority && moved.is_some_and(|moved| moved.elapsed() < ACTIVE)
+            *priority > self.priority && moved.is_some_and(|moved| moved.elapsed() < ACTIVE_TIME)
         })
     }
 }
@@ -215,7 +218,7 @@ mod tests {
         assert!(!normal.is_outranked());
         low.note();
         assert!(!normal.is_outranked());
-        tokio::time::advance(ACTIVE).await;
+        tokio::time::advance(ACTIVE_TIME).await;
         assert!(!low.is_outranked());
         normal.note();
         drop(normal);
@@ -223,7 +226,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_holds_a_turn_hears_of_those_who_need_it_more() {
+    async fn the_holder_of_a_turn_is_told_of_a_pressing_caller() {
         let turns = Arc::new(Turns::default());
         let model = Hash::of(b"");
         let held = turns.try_take(model).unwrap();

@@ -1,4 +1,4 @@
-//! What peers say that they have: whatever it is, it is heard, in bounded time.
+//! Fuzzes availability messages of peers. Any message is processed in bounded time.
 #![no_main]
 
 use std::sync::{Arc, LazyLock};

@@ -1,4 +1,4 @@
-//! Peers' statements of the time: each is read as it was sent, and one stranger alone has no voice.
+//! Fuzzes times reported by peers. Each is read as it was sent, and one stranger alone has no influence.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

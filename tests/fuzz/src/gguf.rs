@@ -1,4 +1,4 @@
-//! Headers of GGUF files: what is accepted lies within the file.
+//! Fuzzes headers of GGUF files. Accepted tensors lie within the file.
 #![no_main]
 
 use std::{fs::File, os::unix::fs::FileExt, sync::LazyLock};
@@ -9,7 +9,8 @@ use weft_fuzz::seed;
 
 static FILE: LazyLock<File> = LazyLock::new(|| tempfile::tempfile().expect("a temporary file"));
 
-/// A file of version 3 with two pairs, one of them an array, and a tensor of four F32, as the GGUF specification lays it out.
+/// A file of version 3 with two metadata pairs, one of them an array, and a tensor of four F32, as in the GGUF
+/// specification.
 fn first() -> Vec<u8> {
     let mut bytes = b"GGUF\x03\0\0\0".to_vec();
     let number = |n: u64| n.to_le_bytes();
@@ -36,7 +37,7 @@ fn first() -> Vec<u8> {
 
 fn begin() {
     let first = first();
-    // A seed that is refused would lead nowhere.
+    // The first input must be accepted, or the fuzzer learns nothing from it.
     FILE.write_all_at(&first, 0)
         .expect("the file can be written to");
     assert_eq!(

@@ -1,4 +1,4 @@
-//! The head of a WebSocket: what arrives is handed out unchanged, and nothing of it before the head is complete.
+//! Fuzzes the HTTP head of a WebSocket. Bytes are passed on unchanged, and only once the head is complete.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

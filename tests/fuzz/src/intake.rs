@@ -1,4 +1,5 @@
-//! Records that wait for their check: none is lost, and no more wait than may.
+//! Fuzzes records that wait for their signature check. No record is lost, and the number of waiting records stays
+//! within its limit.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

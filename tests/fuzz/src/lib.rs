@@ -1,4 +1,4 @@
-//! What the fuzzers share: a model to begin with, and the first inputs that they vary.
+//! Parts that the fuzzers share: a model, and the first inputs that they vary.
 
 use std::{fs, path::Path, sync::Arc};
 
@@ -7,16 +7,19 @@ use weft_blobs::{
     index::{self, index},
 };
 
-/// A safetensors header with its length, and what tensors it describes.
-pub const SAFETENSORS: &str = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#;
+/// A safetensors header, without its length.
+pub const SAFETENSORS: &str = concat!(
+    r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+    r#""b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#
+);
 
-/// The bytes of [`SAFETENSORS`] as a file begins with them.
+/// Returns [`SAFETENSORS`] as at the start of a file, with its length.
 pub fn safetensors() -> Vec<u8> {
     let length = (SAFETENSORS.len() as u64).to_le_bytes();
     [&length, SAFETENSORS.as_bytes()].concat()
 }
 
-/// Writes first inputs into the folder that `WEFT_FUZZ_CORPUS` names.
+/// Writes the first inputs into the folder named by `WEFT_FUZZ_CORPUS`.
 ///
 /// # Panics
 /// If the folder cannot be written to.
@@ -30,18 +33,18 @@ pub fn seed(inputs: &[&[u8]]) {
     }
 }
 
-/// A model of two files in a store of its own, for as long as the process lives.
+/// A model of two files in a store of its own, which exists as long as the process.
 #[derive(Debug)]
 pub struct World {
     _home: tempfile::TempDir,
-    /// Where it is.
+    /// The store that holds the model.
     pub store: Store,
-    /// What it is made of.
+    /// The model's manifest.
     pub manifest: Arc<Manifest>,
 }
 
 impl World {
-    /// Makes it.
+    /// Creates the model.
     ///
     /// # Panics
     /// If the folder for temporary files cannot be written to.
@@ -54,7 +57,7 @@ impl World {
         fs::write(source.join("sub/big.bin"), vec![3; 300_000]).expect("a file");
         let indexed = index(&source, &index::Progress::default()).expect("a model");
         let store = Store::open(&home.path().join("store")).expect("a store");
-        store.add(&indexed, None).expect("it can be added");
+        store.add(&indexed, None).expect("the model can be added");
         Self {
             _home: home,
             store,

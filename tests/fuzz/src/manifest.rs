@@ -1,4 +1,5 @@
-//! Manifests: what is accepted is what it says it is, and a selection of it stays within its files.
+//! Fuzzes manifests. An accepted manifest is the same when encoded and decoded again, and a selection of it stays
+//! within its files.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -14,7 +15,7 @@ fn check(bytes: &[u8]) {
         return;
     };
     let again = Manifest::decode(&manifest.encode());
-    assert_eq!(again.expect("what was accepted once is again"), manifest);
+    assert_eq!(again.expect("an accepted manifest is accepted again"), manifest);
     let selection = Selection {
         files: vec!["**/*.bin".parse().expect("a pattern")],
         tensors: vec!["{a,b}*".parse().expect("a pattern")],

@@ -1,5 +1,4 @@
-//! Messages of hole punching, relays, AutoNAT and questions where a peer is seen: what comes of them is within its
-//! bounds.
+//! Fuzzes messages of hole punching, relays, AutoNAT and `/weft/seen/1`. Decoded values stay within their limits.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

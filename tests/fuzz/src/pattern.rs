@@ -1,4 +1,4 @@
-//! Patterns: parsed and matched in bounded time, against names that are made of the same bytes.
+//! Fuzzes patterns. They are parsed and matched in bounded time, against names made of the same bytes.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! The header that a reverse proxy sends before a connection: not a byte is read beyond it.
+//! Fuzzes the header that a reverse proxy sends before a connection. No byte after it is read.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

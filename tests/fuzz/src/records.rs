@@ -1,4 +1,4 @@
-//! Sets of signed records: what is kept or found has passed every check.
+//! Fuzzes sets of signed records. Every record that is stored or found has passed all checks.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! What a provider is asked for: whatever it is, the stream ends, and no more is sent than was asked for.
+//! Fuzzes requests to a provider. The stream ends after any request, and the provider sends no more than requested.
 #![no_main]
 
 use std::{sync::LazyLock, time::Duration};
@@ -14,7 +14,7 @@ use weft_blobs::serve::serve;
 use weft_fuzz::{World, seed};
 use weft_proto::wire::BlobRequest;
 
-/// Shorter than what libFuzzer lets one input take.
+/// Shorter than libFuzzer's limit for one input.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 static WORLD: LazyLock<World> = LazyLock::new(World::new);
@@ -27,7 +27,7 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
         .expect("a runtime")
 });
 
-/// Requests for each file, with and without content, and one that is taken back.
+/// Requests for each file, with and without content, and a cancelled one.
 fn first() -> Vec<u8> {
     let mut bytes = Vec::new();
     for file in WORLD.manifest.files() {
@@ -63,19 +63,19 @@ fn check(bytes: &[u8]) {
     RUNTIME.block_on(async {
         let (mut near, far) = duplex(1 << 20);
         let served = tokio::spawn(async { serve(WORLD.store.clone(), far, &[]).await });
-        // It may have closed the stream by now.
+        // The provider may have closed the stream by now.
         let _ = near.write_all(bytes).await;
         let _ = near.shutdown().await;
         let mut buffer = vec![0; 64 * 1024];
         let mut answered = 0;
         while let Ok(n @ 1..) = timeout(PATIENCE, near.read(&mut buffer))
             .await
-            .expect("it goes on or ends")
+            .expect("the provider continues or ends")
         {
             answered += n;
         }
-        let _ = served.await.expect("it does not panic");
-        // What is answered with content names it by its hash, and is at most the largest file.
+        let _ = served.await.expect("the provider does not panic");
+        // A request with content names it by its hash, and the answer is at most as large as the largest file.
         assert!(answered <= (bytes.len() / 34 + 1) * 310_000);
     });
 }

@@ -1,4 +1,5 @@
-//! Headers of safetensors files: what is accepted lies within the file. The last bytes say how large that is.
+//! Fuzzes headers of safetensors files. Accepted tensors lie within the file, whose size is in the last bytes of the
+//! input.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,5 @@
-//! Slices: a verifier takes the parents and groups of its tree and nothing else, whatever range is asked for. The first 24 bytes say which.
+//! Fuzzes slices. For any range, a verifier accepts only the parents and groups of its tree. The first 24 bytes of the
+//! input select the tree and the range.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -10,7 +11,7 @@ use weft_blobs::{
 };
 use weft_fuzz::seed;
 
-/// Of a blob of so many bytes, all zero but for the first of each group: its hash and outboard.
+/// A blob of a given size, all zeros except the first byte of each group: its tree, hash and outboard.
 struct Blob {
     tree: Tree,
     data: Vec<u8>,
@@ -60,7 +61,7 @@ fn check(bytes: &[u8]) {
     else {
         return;
     };
-    // Any tree can be walked; only a little of it is.
+    // Any tree can be walked, but only a small part of it is.
     let tree = Tree::new(size);
     let range = start.min(tree.groups())..end.min(tree.groups());
     if range.start < range.end {
@@ -73,7 +74,7 @@ fn check(bytes: &[u8]) {
             }
         }
     }
-    // The right elements of a slice, each exchanged for the input's if its turn comes.
+    // The right elements of a slice, some of which are replaced by bytes of the input.
     let Blob {
         tree,
         data,

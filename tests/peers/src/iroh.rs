@@ -1,10 +1,11 @@
-//! One blob by iroh and iroh-blobs, between two processes on loopback, onto disk. Run by `bench transfer`.
+//! Transfers one blob with iroh and iroh-blobs, between two processes on loopback, onto disk. Run by `bench transfer`.
 //!
 //! - `iroh-peer provide FILE STORE` prints a ticket and serves the file until its input ends.
-//! - `iroh-peer get TICKET TARGET STORE` prints `ready`, waits for a line, fetches, and prints how many seconds that took, from
-//!   connecting to the file in place and synced. Then it waits for the end of its input, so that it can be looked at.
+//! - `iroh-peer get TICKET TARGET STORE` prints `ready`, waits for a line, fetches, and prints the seconds that this
+//!   took, from connecting until the file is in place and synced. Then it waits for the end of its input, so that its
+//!   resources can be measured.
 //!
-//! The file is served from where it is, and what arrives is moved to the target and not copied, as iroh-blobs can.
+//! The file is served in place, and the received file is moved to the target and not copied, as iroh-blobs can.
 
 use std::{fs::File, io::Write, path::Path, time::Instant};
 
@@ -29,7 +30,7 @@ async fn main() -> Result<()> {
     }
 }
 
-/// An endpoint on loopback that asks nobody for anything.
+/// Returns an endpoint on loopback that uses no other servers.
 async fn endpoint() -> Result<Endpoint> {
     let builder = Endpoint::builder(presets::Minimal)
         .relay_mode(RelayMode::Disabled)
@@ -73,7 +74,7 @@ async fn get(ticket: &str, target: &Path, store: &Path) -> Result<()> {
         .connect(ticket.addr().clone(), iroh_blobs::ALPN)
         .await?;
     let fetch = store.remote().fetch(connection, ticket.hash_and_format());
-    fetch.complete().await.context("the blob did not come")?;
+    fetch.complete().await.context("the blob did not arrive")?;
     let options = ExportOptions {
         hash: ticket.hash(),
         mode: ExportMode::TryReference,

@@ -1,6 +1,8 @@
-//! Replicated documents, against Automerge's own means in the same harness: its commits with a synced append to a file, its sync protocol, its loading.
+//! Replicated documents, against Automerge's own functions: its commits with a synced append to a file, its sync
+//! protocol, and its loading.
 //!
-//! What Automerge does here checks no signature and contains no panic, and where that is said it keeps nothing on disk: the ratios say what trust costs.
+//! The baseline checks no signatures and contains no panics, and where it says so it keeps nothing on disk. The ratios
+//! show the cost of trust.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -40,24 +42,25 @@ use weft_crdt::{
 use super::{Failure, Figure, median, process::Provider, resident};
 use crate::{Random, mesh};
 
-/// How long anything may take.
+/// Longest wait for any step.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Commits, one after the other, and at a time.
+/// Number of commits, and how many are made at a time.
 const COMMITS: u64 = 1000;
 const AT_A_TIME: u64 = 64;
 
-/// Changes that a replica that was away gets.
+/// Changes that a replica has missed.
 const MISSED: u64 = 5000;
 
-/// Changes that are waited for one by one.
+/// Changes whose arrival is awaited one by one.
 const SEEN: u64 = 200;
 
-/// Documents of two that meet again, and the changes in each.
+/// Documents of two replicas that meet again, and changes in each.
 const UNCHANGED: usize = 1000;
 const CHANGES: usize = 20;
 
-/// Nodes of the mesh that was parted, links of each, documents, and what each node commits meanwhile; and how long a message takes.
+/// The split mesh: number of nodes, links of each, documents, commits of each node while split, and the one-way
+/// latency.
 const NODES: usize = 50;
 const DEGREE: usize = 6;
 const SHARED: usize = 20;
@@ -121,10 +124,10 @@ const ALL: &[Bench] = &[
     },
 ];
 
-/// Runs what begins with any of `only`, or all; each side `rounds` times in turn.
+/// Runs all benchmarks, or those whose names begin with one of `only`; each side `rounds` times in turn.
 ///
 /// # Errors
-/// [`Failure`].
+/// [`Failure`] if a side fails.
 pub fn run(rounds: usize, only: &[String], json: bool) -> Result<(), Failure> {
     let runtime = Runtime::new()?;
     for bench in ALL {
@@ -157,7 +160,7 @@ pub fn run(rounds: usize, only: &[String], json: bool) -> Result<(), Failure> {
 
 fn open(folder: &Path, node: u8) -> Result<Replica, Failure> {
     let store = Store::open(&folder.join(format!("{node}.redb")))?;
-    // Stores of one benchmark begin anew each time.
+    // The stores of a benchmark start empty each time.
     Ok(Replica::open(store, identity(node), [node; 32])?)
 }
 
@@ -173,7 +176,7 @@ fn at(key: impl Into<String>) -> At {
     At::default().join(key)
 }
 
-/// A file that is appended to, as programs keep Automerge documents that take no harm from a crash.
+/// A file that is appended to, as a program keeps an Automerge document that survives a crash.
 struct Log(fs::File);
 
 impl Log {
@@ -232,9 +235,10 @@ fn commit_plain(folder: &Path, at_a_time: u64) -> Measured {
     Ok(vec![count as f64 / begin.elapsed().as_secs_f64()])
 }
 
-// What one was away for.
+// Missed changes.
 
-/// Carries messages to and fro until there are none; bytes, and how long the second took for its part.
+/// Passes messages between the replicas until there are none. Returns their bytes, and the time that the second replica
+/// took.
 fn pump(one: &mut Replica, other: &mut Replica) -> Result<(usize, Duration), Failure> {
     let (mut bytes, mut of_other) = (0, Duration::ZERO);
     let (a, b) = (one.key(), other.key());
@@ -327,7 +331,7 @@ fn apply_plain(folder: &Path) -> Measured {
     Ok(vec![MISSED as f64 / took.as_secs_f64()])
 }
 
-// From a commit to where it is seen.
+// From a commit to its arrival.
 
 async fn visible() -> Measured {
     let (_homes, _hub, [a, b]) = mesh().await;
@@ -413,7 +417,7 @@ async fn visible_plain() -> Measured {
             let (when, what) = sees
                 .recv()
                 .await
-                .ok_or(Failure("it has ended".to_owned()))?;
+                .ok_or(Failure("the other side has ended".to_owned()))?;
             let answer = read_frame(&mut near).await?;
             if !answer.is_empty() {
                 let answer = sync::Message::decode(&answer)?;
@@ -429,7 +433,7 @@ async fn visible_plain() -> Measured {
     Ok(vec![median(took) - median(round_trips)])
 }
 
-// Two that know the same meet again.
+// Two replicas with the same content meet again.
 
 fn reconnect(folder: &Path) -> Measured {
     let (mut one, mut other) = (open(folder, 0)?, open(folder, 1)?);
@@ -449,7 +453,7 @@ fn reconnect(folder: &Path) -> Measured {
     other.finish_round()?;
     meet(&mut one, &mut other);
     pump(&mut one, &mut other)?;
-    // What differs beyond what is compared at a time comes with the next looks.
+    // Differences beyond the limit of one comparison are found by the next ones.
     for minute in 1..60 {
         for replica in [&mut one, &mut other] {
             replica.tick(Duration::from_secs(61 * minute), 0);
@@ -505,9 +509,9 @@ fn reconnect_plain() -> Vec<f64> {
     vec![bytes as f64]
 }
 
-// A mesh that was parted.
+// A mesh that was split.
 
-/// A ring, and chance beyond: each node has about [`DEGREE`] links.
+/// Returns the links: a ring, and random ones, so that each node has about [`DEGREE`] links.
 fn links() -> BTreeSet<(usize, usize)> {
     let mut random = Random::new(7);
     let mut links: BTreeSet<_> = (0..NODES)
@@ -526,12 +530,12 @@ fn is_cut((a, b): &(usize, usize)) -> bool {
     (*a < NODES / 2) != (*b < NODES / 2)
 }
 
-/// In a half of the mesh, or all of it.
+/// Returns the number of changes in a half of the mesh, or in all of it.
 fn expected(all: bool) -> u64 {
     (NODES * EDITS / if all { 1 } else { 2 } + SHARED) as u64
 }
 
-/// Brings what is put in to its place, later.
+/// Delivers values after the one-way latency.
 fn delayed<T: Send + 'static, F: Future<Output = ()> + Send>(
     deliver: impl Fn(T) -> F + Send + 'static,
 ) -> mpsc::UnboundedSender<T> {
@@ -539,7 +543,7 @@ fn delayed<T: Send + 'static, F: Future<Output = ()> + Send>(
     let (sender, mut receiver) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Some(one) = receiver.recv().await {
-            // It has ended with the benchmark.
+            // Fails once the benchmark has ended.
             let _ = put.send((tokio::time::Instant::now() + ONE_WAY, one));
         }
     });
@@ -567,7 +571,7 @@ async fn converge(folder: &Path) -> Measured {
         let deliver = move |message: Bytes| {
             let to = to.clone();
             async move {
-                // It has ended with the benchmark.
+                // Fails once the benchmark has ended.
                 let _ = to.received(key(a), message).await;
             }
         };
@@ -652,7 +656,7 @@ async fn converge(folder: &Path) -> Measured {
     Ok(vec![took, moved as f64 / 1e6])
 }
 
-/// Waits until all nodes have so many changes in all.
+/// Waits until each node has this many changes in all.
 async fn all_have(nodes: &[Documents], changes: u64) -> Result<(), Failure> {
     let count = |replica: &mut Replica| {
         let list = replica.list()?.into_iter();
@@ -673,7 +677,7 @@ async fn all_have(nodes: &[Documents], changes: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What a node with Automerge's own sync is told.
+/// A message to a node with Automerge's own sync.
 enum Told {
     Connected(usize),
     Gone(usize),
@@ -682,7 +686,7 @@ enum Told {
     Count(oneshot::Sender<u64>),
 }
 
-/// A node whose documents are Automerge's, with its sync for each document and neighbour.
+/// Runs a node whose documents are Automerge's, with Automerge's sync for each document and neighbor.
 async fn plain_node(
     mut told: mpsc::UnboundedReceiver<Told>,
     lines: HashMap<usize, mpsc::UnboundedSender<(usize, Vec<u8>)>>,
@@ -721,7 +725,7 @@ async fn plain_node(
                 let counts = documents
                     .iter_mut()
                     .map(|one| one.document().stats().num_changes);
-                // The benchmark may have ended.
+                // Fails if the benchmark has ended.
                 let _ = reply.send(counts.sum());
                 Vec::new()
             }
@@ -821,12 +825,12 @@ async fn all_count(nodes: &[mpsc::UnboundedSender<Told>], changes: u64) -> Resul
 
 // A large document.
 
-/// Who loads a document.
+/// The program that loads a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
-    /// Ours: from the store.
+    /// Weft, from its store.
     Weft,
-    /// Automerge, from what it has saved.
+    /// Automerge, from its saved document.
     Automerge,
 }
 
@@ -879,10 +883,10 @@ fn load(folder: &Path, side: Side) -> Measured {
     }
 }
 
-/// In the other process: loads a document, and prints in how many milliseconds and KiB.
+/// In the other process: loads a document, and prints the milliseconds and KiB that this took.
 ///
 /// # Errors
-/// [`Failure`].
+/// [`Failure`] if the document cannot be loaded, or is not the one that was written.
 pub fn load_side(side: Side, path: &Path, document: &str) -> Result<(), Failure> {
     let before = resident()? / 1024.0;
     let begin = Instant::now();

@@ -1,12 +1,13 @@
-//! The DHT: many nodes in one process, ours against stock libp2p-kad in the same harness.
+//! The DHT: many nodes in one process, Weft's against stock libp2p-kad in the same harness.
 //!
-//! By default the nodes are simulated, in virtual time (`simulated.rs` says what is real and what is not): ten thousand
-//! fit into one process, a busy machine changes no figure, and one seed gives the same figures each time. With `--real`
-//! they are libp2p swarms in real time (`swarms.rs`), some hundreds at most; both modes have the same phases
-//! (`measure.rs`), the same latencies and the same keys.
+//! By default the nodes are simulated, in virtual time (`simulated.rs` lists the real and the simulated parts). Ten
+//! thousand fit into one process, a busy machine changes no figure, and one seed gives the same figures each time. With
+//! `--real` the nodes are libp2p swarms in real time (`swarms.rs`), some hundreds at most. Both modes have the same
+//! phases (`measure.rs`), latencies and keys.
 //!
-//! Each side runs in a process of its own. A node that is not connected costs a look-up two round trips. Messages are all
-//! requests of the DHT that were sent meanwhile, divided by the look-ups: also those that refresh routing tables.
+//! Each side runs in a process of its own. A lookup takes two round trips for a node that is not connected. The number
+//! of messages is all requests of the DHT that were sent meanwhile, including those that refresh routing tables,
+//! divided by the number of lookups.
 
 mod ids;
 mod measure;
@@ -32,44 +33,44 @@ use self::{
 use super::{Failure, Figure};
 use crate::links::{Distances, Links};
 
-/// Whose DHT.
+/// The implementation of the DHT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
-    /// Ours.
+    /// Weft's.
     Weft,
     /// libp2p-kad with its defaults.
     Kad,
 }
 
-/// What is measured.
+/// Options of a measurement.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Nodes.
+    /// Number of nodes.
     pub nodes: usize,
-    /// Latencies between them, and the seed that they and all else depend on.
+    /// Latencies between the nodes, and the seed of all random numbers.
     pub distances: Distances,
-    /// Values put and looked up, in each phase.
+    /// Values that are put and looked up, in each phase.
     pub values: usize,
-    /// Things that one node states that it has.
+    /// Things that one node advertises.
     pub things: usize,
-    /// Nodes come and go for a while.
+    /// The phase in which nodes join and leave, if any.
     pub churn: Option<Churn>,
-    /// The same seed gives the same mesh; simulated, the same figures.
+    /// Seed of the mesh. The same seed gives the same mesh, and in a simulation the same figures.
     pub seed: u64,
-    /// Swarms in real time.
+    /// True for swarms in real time.
     pub real: bool,
-    /// Meshes of more nodes are not joined node by node: they begin with filled routing tables.
+    /// Largest mesh that nodes join one by one. Larger meshes begin with filled routing tables.
     pub joined: usize,
 }
 
 impl Options {
-    /// Whether the mesh begins with filled routing tables.
+    /// Returns true if the mesh begins with filled routing tables.
     fn is_filled(&self) -> bool {
         !self.real && self.nodes > self.joined
     }
 }
 
-/// The rate at which nodes come and go.
+/// The rate at which nodes join and leave.
 #[derive(Debug, Clone, Copy)]
 pub struct Churn {
     /// Time after which half of the nodes have been replaced by new ones.
@@ -78,7 +79,7 @@ pub struct Churn {
     pub lasts: Duration,
 }
 
-/// A line of the table.
+/// A row of the table.
 struct Row {
     name: &'static str,
     unit: &'static str,
@@ -106,20 +107,20 @@ const ROWS: &[Row] = &[
     row(
         "latency-rtts",
         "round trips",
-        "look-up, median, round trips",
+        "lookup, median, round trips",
         "",
     ),
     row(
         "p99-rtts",
         "round trips",
-        "look-up, 99th percentile, round trips",
+        "lookup, 99th percentile, round trips",
         "",
     ),
-    row("messages", "requests", "requests of a look-up", ""),
+    row("messages", "requests", "requests per lookup", ""),
     row(
         "provide",
         "requests",
-        "requests to announce one of many things",
+        "requests to advertise one of many things",
         "",
     ),
     row("find-success", "%", "of these found, %", "99.9"),
@@ -159,7 +160,7 @@ const ROWS: &[Row] = &[
     row("wall", "s", "wall time, s", ""),
 ];
 
-/// In a process of its own: one side. Prints its figures, a name and a number a line.
+/// Measures one side in a process of its own, and prints its figures, a name and a number per line.
 ///
 /// # Errors
 /// [`Failure`] if there is no runtime, or if the clock of this program cannot be stopped.
@@ -173,7 +174,7 @@ pub fn side(side: Side, options: Options) -> Result<(), Failure> {
     for (name, value) in figures {
         println!("{name} {value}");
     }
-    // Thousands of swarms need not be taken down one by one.
+    // Stopping thousands of swarms one by one would take long.
     std::process::exit(0);
 }
 
@@ -189,10 +190,10 @@ fn real(side: Side, options: Options) -> Result<Vec<Measured>, Failure> {
     figures
 }
 
-/// Simulates one side, and returns its figures: the same for the same options.
+/// Simulates one side, and returns its figures. The same options give the same figures.
 ///
 /// # Errors
-/// [`Failure`] if the clock of this program cannot be stopped: the program `bench` can.
+/// [`Failure`] if the clock of this program cannot be stopped. Only the program `bench` can stop it.
 pub fn simulate(side: Side, options: Options) -> Result<Vec<(&'static str, f64)>, Failure> {
     let runtime = || {
         tokio::runtime::Builder::new_current_thread()
@@ -201,7 +202,7 @@ pub fn simulate(side: Side, options: Options) -> Result<Vec<(&'static str, f64)>
     };
     let ids = runtime()?.block_on(ids::make())?;
     let simulation = Simulation::begin(options.seed)?;
-    // A new thread has no hash table yet, so that the seeds of all of them are simulated.
+    // A new thread has no hash table yet, so all its hash seeds are simulated ones.
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("simulation".to_owned());
         let thread = thread.spawn_scoped(scope, || {
@@ -212,7 +213,7 @@ pub fn simulate(side: Side, options: Options) -> Result<Vec<(&'static str, f64)>
                 let measure = measure(side, options, mesh);
                 let progress = progress(side);
                 let figures = simulated::drive(&simulation, &network, measure, progress).await;
-                // Taking ten thousand nodes down takes long, and the process ends.
+                // Dropping ten thousand nodes takes long, and the process ends anyway.
                 std::mem::forget(network);
                 figures
             })
@@ -225,7 +226,7 @@ pub fn simulate(side: Side, options: Options) -> Result<Vec<(&'static str, f64)>
 /// Real seconds between two lines of progress.
 const PROGRESS: f64 = 10.0;
 
-/// Tells on standard error how far a simulation is.
+/// Returns a function that prints the progress of a simulation on standard error.
 fn progress(side: Side) -> impl FnMut(Duration, usize, u64) {
     let begin = uptime();
     let mut told = begin;
@@ -242,17 +243,17 @@ fn progress(side: Side) -> impl FnMut(Duration, usize, u64) {
     }
 }
 
-/// Seconds of real time since the machine has started: the clock of this process is a virtual one.
+/// Returns the seconds of real time since the machine started, because the clock of this process is virtual.
 fn uptime() -> f64 {
     let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds = text.split(' ').next().and_then(|text| text.parse().ok());
     seconds.unwrap_or_default()
 }
 
-/// The largest simulated mesh of which both sides are measured at once: routing tables take 1.3 MiB a node.
+/// Largest simulated mesh of which both sides are measured at once. Routing tables take 1.3 MiB per node.
 const TOGETHER: usize = 2000;
 
-/// Measures all numbers of nodes, and both sides of each: both at once in virtual time if there is memory for both.
+/// Measures both sides for each number of nodes. In virtual time, both run at once if there is memory for both.
 ///
 /// # Errors
 /// [`Failure`] if a side ends without its figures.
@@ -293,13 +294,13 @@ fn heading(options: Options) -> String {
     let (mean, spread) = (round_trip.as_millis(), spread * 100.0);
     let how = match options.real {
         true => {
-            "Real time: libp2p swarms in one process, over links without sockets and encryption. A busy machine adds to \
-             all times."
+            "Real time: libp2p swarms in one process, over links without sockets and encryption. A busy machine \
+             adds to all times."
         }
         false => {
-            "Virtual time, discrete events. Real: each node's whole behaviour (look-ups, liveness, routing table, record \
-             store, signatures). Simulated: the swarm, connections and Kademlia's connection handler; no sockets, no \
-             encryption, no encoding, no packet loss, no time for processors; identify's answer is known at once."
+            "Virtual time, discrete events. Real: each node's whole behaviour (lookups, liveness, routing table, \
+             record store, signatures). Simulated: the swarm, connections and Kademlia's connection handler; no \
+             sockets, no encryption, no encoding, no packet loss, no CPU time; identify's answer is known at once."
         }
     };
     let churn = match options.churn {
@@ -311,9 +312,10 @@ fn heading(options: Options) -> String {
         None => String::new(),
     };
     format!(
-        "{how} Each pair of nodes has a round trip of its own, of {mean} ms ± {spread:.0} % (uniform); \"round trips\" \
-         are of {mean} ms. A dial takes one; a dial to a node that has left is refused after one, or silent for 5 s \
-         more, by halves.{churn} Meshes of more than {} nodes begin with filled routing tables instead of joins. Seed {}.",
+        "{how} Each pair of nodes has its own round trip, of {mean} ms ± {spread:.0} % (uniform); \"round trips\" \
+         are of {mean} ms. A dial takes one; half of the dials to a node that has left are refused after one, and half \
+         are silent for 5 s more.{churn} Meshes of more than {} nodes begin with filled routing tables instead of \
+         joins. Seed {}.",
         options.joined, options.seed
     )
 }

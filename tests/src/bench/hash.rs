@@ -1,7 +1,8 @@
-//! `add` of one file that is in the page cache, against b3sum of the same file, both with all cores.
+//! `add` of one file that is in the page cache, against b3sum of the same file, both on all cores.
 //!
-//! Ours is from the call of `add` at a node that knows nobody to its return: BLAKE3 with the tree that proofs come from, SHA-256,
-//! which Hugging Face clients ask for, and all of it on disk. The other is a process of b3sum from its start to its end.
+//! Weft's time is from the call of `add`, at a node without peers, to its return: BLAKE3 with the hash tree for proofs,
+//! and SHA-256, which Hugging Face clients ask for, all on disk. The baseline's time is that of a b3sum process, from
+//! its start to its end.
 
 use std::{
     fs,
@@ -17,7 +18,7 @@ use super::{Failure, Figure, median, rate, transfer::write_blob};
 /// Runs both in turn and prints the medians.
 ///
 /// # Errors
-/// [`Failure`] if one of them fails, or they do not agree.
+/// [`Failure`] if one of them fails, or the hashes differ.
 pub fn run(
     size: u64,
     rounds: usize,
@@ -31,7 +32,7 @@ pub fn run(
     let file = folder.path().join("blob.bin");
     let hash = write_blob(&file, size)?.to_string();
     let runtime = tokio::runtime::Runtime::new()?;
-    // In the page cache, whatever writing left there.
+    // Ensures that the file is in the page cache.
     sum(b3sum, &file, &hash)?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 0..rounds.max(1) {

@@ -14,7 +14,7 @@ pub mod transfer;
 
 use std::{fmt, time::Duration};
 
-/// Why a benchmark has no result, in words.
+/// The reason why a benchmark has no result, as a text.
 #[derive(Debug)]
 pub struct Failure(pub String);
 
@@ -24,18 +24,18 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-/// One figure: our side, the other side, measured in the same run.
+/// One figure of Weft and of the baseline, measured in the same run.
 #[derive(Debug)]
 pub struct Figure {
-    /// The benchmark's name.
+    /// Name of the benchmark.
     pub bench: &'static str,
-    /// Our side.
+    /// Weft's figure.
     pub weft: f64,
-    /// What both are measured in.
+    /// Unit of both figures.
     pub unit: &'static str,
-    /// What the other side is.
+    /// Name of the baseline.
     pub baseline: &'static str,
-    /// The other side.
+    /// The baseline's figure.
     pub value: f64,
 }
 
@@ -43,7 +43,7 @@ impl Figure {
     /// Prints the line that all benchmarks share: JSON, or text.
     pub fn print(&self, json: bool) {
         if json {
-            // Written out, so that the fields stand in the order in which a person reads them.
+            // Written out to keep the fields in the order in which a person reads them.
             println!(
                 r#"{{"bench":"{}","weft":{},"unit":"{}","baseline":"{}","value":{},"ratio":{:.3}}}"#,
                 self.bench,
@@ -78,14 +78,14 @@ impl fmt::Display for Figure {
     }
 }
 
-/// Resident bytes of this process.
+/// Returns the resident bytes of this process.
 fn resident() -> Result<f64, Failure> {
     let statm = std::fs::read_to_string("/proc/self/statm")?;
     let pages = statm.split(' ').nth(1).and_then(|n| n.parse::<f64>().ok());
     Ok(pages.unwrap_or_default() * 4096.0)
 }
 
-/// To a tenth, or what is small to a thousandth.
+/// Formats a number with one decimal place, or three if it is small.
 fn number(value: f64) -> String {
     match value.abs() < 10.0 {
         true => format!("{value:.3}"),
@@ -93,12 +93,12 @@ fn number(value: f64) -> String {
     }
 }
 
-/// Megabytes a second.
+/// Returns megabytes a second.
 fn rate(size: u64, elapsed: Duration) -> f64 {
     size as f64 / 1e6 / elapsed.as_secs_f64()
 }
 
-/// The middle one.
+/// Returns the median.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_middle_one_counts() {
+    fn the_median_is_the_middle_value() {
         assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(vec![1.0]), 1.0);
     }

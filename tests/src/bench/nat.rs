@@ -1,11 +1,12 @@
-//! Which pairs of machines behind NATs and firewalls connect, which directly, and how fast: the cells of the [`lab`].
+//! Connects pairs of machines behind NATs and firewalls: which pairs connect, which directly, and how fast. The pairs
+//! are the cells of the [`lab`].
 
 use std::{collections::HashMap, time::Duration};
 
 use super::{Failure, Figure};
 use crate::lab::{self, Cell, Distance, Outcome, Side};
 
-/// The seven sides with UDP and IPv4 that others are measured with.
+/// The seven sides with UDP and IPv4, which have sums of their own.
 const SEVEN: [Side; 7] = [
     Side::Public,
     Side::Home,
@@ -16,11 +17,12 @@ const SEVEN: [Side; 7] = [
     Side::CgnatSymmetric,
 ];
 
-/// Tries every pair, one after the other, at this distance and each for at most `wait`; prints a table, or a line a cell, and then the sums.
+/// Tries every pair, one after the other, at this distance and each for at most `wait`. Prints a table, or a line for
+/// each cell, and then the sums.
 ///
 /// # Errors
-/// [`Failure`] if networks cannot be made on this machine. A pair that does not connect is a result. Must be called before the process has
-/// a second thread.
+/// [`Failure`] if networks cannot be made on this machine. A pair that does not connect is a result. Must be called
+/// before the process has a second thread.
 pub fn run(distance: Distance, wait: Duration, json: bool) -> Result<(), Failure> {
     lab::prepare().map_err(|error| Failure(error.to_string()))?;
     measure(distance, json)?;
@@ -49,7 +51,7 @@ pub fn run(distance: Distance, wait: Duration, json: bool) -> Result<(), Failure
     Ok(())
 }
 
-/// Measures the distance that was set: one that is set and does not act would make every figure a lie.
+/// Measures the distance that was set, because a distance without effect would falsify every figure.
 fn measure(distance: Distance, json: bool) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -76,10 +78,16 @@ fn print_cell(one: Side, other: Side, outcome: &Outcome) {
         |direct| direct.as_millis().to_string(),
     );
     println!(
-        r#"{{"bench":"nat-cell","one":"{one}","other":"{other}","path":"{}","transport":"{}","connected_ms":{},"direct_ms":{direct},"possible":{}}}"#,
+        concat!(
+            r#"{{"bench":"nat-cell","one":"{}","other":"{}","path":"{}","transport":"{}","#,
+            r#""connected_ms":{},"direct_ms":{},"possible":{}}}"#
+        ),
+        one,
+        other,
         outcome.path,
         outcome.transport,
         outcome.connected.as_millis(),
+        direct,
         lab::is_possible(one, other)
     );
 }

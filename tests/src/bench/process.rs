@@ -11,11 +11,11 @@ use std::{
 
 use super::Failure;
 
-/// The child process, ended when dropped.
+/// The child process. It is ended on drop.
 pub(super) struct Provider {
     child: Child,
     stdout: BufReader<ChildStdout>,
-    /// What it printed first: how to reach it.
+    /// The first line that it printed: how to reach it.
     pub(super) line: String,
 }
 
@@ -43,7 +43,7 @@ impl Provider {
         Ok(process)
     }
 
-    /// Sends it a line; what it answers.
+    /// Sends the process a line, and returns its answer.
     pub(super) fn ask(&mut self, line: &str) -> Result<String, Failure> {
         let input = self.child.stdin.as_mut();
         writeln!(input.expect("standard input is ours"), "{line}")?;
@@ -58,11 +58,11 @@ impl Provider {
         }
     }
 
-    /// What it has used until now.
+    /// Returns the resources that the process has used until now.
     pub(super) fn usage(&self) -> Result<Usage, Failure> {
         let read = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", self.child.id()));
         let (stat, status) = (read("stat")?, read("status")?);
-        // The program's name, in brackets, may have spaces in it.
+        // The program's name, in brackets, may contain spaces.
         let (_, fields) = stat.rsplit_once(')').unwrap_or_default();
         let fields: Vec<f64> = fields
             .split_whitespace()
@@ -77,7 +77,7 @@ impl Provider {
         })
     }
 
-    /// From now on its peak is that of what follows.
+    /// Resets the peak, so that it covers only what follows.
     pub(super) fn forget_peak(&self) -> Result<(), Failure> {
         Ok(fs::write(
             format!("/proc/{}/clear_refs", self.child.id()),
@@ -86,21 +86,21 @@ impl Provider {
     }
 }
 
-/// In a second, of the times in `/proc`: Linux shows them to programs in hundredths, whatever it counts in.
+/// Clock ticks a second of the times in `/proc`. Linux always shows programs hundredths of a second.
 const TICKS: f64 = 100.0;
 
-/// What a process has used.
+/// Resources used by a process.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Usage {
-    /// Seconds of processors.
+    /// CPU time, in seconds.
     pub(super) cpu: f64,
-    /// The most that was resident at once, in bytes.
+    /// Peak resident memory, in bytes.
     pub(super) peak: f64,
 }
 
 impl Drop for Provider {
     fn drop(&mut self) {
-        // The end of its input asks it to stop; a second later it is killed.
+        // The end of its input tells the process to stop; a second later it is killed.
         drop(self.child.stdin.take());
         let begin = Instant::now();
         while begin.elapsed() < Duration::from_secs(1) {
@@ -109,26 +109,26 @@ impl Drop for Provider {
             }
             std::thread::park_timeout(Duration::from_millis(5));
         }
-        // Fails if it has just ended, which is what is wanted.
+        // Fails if the process has just ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// In the other process: says how to reach it.
+/// In the other process: prints how to reach it.
 pub(super) fn announce(line: &str) -> Result<(), Failure> {
     println!("{line}");
     std::io::stdout().flush()?;
     Ok(())
 }
 
-/// In the other process: until it is told to begin.
+/// In the other process: waits until it is told to begin.
 pub(super) fn wait_for_line() -> Result<(), Failure> {
     std::io::stdin().read_line(&mut String::new())?;
     Ok(())
 }
 
-/// In the other process: until it is not needed any more.
+/// In the other process: waits until it is no longer needed.
 pub(super) fn wait_for_end_of_input() -> Result<(), Failure> {
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())

@@ -39,27 +39,27 @@ mod theirs {
     include!(concat!(env!("OUT_DIR"), "/tonic/weft.bench.v1.rs"));
 }
 
-/// Bytes of a small message, of a large one, and of an attachment.
+/// Sizes of a small message, a large one, and an attachment, in bytes.
 const SMALL: usize = 128;
 const LARGE: usize = 256 * 1024;
 const ATTACHMENT: usize = 4 << 20;
 
-/// Bytes that go one way.
+/// Bytes sent in one direction.
 const ONE_WAY: u64 = 2 << 30;
 
-/// How long latencies are taken.
+/// Time for which latencies are measured.
 const LATENCY: Duration = Duration::from_secs(3);
 
-/// Who answers.
+/// The program that answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
-    /// Our RPC.
+    /// Weft's RPC.
     Weft,
     /// gRPC.
     Tonic,
-    /// Bytes over TLS, returned as they come.
+    /// A TLS server that returns the bytes as they arrive.
     Echo,
-    /// Bytes over TLS, taken.
+    /// A TLS server that discards the bytes.
     Sink,
 }
 
@@ -112,7 +112,7 @@ impl theirs::bench_server::Bench for Service {
     }
 }
 
-/// As `weft up` runs one.
+/// Creates a runtime as `weft up` does.
 fn runtime() -> Result<Runtime, Failure> {
     Ok(tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -129,10 +129,10 @@ async fn node(home: &TempDir, listen: Option<Multiaddr>) -> Result<Node, Failure
     Ok(node.spawn().await?)
 }
 
-/// The other process.
+/// Runs the other process.
 ///
 /// # Errors
-/// [`Failure`] if it cannot.
+/// [`Failure`] if the process cannot provide its side.
 pub fn provide(side: Side) -> Result<(), Failure> {
     match side {
         Side::Echo => {
@@ -193,10 +193,10 @@ pub fn provide(side: Side) -> Result<(), Failure> {
 type Ours = ours::BenchClient<Peer>;
 type Theirs = theirs::bench_client::BenchClient<tonic::transport::Channel>;
 
-/// Calls before anything is measured, after which a session has the connection that it keeps.
+/// Calls before anything is measured. After these, a session has its final connection.
 const WARM: usize = 100;
 
-/// Both clients, of the two other processes.
+/// The clients of the two other processes.
 struct Clients {
     node: Node,
     peer: PeerId,
@@ -241,7 +241,7 @@ impl Clients {
     }
 }
 
-/// Calls a second, of so many in all, so many at a time.
+/// Returns calls a second: `total` calls, `in_flight` at a time.
 async fn calls<F, Fut>(total: usize, in_flight: usize, call: F) -> Result<f64, Failure>
 where
     F: Fn() -> Fut + Clone + Send + Sync + 'static,
@@ -288,11 +288,11 @@ async fn echo_theirs(mut client: Theirs, data: Bytes) -> Result<(), Failure> {
 fn same(sent: usize, got: usize) -> Result<(), Failure> {
     match sent == got {
         true => Ok(()),
-        false => Err(Failure(format!("{got} bytes came back of {sent}"))),
+        false => Err(Failure(format!("{got} of {sent} bytes came back"))),
     }
 }
 
-/// Prints all of it, or what begins with one of these names; the medians of so many rounds.
+/// Prints the medians of this many rounds, of all benchmarks or of those whose names begin with one of `only`.
 ///
 /// # Errors
 /// [`Failure`] if a side fails.
@@ -350,7 +350,7 @@ pub fn run(rounds: usize, only: &[String], json: bool) -> Result<(), Failure> {
             let theirs = runtime.block_on(runtime.spawn(theirs))??;
             note(bench, "calls/s", "tonic over plain TCP", ours, theirs);
         }
-        // Both as times, and the ratio as that of what is better when larger.
+        // Both are measured as times; the ratio is inverted, so that more is better.
         if wanted("rpc-roundtrip") {
             let echo = start(Side::Echo)?;
             let bare = bare_echo(&echo.line, 5_000)?;
@@ -398,7 +398,7 @@ pub fn run(rounds: usize, only: &[String], json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Round trips a second, one at a time.
+/// Returns round trips a second, one at a time.
 fn bare_echo(line: &str, total: usize) -> Result<f64, Failure> {
     let mut tls = tls::connect(line)?;
     let mut buffer = [7; SMALL];
@@ -445,7 +445,7 @@ async fn attachments(client: Ours, size: u64) -> Result<f64, Failure> {
     Ok(rate(size, begin.elapsed()))
 }
 
-/// Moves as much as goes until it is told to stop; how much that was.
+/// Moves attachments as fast as possible until told to stop, and returns the number of bytes.
 async fn saturate(client: Ours, stop: Arc<AtomicBool>) -> Result<u64, Failure> {
     let bytes = Bytes::from(vec![7; ATTACHMENT]);
     let (mut sink, answer) = client.take().await.map_err(wrong)?;
@@ -456,7 +456,7 @@ async fn saturate(client: Ours, stop: Arc<AtomicBool>) -> Result<u64, Failure> {
     Ok(answer.wait().await.map_err(wrong)?.message.bytes)
 }
 
-/// How long calls take, one at a time with a millisecond between, in order.
+/// Returns the sorted latencies of calls, made one at a time with a millisecond between them.
 async fn latencies(client: Ours) -> Result<Vec<Duration>, Failure> {
     let data = Bytes::from(vec![7; SMALL]);
     let (begin, mut all) = (Instant::now(), Vec::new());

@@ -1,7 +1,7 @@
-//! One stream from one process to another over loopback, memory to memory: a lane, a stream of TCP with yamux, and one of QUIC, each against rustls
-//! over TCP.
+//! One stream from one process to another over loopback, memory to memory: a lane, a stream of TCP with yamux, and one
+//! of QUIC, each against rustls over TCP.
 //!
-//! Time runs from opening the stream, to a peer that is connected, to the last byte; for rustls, from connecting.
+//! The time runs from opening the stream to a connected peer until the last byte; for rustls, from connecting.
 
 use std::{
     io::{Read, Write},
@@ -21,12 +21,12 @@ use super::{
     rate, tls,
 };
 
-/// Bytes handed over at a time.
+/// Bytes per read and write.
 const BUFFER: usize = 1 << 20;
 
 const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/bench/1");
 
-/// What carries the bytes.
+/// The transport of the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
     /// A TCP connection of its own.
@@ -35,7 +35,7 @@ pub enum Side {
     Yamux,
     /// One of many streams on a QUIC connection.
     Quic,
-    /// The baseline.
+    /// The baseline: rustls over TCP.
     Rustls,
 }
 
@@ -67,7 +67,7 @@ impl Side {
     }
 }
 
-/// Moves so many bytes in each way in turn, and prints the medians.
+/// Sends `size` bytes over each side in turn, and prints the medians.
 ///
 /// # Errors
 /// [`Failure`] if a side fails, or fewer bytes arrive.
@@ -113,17 +113,17 @@ pub fn run(size: u64, rounds: usize, only: &[Side], json: bool) -> Result<(), Fa
     Ok(())
 }
 
-/// Bytes that look like weights.
+/// Returns bytes that look like weights.
 fn content() -> Vec<u8> {
     let mut buffer = vec![0; BUFFER];
     blake3::Hasher::new().finalize_xof().fill(&mut buffer);
     buffer
 }
 
-/// The other process: sends so many bytes, until standard input ends.
+/// Runs the other process: sends `size` bytes, and runs until standard input ends.
 ///
 /// # Errors
-/// [`Failure`] if it cannot.
+/// [`Failure`] if the process cannot provide its side.
 pub fn provide(side: Side, size: u64) -> Result<(), Failure> {
     if side == Side::Rustls {
         let mut tls = tls::accept()?;
@@ -144,7 +144,7 @@ pub fn provide(side: Side, size: u64) -> Result<(), Failure> {
         let mut incoming = network.accept(PROTOCOL)?;
         let address = network.addresses().all.remove(0);
         announce(&format!("{address}/p2p/{}", network.local_peer()))?;
-        // In a task, as a program's streams are: what waits in the main thread is woken from another.
+        // In a task, as the streams of a real program are: the main thread would be woken from another thread.
         let send = tokio::spawn(async move {
             let content = content();
             while let Some(mut stream) = incoming.next().await {
@@ -191,7 +191,7 @@ async fn receive_on(
     if stream.is_lane() != (side == Side::Lane) {
         return Err(Failure(format!("not what was to be measured: {stream:?}")));
     }
-    // So that the other side hears of it.
+    // Opens the stream at the other side too.
     stream.flush().await?;
     let mut buffer = vec![0; BUFFER];
     let mut left = size;

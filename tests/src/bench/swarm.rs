@@ -1,8 +1,9 @@
-//! Many providers, many receivers: nodes of one process on loopback, with caps on what each provider sends.
+//! Many providers and many receivers: nodes of one process on loopback, with caps on each provider's upload.
 //!
-//! `swarm-4x40`: one receiver, four providers that send 40 MB/s each at most; against the sum of the caps. `swarm-8-receivers`: eight receivers that begin
-//! together, one provider capped at 40 MB/s; how long until the last is done, against how long one takes alone, measured in the same round.
-//! Everything is verified and on disk at the end, as always; finding the providers by ticket, connecting and the manifest are included.
+//! `swarm-4x40`: one receiver and four providers that send at most 40 MB/s each, against the sum of the caps.
+//! `swarm-8-receivers`: eight receivers that start together and one provider capped at 40 MB/s; the time until the last
+//! is done, against the time of one receiver alone in the same round. As always, everything is verified and on disk at
+//! the end. Finding the providers by ticket, connecting and the manifest are included.
 
 use std::{
     path::Path,
@@ -13,10 +14,10 @@ use weft::{Node, Rates, Target, Ticket, split_peer_id};
 
 use super::{Failure, Figure, median, rate, transfer::write_blob};
 
-/// What a provider sends at most, in bytes a second.
+/// Most bytes a second that a provider sends.
 const CAP: u64 = 40_000_000;
 
-/// Runs both and prints the medians.
+/// Runs both benchmarks and prints the medians.
 ///
 /// # Errors
 /// [`Failure`] if a transfer fails.
@@ -36,7 +37,8 @@ pub fn run(size: u64, rounds: usize, folder: &Path, json: bool) -> Result<(), Fa
         let of_eight = runtime.block_on(get(folder.path(), &source, 1, 8))?;
         last.push(of_eight.took.as_secs_f64());
         eprintln!(
-            "round {round}: four providers {:.1} MB/s, {:.4} of the payload twice; one receiver {:.2} s, eight {:.2} s, of which the provider sent {:.2} copies",
+            "round {round}: four providers {:.1} MB/s, {:.4} of the payload twice; one receiver {:.2} s, eight \
+             receivers {:.2} s, of which the provider sent {:.2} copies",
             four[round - 1],
             of_four.wasted as f64 / size as f64,
             alone[round - 1],
@@ -64,7 +66,7 @@ pub fn run(size: u64, rounds: usize, folder: &Path, json: bool) -> Result<(), Fa
 }
 
 struct Outcome {
-    /// Until the last receiver was done.
+    /// Time until the last receiver was done.
     took: Duration,
     wasted: u64,
     from_providers: u64,

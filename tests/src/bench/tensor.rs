@@ -1,8 +1,9 @@
-//! One tensor of a large model: what of it travels.
+//! One tensor of a large model: the bytes that are transferred for it.
 //!
-//! `tensor-bytes`: bytes of the tensor and of its file's header, against all bytes that came over connections meanwhile: content, proofs, requests, and
-//! what nodes say to each other. The manifest, whose size is the model's affair, is fetched before. The model is a sparse file, so that its size costs no
-//! disk; its tensors are all zeros but for the one that is fetched, and hashing it takes the time that hashing so many bytes takes.
+//! `tensor-bytes`: the size of the tensor and of its file's header, against all bytes that arrived over connections
+//! meanwhile: content, proofs, requests, and other messages between nodes. The manifest, whose size depends on the
+//! model, is fetched before. The model is a sparse file, so that its size takes no disk space. Its tensors are all
+//! zeros, except for the one that is fetched; hashing takes as long as for any file of this size.
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -11,10 +12,10 @@ use weft::{Node, Target, Ticket, split_peer_id};
 
 use super::{Failure, Figure};
 
-/// Bytes of one tensor.
+/// Size of one tensor, in bytes.
 const TENSOR: u64 = 64 << 20;
 
-/// Fetches one tensor and prints what travelled.
+/// Fetches one tensor and prints the transferred bytes.
 ///
 /// # Errors
 /// [`Failure`] if a transfer fails.
@@ -28,7 +29,7 @@ pub fn run(size: u64, folder: &Path, json: bool) -> Result<(), Failure> {
     let runtime = tokio::runtime::Runtime::new()?;
     let wire = runtime.block_on(get(folder.path(), &source, count / 2))?;
     let wanted = header + TENSOR;
-    eprintln!("{count} tensors of {TENSOR} bytes, a header of {header}: {wire} bytes came");
+    eprintln!("{count} tensors of {TENSOR} bytes, a header of {header}: {wire} bytes arrived");
     Figure {
         bench: "tensor-bytes",
         weft: wanted as f64 / 1e6,
@@ -40,7 +41,7 @@ pub fn run(size: u64, folder: &Path, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A sparse safetensors file; the size of its header.
+/// Writes a sparse safetensors file, and returns the size of its header.
 fn write_model(path: &Path, count: u64) -> Result<u64, Failure> {
     let tensors: serde_json::Map<_, _> = (0..count)
         .map(|i| {
@@ -78,7 +79,7 @@ async fn get(folder: &Path, source: &Path, tensor: u64) -> Result<u64, Failure> 
     };
     let receiver = node(&folder.join("receiver")).await?;
     let target = || Target::Ticket(ticket.clone());
-    // Brings the manifest.
+    // Fetches the manifest.
     let file = source.file_name().unwrap_or_default().to_string_lossy();
     drop(receiver.models().open(target(), &file).await?);
     let before = received(&receiver).await;

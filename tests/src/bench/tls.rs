@@ -1,4 +1,4 @@
-//! What transport benchmarks are measured against: rustls over TCP, blocking, with AES-128-GCM.
+//! The baseline of the transport benchmarks: rustls over TCP, blocking, with AES-128-GCM.
 
 use std::{
     net::{Ipv4Addr, TcpListener, TcpStream},
@@ -20,7 +20,7 @@ fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-/// In the other process: announces where, and takes one connection.
+/// In the other process: prints its address, and accepts one connection.
 pub(super) fn accept() -> Result<StreamOwned<ServerConnection, TcpStream>, Failure> {
     let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
     let key = PrivatePkcs8KeyDer::from(certified.key_pair.serialize_der());
@@ -30,7 +30,7 @@ pub(super) fn accept() -> Result<StreamOwned<ServerConnection, TcpStream>, Failu
         .with_single_cert(vec![certified.cert.der().clone()], key.into())?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let port = listener.local_addr()?.port();
-    // The certificate on the same line: the receiver trusts this one only.
+    // The certificate is on the same line, because the receiver trusts only this one.
     announce(&format!(
         "{port} {}",
         certified.cert.pem().replace('\n', "|")
@@ -43,7 +43,7 @@ pub(super) fn accept() -> Result<StreamOwned<ServerConnection, TcpStream>, Failu
     ))
 }
 
-/// Connects to what the other process has announced.
+/// Connects to the address that the other process has printed.
 pub(super) fn connect(line: &str) -> Result<StreamOwned<ClientConnection, TcpStream>, Failure> {
     let malformed = || Failure("the provider printed something else".to_owned());
     let (port, pem) = line.trim().split_once(' ').ok_or_else(malformed)?;

@@ -1,9 +1,10 @@
 //! One blob from one process to another over loopback, verified, onto disk.
 //!
-//! Both sides end when the last byte is synced: ours because it says so only then, the other by an explicit sync. Ours includes finding the
-//! provider by ticket, connecting, the manifest and the proofs; the other includes connecting and the TLS handshake, and a BLAKE3
-//! hash of the stream on the receiver. AES-128-GCM on both. The receiver is a process too, so that what each side uses can be read from `/proc`: the
-//! processors' time from the request to its end, and the most memory that was resident, of the sender since it has hashed the file.
+//! Both sides end when the last byte is synced: Weft because it reports the end only then, the baseline by an explicit
+//! sync. Weft's time includes finding the provider by ticket, connecting, the manifest and the proofs. The baseline's
+//! time includes connecting, the TLS handshake, and a BLAKE3 hash of the stream on the receiver. Both use AES-128-GCM.
+//! The receiver is a process too, so that the resources of each side can be read from `/proc`: the CPU time from the
+//! request to its end, and the peak resident memory, for the sender since it has hashed the file.
 
 use std::{
     ffi::OsStr,
@@ -25,10 +26,10 @@ use super::{
 /// Bytes handed to TLS at a time.
 const BUFFER: usize = 1 << 20;
 
-/// What the blob's file is called, sent and received.
+/// Name of the blob's file, for both sides.
 const NAME: &str = "blob.bin";
 
-/// What the provider process runs.
+/// The program that the provider process runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
     /// A Weft node that has the file.
@@ -37,10 +38,10 @@ pub enum Side {
     Rustls,
 }
 
-/// Bytes that neither side may hold at once.
+/// Goal for the memory of each side, in bytes.
 const MEMORY_GOAL: f64 = 150e6;
 
-/// What one transfer took.
+/// The figures of one transfer.
 #[derive(Debug, Clone, Copy)]
 struct Measured {
     /// Megabytes a second.
@@ -49,10 +50,10 @@ struct Measured {
     receiver: Usage,
 }
 
-/// Runs the sides in turn and prints the medians: ours, rustls, and iroh-blobs if `iroh` names its program.
+/// Runs the sides in turn and prints the medians: Weft, rustls, and iroh-blobs if `iroh` names its program.
 ///
 /// # Errors
-/// [`Failure`] if a side fails, or what arrives is not what was sent.
+/// [`Failure`] if a side fails, or other content arrives.
 pub fn run(
     size: u64,
     rounds: usize,
@@ -82,7 +83,8 @@ pub fn run(
                 receiver,
             } = all[round - 1];
             eprintln!(
-                "round {round}: {name} {rate:.0} MB/s; processor {:.2} s to send, {:.2} s to receive; memory {:.0} and {:.0} MB",
+                "round {round}: {name} {rate:.0} MB/s; CPU {:.2} s to send, {:.2} s to receive; memory {:.0} and {:.0} \
+                 MB",
                 sender.cpu,
                 receiver.cpu,
                 sender.peak / 1e6,
@@ -137,7 +139,7 @@ pub fn run(
     Ok(())
 }
 
-/// What is sent.
+/// The blob that is sent.
 struct Blob {
     source: PathBuf,
     size: u64,
@@ -145,7 +147,7 @@ struct Blob {
 }
 
 impl Blob {
-    /// By two processes of this program.
+    /// Transfers the blob between two processes of this program.
     fn by(&self, side: Side, folder: &Path) -> Result<Measured, Failure> {
         let name = side.to_possible_value().expect("no side is skipped");
         let name = OsStr::new(name.get_name());
@@ -157,7 +159,7 @@ impl Blob {
         self.measure(&sender, receiver, target.path())
     }
 
-    /// By two processes of another, as `tests/peers` builds it.
+    /// Transfers the blob between two processes of another program, as `tests/peers` builds it.
     fn by_iroh(&self, program: &Path, folder: &Path) -> Result<Measured, Failure> {
         let target = tempfile::tempdir_in(folder)?;
         let [of_sender, of_receiver, to] =
@@ -170,7 +172,7 @@ impl Blob {
         self.measure(&sender, receiver, target.path())
     }
 
-    /// Has the receiver, which is ready, fetch into `target`.
+    /// Lets the receiver, which is ready, fetch into `target`.
     fn measure(
         &self,
         sender: &Provider,
@@ -195,10 +197,10 @@ impl Blob {
     }
 }
 
-/// The other process: provides `file` until standard input ends.
+/// Runs the sending process: provides `file` until standard input ends.
 ///
 /// # Errors
-/// [`Failure`] if it cannot.
+/// [`Failure`] if the process cannot provide the file.
 pub fn provide(file: &Path, side: Side) -> Result<(), Failure> {
     match side {
         Side::Weft => provide_by_weft(file),
@@ -206,10 +208,11 @@ pub fn provide(file: &Path, side: Side) -> Result<(), Failure> {
     }
 }
 
-/// The other other process: says that it is ready, and when it is told to, fetches into the folder `to` and says how many seconds that took.
+/// Runs the receiving process: prints that it is ready. When told to begin, it fetches into the folder `to` and prints
+/// the seconds that this took.
 ///
 /// # Errors
-/// [`Failure`] if it cannot.
+/// [`Failure`] if the process cannot fetch the file.
 pub fn receive(line: &str, to: &Path, side: Side) -> Result<(), Failure> {
     let elapsed = match side {
         Side::Weft => get_by_weft(line, to)?,
@@ -219,7 +222,7 @@ pub fn receive(line: &str, to: &Path, side: Side) -> Result<(), Failure> {
     wait_for_end_of_input()
 }
 
-/// Bytes that nothing can compress; their hash.
+/// Writes incompressible bytes, and returns their hash.
 pub(super) fn write_blob(path: &Path, size: u64) -> Result<blake3::Hash, Failure> {
     let mut file = File::create(path)?;
     let mut hasher = blake3::Hasher::new();
@@ -237,8 +240,9 @@ pub(super) fn write_blob(path: &Path, size: u64) -> Result<blake3::Hash, Failure
     Ok(hasher.finalize())
 }
 
-/// Has as much memory as a file of this size takes in the page cache be there: a virtual machine gives free memory back to its host within seconds, and takes it
-/// again page by page when it is written to, which costs as much as a transfer. Sides that have waited for different times would not be comparable.
+/// Makes the host provide as much memory as a file of this size takes in the page cache. A virtual machine gives free
+/// memory back to its host within seconds, and takes it again page by page on writes, which costs as much as a
+/// transfer. Otherwise, sides that have waited for different times would not be comparable.
 fn touch_memory(folder: &Path, size: u64) -> Result<(), Failure> {
     let mut file = tempfile::tempfile_in(folder)?;
     let buffer = vec![0; BUFFER];
@@ -248,7 +252,7 @@ fn touch_memory(folder: &Path, size: u64) -> Result<(), Failure> {
         file.write_all(&buffer[..n])?;
         left -= n as u64;
     }
-    // Closed, it is gone, without having been written to the disk.
+    // Closing the file removes it before it is written to the disk.
     Ok(())
 }
 
@@ -294,7 +298,9 @@ fn check(path: &Path, hash: &blake3::Hash) -> Result<(), Failure> {
     if hasher.finalize() == *hash {
         Ok(())
     } else {
-        Err(Failure("what arrived is not what was sent".to_owned()))
+        Err(Failure(
+            "the received blob differs from the sent one".to_owned(),
+        ))
     }
 }
 
@@ -324,7 +330,7 @@ fn get_by_rustls(line: &str, target: &Path) -> Result<Duration, Failure> {
     let mut buffer = vec![0; BUFFER];
     let mut held = 0;
     loop {
-        // TLS gives at most a record at a time: fill the buffer before hashing and writing.
+        // TLS returns at most one record at a time, so the buffer is filled before hashing and writing.
         let n = tls.read(&mut buffer[held..])?;
         held += n;
         if n == 0 || held == BUFFER {

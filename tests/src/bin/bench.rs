@@ -1,5 +1,5 @@
-//! The benchmarks. Each prints one line a figure, with both sides measured in the same run, and their ratio; see
-//! `docs/benchmarks.md`.
+//! The benchmarks. Each measures Weft and a baseline in one run, and prints both and their ratio, one line per figure;
+//! see `docs/benchmarks.md`.
 
 #[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
 #[path = "bench/system.rs"]
@@ -17,10 +17,10 @@ use weft_tests::{
 #[derive(Debug, Parser)]
 #[command(
     name = "bench",
-    about = "Weft against what else there is, both sides in one run"
+    about = "Weft against other software, both sides in one run"
 )]
 struct Cli {
-    /// Print one JSON object a figure
+    /// Print one JSON object per figure
     #[arg(long, global = true)]
     json: bool,
 
@@ -30,10 +30,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// A blob from one process to another over loopback onto disk, against rustls over TCP with BLAKE3 of the stream, and against iroh-blobs; what it takes
-    /// of processors and memory
+    /// Transfer a blob between two processes over loopback onto disk, against rustls over TCP with BLAKE3 of the
+    /// stream, and against iroh-blobs; with CPU time and memory
     Transfer(Transfer),
-    /// Adding a file that is in the page cache, against b3sum
+    /// Add a file that is in the page cache, against b3sum
     Hash {
         /// Size of the file in MiB
         #[arg(long, default_value_t = 1024)]
@@ -43,41 +43,43 @@ enum Bench {
         #[arg(long, default_value_t = 5)]
         rounds: usize,
 
-        /// Where to put the file
+        /// Folder for the file
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
 
-        /// The b3sum program, as `cargo install b3sum` has it
+        /// Path of the b3sum program, as installed by `cargo install b3sum`
         #[arg(long, value_name = "FILE", default_value = "b3sum")]
         b3sum: PathBuf,
     },
-    /// Four capped providers and one receiver, against the sum of the caps; one capped provider and eight receivers, against one receiver
+    /// Transfer from four capped providers to one receiver, against the sum of the caps; and from one capped provider
+    /// to eight receivers, against one receiver
     Swarm {
         /// Size of the blob in MiB
         #[arg(long, default_value_t = 512)]
         mib: u64,
 
-        /// Rounds; the median counts
+        /// Number of rounds; the median counts
         #[arg(long, default_value_t = 3)]
         rounds: usize,
 
-        /// Where to put the files: about ten times the blob's size
+        /// Folder for the files, which take about ten times the blob's size
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
     },
-    /// One tensor of a large model: what of it travels
+    /// Fetch one tensor of a large model, and count the transferred bytes
     Tensor {
-        /// Size of the model in MiB; it is sparse, and takes no more room than the tensor
+        /// Size of the model in MiB; the file is sparse and takes no more disk space than the tensor
         #[arg(long, default_value_t = 10_240)]
         mib: u64,
 
-        /// Where to put the files
+        /// Folder for the files
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
     },
-    /// Which pairs of machines behind NATs and firewalls connect, which directly, and how fast
+    /// Connect pairs of machines behind NATs and firewalls, and report which pairs connect, which directly, and how
+    /// fast
     Nat {
-        /// How long a pair may take to a direct path, in seconds
+        /// Longest time until a pair has a direct path, in seconds
         #[arg(long, default_value_t = 8)]
         wait: u64,
 
@@ -85,11 +87,12 @@ enum Bench {
         #[arg(long, default_value_t = 0, value_name = "MS")]
         round_trip: u64,
 
-        /// Packets lost between the networks, each way, in percent
+        /// Packets lost between the networks, in each direction, in percent
         #[arg(long, default_value_t = 0.0, value_name = "PERCENT")]
         loss: f64,
     },
-    /// One stream from one process to another over loopback, memory to memory: a lane, TCP with yamux, QUIC, against rustls over TCP
+    /// Send one stream between two processes over loopback, memory to memory: by a lane, by TCP with yamux and by QUIC,
+    /// against rustls over TCP
     Stream {
         /// Size in MiB
         #[arg(long, default_value_t = 4096)]
@@ -99,44 +102,44 @@ enum Bench {
         #[arg(long, default_value_t = 3)]
         rounds: usize,
 
-        /// Only this beside the baseline; may be given several times
+        /// Measure only this side beside the baseline; may be given several times
         #[arg(long, value_enum)]
         side: Vec<stream::Side>,
     },
-    /// The other process of `stream`
+    /// Run the other process of `stream`
     #[command(name = "stream-provider", hide = true)]
     StreamProvider {
         #[arg(value_enum)]
         side: stream::Side,
         size: u64,
     },
-    /// Calls: against tonic over plain TCP, a bare TLS echo and rustls, and beside bulk
+    /// Make calls, against tonic over plain TCP, a bare TLS echo and rustls, also beside bulk transfers
     Rpc {
-        /// Rounds of all in turn; the medians count
+        /// Rounds of all benchmarks in turn; the medians count
         #[arg(long, default_value_t = 3)]
         rounds: usize,
 
-        /// Only what begins with this; may be given several times
+        /// Run only benchmarks whose names begin with this; may be given several times
         #[arg(long, value_name = "NAME")]
         only: Vec<String>,
     },
-    /// The other process of `rpc`
+    /// Run the other process of `rpc`
     #[command(name = "rpc-provider", hide = true)]
     RpcProvider {
         #[arg(value_enum)]
         side: rpc::Side,
     },
-    /// Simulate meshes of 100, 1,000 and 10,000 nodes of the DHT in virtual time, against stock libp2p-kad: look-ups that
-    /// succeed, their latency and cost, while nodes come and go and after many have left
+    /// Simulate meshes of 100, 1,000 and 10,000 nodes of the DHT in virtual time, against stock libp2p-kad: success,
+    /// latency and cost of lookups, while nodes join and leave and after many have left
     Dht {
         #[command(flatten)]
         options: DhtOptions,
 
-        /// Only this; may be given several times
+        /// Measure only this side; may be given several times
         #[arg(long, value_enum)]
         side: Vec<dht::Side>,
     },
-    /// One side of `dht`
+    /// Run one side of `dht`
     #[command(name = "dht-side", hide = true)]
     DhtSide {
         #[arg(value_enum)]
@@ -145,17 +148,18 @@ enum Bench {
         #[command(flatten)]
         options: DhtOptions,
     },
-    /// Replicated documents: durable commits, changes applied, until they are seen elsewhere, meeting again, a mesh that was parted, loading; against Automerge's own means
+    /// Measure replicated documents against Automerge's own functions: durable commits, applying changes, propagation,
+    /// reconnecting, a mesh that was split, loading
     Crdt {
-        /// Rounds of all in turn; the medians count
+        /// Rounds of all benchmarks in turn; the medians count
         #[arg(long, default_value_t = 3)]
         rounds: usize,
 
-        /// Only what begins with this; may be given several times
+        /// Run only benchmarks whose names begin with this; may be given several times
         #[arg(long, value_name = "NAME")]
         only: Vec<String>,
     },
-    /// The other process of `crdt`
+    /// Run the other process of `crdt`
     #[command(name = "crdt-load", hide = true)]
     CrdtLoad {
         #[arg(value_enum)]
@@ -163,7 +167,7 @@ enum Bench {
         file: PathBuf,
         document: String,
     },
-    /// The receiving process of `transfer`
+    /// Run the receiving process of `transfer`
     #[command(name = "transfer-receiver", hide = true)]
     Receiver {
         line: String,
@@ -171,7 +175,7 @@ enum Bench {
         #[arg(value_enum)]
         side: transfer::Side,
     },
-    /// The other process of `transfer`
+    /// Run the sending process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
     Provider {
         file: PathBuf,
@@ -182,7 +186,7 @@ enum Bench {
 
 #[derive(Debug, clap::Args)]
 struct DhtOptions {
-    /// Numbers of nodes, with commas; each is a mesh of its own and a column of the table
+    /// Numbers of nodes, separated by commas; each is a mesh of its own and a column of the table
     #[arg(long, value_delimiter = ',', default_values_t = [100, 1000, 10_000])]
     nodes: Vec<usize>,
 
@@ -194,19 +198,19 @@ struct DhtOptions {
     #[arg(long, default_value_t = 50, value_name = "PERCENT", value_parser = clap::value_parser!(u64).range(0..=99))]
     spread: u64,
 
-    /// Values that are put and looked up, in each phase
+    /// Number of values that are put and looked up, in each phase
     #[arg(long, default_value_t = 1000)]
     values: usize,
 
-    /// Things that one node announces; 0 leaves this phase out
+    /// Number of things that one node advertises; 0 leaves this phase out
     #[arg(long, default_value_t = 500)]
     things: usize,
 
-    /// Time in which half of the nodes are replaced while nodes come and go, in seconds; 0 leaves this phase out
+    /// Time in which half of the nodes are replaced while nodes join and leave, in seconds; 0 leaves this phase out
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     half_life: u64,
 
-    /// Time for which nodes come and go, in seconds
+    /// Time for which nodes join and leave, in seconds
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     lasts: u64,
 
@@ -224,7 +228,7 @@ struct DhtOptions {
 }
 
 impl DhtOptions {
-    /// For the first number of nodes.
+    /// Returns the options for the first number of nodes.
     fn get(&self) -> dht::Options {
         dht::Options {
             nodes: self.nodes.first().copied().unwrap_or(100).max(1),
@@ -256,11 +260,11 @@ struct Transfer {
     #[arg(long, default_value_t = 5)]
     rounds: usize,
 
-    /// Where to put the files: about three times the blob's size
+    /// Folder for the files, which take about three times the blob's size
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
 
-    /// Also iroh-blobs: its program, as tests/peers builds it
+    /// Path of the iroh-blobs program that tests/peers builds; measures iroh-blobs too
     #[arg(long, value_name = "FILE", env = "WEFT_BENCH_IROH")]
     iroh: Option<PathBuf>,
 }

@@ -1,10 +1,11 @@
 //! Delay and loss on a router, for kernels without netem.
 //!
-//! The packets that come in on an interface are queued to this process (`NFQUEUE`), which holds each of them for a while before it says what becomes
-//! of it. Only their numbers come here, the packets themselves stay in the kernel.
+//! Packets that arrive on an interface are queued to this process (`NFQUEUE`), which holds each of them for a while
+//! before it decides on it. Only the numbers of the packets are read; the packets stay in the kernel.
 //!
-//! It speaks netlink itself. `nft` cannot express the rule on a kernel without `CONFIG_NFT_QUEUE`, though such a kernel obeys it: what it lacks can
-//! be had from `xt_NFQUEUE` through `nft_compat`, as `iptables-nft` does. The numbers are those of `linux/netfilter/*.h`.
+//! The module speaks netlink itself. On a kernel without `CONFIG_NFT_QUEUE`, `nft` cannot express the rule, but the
+//! kernel supports it: `nft_compat` provides the missing part through `xt_NFQUEUE`, as `iptables-nft` does. The
+//! constants are those of `linux/netfilter/*.h`.
 
 use std::{
     collections::VecDeque,
@@ -23,22 +24,22 @@ use rustix::{
     },
 };
 
-/// What a packet meets with.
+/// Delay and loss of packets.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Conditions {
-    /// How long it is held, each way that is held.
+    /// Time for which each packet is held, in each direction that is held.
     pub(super) delay: Duration,
-    /// How probable it is to be lost instead, from 0 to 1.
+    /// Probability that a packet is dropped, from 0 to 1.
     pub(super) loss: f64,
-    /// What the dice that say which one is lost begin with.
+    /// Seed of the random numbers that choose the dropped packets.
     pub(super) seed: u64,
 }
 
-/// Holds what comes in on these interfaces, until `stop`, which is asked ten times a second or more often. `ready` is called as soon as nothing
-/// gets past anymore.
+/// Holds packets that arrive on these interfaces until `stop` returns true. `stop` is called at least ten times a
+/// second. `ready` is called as soon as no packet gets past.
 ///
-/// It needs `CAP_NET_ADMIN` over the network namespace it is called in. When it ends, even by SIGKILL, everything goes through again; what it held
-/// then is let go at a regular end, and lost at a violent one.
+/// It needs `CAP_NET_ADMIN` over the current network namespace. When it ends, even by SIGKILL, all packets pass again.
+/// Packets held at that moment are released after a regular end, and lost after a SIGKILL.
 ///
 /// # Errors
 /// If the kernel refuses a queue or the rule.
@@ -60,7 +61,7 @@ pub(super) fn hold(
             held.push_back(Held {
                 number,
                 due: Instant::now() + conditions.delay,
-                // The lost ones keep their places, so that the kernel finds every packet at the head of its list.
+                // Lost packets keep their positions, so that the kernel finds every packet at the head of its list.
                 lost: dice.roll() < conditions.loss,
             });
         }
@@ -82,11 +83,11 @@ struct Held {
     lost: bool,
 }
 
-/// Splitmix64.
+/// A Splitmix64 generator.
 struct Dice(u64);
 
 impl Dice {
-    /// From 0 to 1, without 1.
+    /// Returns a number from 0 to 1, without 1.
     fn roll(&mut self) -> f64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -97,25 +98,25 @@ impl Dice {
     }
 }
 
-/// The number of the queue. Every network namespace has queues of its own.
+/// Number of the queue. Every network namespace has its own queues.
 const QUEUE: u16 = 0;
-/// How many packets it holds at most. What comes then is lost: 20 ms of 1200 bytes each at 4.8 Gbit/s.
+/// Most packets in the queue; further ones are lost. Enough for 20 ms of packets of 1200 bytes at 4.8 Gbit/s.
 const LENGTH: u32 = 10_000;
 
-/// The process' end of a queue in the kernel.
+/// The process's end of a queue in the kernel.
 struct Queue(OwnedFd);
 
 impl Queue {
-    /// With `whole`, what the sender's or the receiver's offloading has put together stays together. Else it is taken apart, for a wire loses
-    /// packets one by one.
+    /// Opens the queue. With `whole`, packets that offloading has merged on either side stay merged. Otherwise they are
+    /// split, because a wire loses packets one by one.
     fn open(whole: bool) -> io::Result<Self> {
         let socket = connect()?;
-        // As much as an unprivileged process gets. A full buffer loses packets.
+        // The largest buffer for an unprivileged process. A full buffer loses packets.
         sockopt::set_socket_recv_buffer_size(&socket, 1 << 24)?;
         let flags = if whole { CFG_F_GSO } else { 0 };
         let configuration = [
             attribute(CFG_CMD, &[CMD_BIND, 0, 0, 0]),
-            // Nothing of the contents.
+            // No packet contents.
             attribute(CFG_PARAMS, &[0, 0, 0, 0, COPY_META]),
             attribute(CFG_QUEUE_MAXLEN, &LENGTH.to_be_bytes()),
             attribute(CFG_MASK, &CFG_F_GSO.to_be_bytes()),
@@ -128,7 +129,7 @@ impl Queue {
         Ok(Self(socket))
     }
 
-    /// Until a packet comes, or until then, or until it is time to ask whether to stop.
+    /// Waits until a packet arrives, `due` is reached, or `stop` has to be called again.
     fn wait(&self, due: Option<Instant>) -> io::Result<()> {
         let most = Duration::from_millis(100);
         let timeout = due.map_or(most, |due| {
@@ -141,25 +142,26 @@ impl Queue {
         }
     }
 
-    /// The number of the next packet that has come, if one has.
+    /// Returns the number of the next packet, if one has arrived.
     fn next(&self) -> io::Result<Option<u32>> {
         let mut buffer = [0; 4096];
         loop {
             let length = match recv(&self.0, &mut buffer, RecvFlags::DONTWAIT) {
                 Ok((length, _)) => length,
                 Err(Errno::AGAIN) => return Ok(None),
-                // The buffer was full, and packets are lost.
+                // If the buffer was full, packets are lost.
                 Err(Errno::NOBUFS | Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             };
-            // Everything else is a complaint about a packet that the kernel has given up itself, as it does when its interface goes away.
+            // Other messages are errors about packets that the kernel has dropped itself, as it does when an interface
+            // is removed.
             if let Some(number) = packet_number(&buffer[..length]) {
                 return Ok(Some(number));
             }
         }
     }
 
-    /// Lets these packets, the oldest that there are, go on or be lost. A verdict counts for all packets up to its number.
+    /// Releases or drops these packets, which are the oldest ones. A verdict applies to all packets up to its number.
     fn release(&self, packets: &[Held]) -> io::Result<()> {
         let mut verdicts = Vec::new();
         for alike in packets.chunk_by(|one, next| one.lost == next.lost) {
@@ -170,7 +172,7 @@ impl Queue {
             let kind = QUEUE_VERDICT_BATCH;
             verdicts.extend(message(kind, REQUEST, UNSPEC, QUEUE, &header));
         }
-        // The kernel takes many messages at a time, but not more than fit in the socket's buffer.
+        // The kernel accepts many messages at once, but only as many as fit into the socket's buffer.
         for part in verdicts.chunks(VERDICT_SIZE * 1000) {
             send(&self.0, part)?;
         }
@@ -178,8 +180,8 @@ impl Queue {
     }
 }
 
-/// Has what comes in on these interfaces queued, before anything else sees it, for as long as the socket is open. What comes when there is nobody
-/// at the queue goes on.
+/// Queues packets that arrive on these interfaces before any other rule sees them, as long as the socket is open.
+/// Packets pass if no process reads the queue.
 fn divert(interfaces: &[&str]) -> io::Result<OwnedFd> {
     let chain = b"incoming\0";
     let hook = [
@@ -224,7 +226,7 @@ fn divert(interfaces: &[&str]) -> io::Result<OwnedFd> {
             attribute(CMP_OP, &CMP_EQ.to_be_bytes()),
             nested(CMP_DATA, &[attribute(DATA_VALUE, &name)]),
         ];
-        // The third revision of xt_NFQ_info: the queue, how many queues from there on, and flags; padded to eight bytes.
+        // The third revision of xt_NFQ_info: the first queue, the number of queues, and flags; padded to eight bytes.
         let info = [QUEUE, 1, NFQ_FLAG_BYPASS, 0].map(u16::to_ne_bytes);
         let target = [
             attribute(TARGET_NAME, b"NFQUEUE\0"),
@@ -273,7 +275,7 @@ fn send(socket: &OwnedFd, messages: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes one answer, which the kernel has given before `send` came back.
+/// Reads one answer, which the kernel has written before `send` returned.
 fn acknowledged(socket: &OwnedFd) -> io::Result<()> {
     let mut buffer = [0; 4096];
     let (length, _) = recv(socket, &mut buffer, RecvFlags::DONTWAIT)?;
@@ -289,7 +291,7 @@ fn acknowledged(socket: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// The number of the packet that this message tells of, if it tells of one.
+/// Returns the number of the packet that this message describes, if any.
 fn packet_number(message: &[u8]) -> Option<u32> {
     if u16::from_ne_bytes(field(message, KIND)?) != QUEUE_PACKET {
         return None;
@@ -308,14 +310,14 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }
 
-/// A netlink message to netfilter. `resource` is a queue for the queues, and nftables' number for a batch.
+/// Returns a netlink message to netfilter. `resource` is the queue's number, or nftables' number for a batch.
 fn message(kind: u16, flags: u16, family: u8, resource: u16, attributes: &[Vec<u8>]) -> Vec<u8> {
     let attributes = attributes.concat();
     let length = (HEADER + FAMILY_HEADER + attributes.len()) as u32;
     let mut message = length.to_ne_bytes().to_vec();
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
-    // The sequence number and the sender are for those who have more than one question at a time.
+    // Sequence number and sender are zero: only one request is open at a time.
     message.extend([0; 8]);
     message.extend([family, 0]);
     message.extend(resource.to_be_bytes());
@@ -343,7 +345,7 @@ fn expression(name: &[u8], data: &[Vec<u8>]) -> Vec<u8> {
 
 // netlink.h
 const HEADER: usize = 16;
-/// Where in the header the kind of the message is.
+/// Position of the message's kind in the header.
 const KIND: usize = 4;
 const ERROR: u16 = 2;
 const REQUEST: u16 = 0x1;
@@ -378,7 +380,7 @@ const CFG_FLAGS: u16 = 5;
 const CFG_F_GSO: u32 = 1 << 2;
 const CMD_BIND: u8 = 1;
 const COPY_META: u8 = 1;
-/// How long a message with a verdict is.
+/// Size of a message with a verdict.
 const VERDICT_SIZE: usize = HEADER + FAMILY_HEADER + 4 + 8;
 
 // netfilter/nf_tables.h, nf_tables_compat.h, xt_NFQUEUE.h
@@ -388,7 +390,7 @@ const NEW_RULE: u16 = NFTABLES << 8 | 6;
 const TABLE: &[u8] = b"conditions\0";
 const TABLE_NAME: u16 = 1;
 const TABLE_FLAGS: u16 = 2;
-/// The table goes when the socket does.
+/// The table is removed with the socket.
 const TABLE_F_OWNER: u32 = 2;
 const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;

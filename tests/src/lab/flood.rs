@@ -1,5 +1,5 @@
-//! Whoever wants to wear a node out: connections that say nothing, connections that say half, peers without number, streams that nobody reads, and
-//! requests that have the node dial, reserve and relay.
+//! Attacks that exhaust a node: connections that send nothing or half a message, many peers, streams that nobody reads,
+//! and requests that make the node dial, reserve and relay.
 
 use std::{
     net::SocketAddr,
@@ -22,19 +22,19 @@ use weft_net::{
     multiaddr::Protocol, split_peer_id,
 };
 
-/// Connections by TCP that say nothing or half, at a time.
+/// TCP connections at a time that send nothing or half a message.
 const SILENT: usize = 300;
 
-/// Identities that connect, one after the other and at the same time.
+/// Number of tasks that connect with one new identity after the other.
 const PEERS: usize = 12;
 
-/// Streams that each of them opens at a time.
+/// Streams that each identity opens at a time.
 const STREAMS: usize = 300;
 
-/// Bytes written into each, which nobody reads, or which make no sense.
+/// Bytes written into each stream, which the node does not read or cannot decode.
 const BYTES: usize = 256 * 1024;
 
-/// What is asked for: each makes the other side do something.
+/// Protocols of the streams. Each makes the node do work.
 const PROTOCOLS: [&str; 7] = [
     "/weft/ping/1",
     "/weft/blobs/1",
@@ -45,9 +45,9 @@ const PROTOCOLS: [&str; 7] = [
     "/weft/nobody/speaks/this",
 ];
 
-/// Floods the node at this address, which ends in `/p2p/<PeerId>`, for so many seconds; says what it came to.
+/// Floods the node at this address, which ends in `/p2p/<PeerId>`, for this many seconds, and prints the totals.
 pub(super) fn run(address: &str, seconds: u64) -> anyhow::Result<()> {
-    // A flood comes from machines that have processors of their own; here it must not win by taking those of its target.
+    // A real flood comes from machines with their own processors. Here it must not win by taking those of its target.
     rustix::process::nice(5)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -76,7 +76,7 @@ async fn flood(address: Multiaddr, time: Duration) -> anyhow::Result<()> {
     for _ in 0..PEERS {
         tasks.spawn(peers(address.clone(), peer, end, Arc::clone(&done)));
     }
-    // Later, because they leave no place to anybody else who comes from here.
+    // Started later, because the silent connections leave no room for others from this address.
     sleep(Duration::from_secs(3)).await;
     for n in 0..SILENT {
         tasks.spawn(silent(at, n, end, Arc::clone(&done)));
@@ -92,7 +92,7 @@ async fn flood(address: Multiaddr, time: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Opens a connection, says as much as comes into its mind, waits, and begins anew when it is cut off.
+/// Opens a connection, sends the start of some protocol, waits, and starts again when the connection is closed.
 async fn silent(at: SocketAddr, n: usize, end: Instant, done: Arc<Done>) {
     let words: [&[u8]; 5] = [
         b"",
@@ -104,7 +104,7 @@ async fn silent(at: SocketAddr, n: usize, end: Instant, done: Arc<Done>) {
     while Instant::now() < end {
         if let Ok(mut socket) = TcpStream::connect(at).await {
             done.sockets.fetch_add(1, Ordering::Relaxed);
-            // Whether it is heard makes no difference.
+            // The result does not matter.
             let _ = socket.write_all(words[n % words.len()]).await;
             let _ = tokio::time::timeout_at(end, socket.read(&mut [0; 64])).await;
         }
@@ -112,7 +112,7 @@ async fn silent(at: SocketAddr, n: usize, end: Instant, done: Arc<Done>) {
     }
 }
 
-/// One identity after the other.
+/// Connects with one identity after the other.
 async fn peers(address: Multiaddr, peer: PeerId, end: Instant, done: Arc<Done>) {
     while Instant::now() < end {
         let mut config = Config::new(Keypair::generate_ed25519());
@@ -141,7 +141,7 @@ async fn peers(address: Multiaddr, peer: PeerId, end: Instant, done: Arc<Done>) 
                     };
                     done.streams.fetch_add(1, Ordering::Relaxed);
                     let junk = vec![n as u8; BYTES];
-                    // It is cut off sooner or later.
+                    // The node resets the stream sooner or later.
                     let _ = timeout(Duration::from_secs(3), stream.write_all(&junk)).await;
                     sleep(Duration::from_secs(1)).await;
                 });

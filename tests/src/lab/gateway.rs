@@ -1,7 +1,8 @@
-//! A home router that forwards ports when it is asked to: Debian's `miniupnpd`, which speaks PCP, NAT-PMP and UPnP.
+//! A home router that forwards ports on request: Debian's `miniupnpd`, which speaks PCP, NAT-PMP and UPnP.
 //!
-//! It refuses to work where its outer address is a reserved one, as those of a lab are; so a provider's network lies in between, with addresses that
-//! are not. What it maps stands in tables of its own, because those of the lab's NAT are of another family.
+//! It refuses to work if its outer address is a reserved one, as the lab's addresses are. A provider's network with
+//! other addresses therefore lies in between. Its mappings are in tables of their own, because the lab's NAT has tables
+//! of another family.
 
 use std::{
     fs::File,
@@ -14,13 +15,13 @@ use tempfile::TempDir;
 
 use super::{LabError, nft};
 
-/// The port of its descriptions.
+/// Port of its UPnP descriptions.
 const HTTP: u16 = 5000;
 
-/// How long it may take to start.
+/// Longest time to start.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The running gateway, for as long as this lives.
+/// The running gateway. It is stopped when this is dropped.
 #[derive(Debug)]
 pub(super) struct Gateway {
     daemon: Child,
@@ -29,13 +30,13 @@ pub(super) struct Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        // It may have ended by itself, and there is nothing to be done about any other error.
+        // The process may have ended by itself, and no other error can be handled.
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
     }
 }
 
-/// A home router with a gateway. `network`: the provider's, such as `11.0.0.0/24`.
+/// Creates a home router with a gateway. `network` is the provider's, such as `11.0.0.0/24`.
 pub(super) async fn build(
     lab: &Lab,
     name: &str,
@@ -63,7 +64,7 @@ pub(super) async fn build(
     let inner = router
         .downstream_cidr()
         .ok_or_else(|| LabError("a router without a network behind it".to_owned()))?;
-    // The lab's rule for its full cone would count as a mapping, and its drop comes before any other table's accept.
+    // The lab's full-cone rule would count as a mapping, and its drop precedes the accept of any other table.
     nft(&router, "flush chain ip nat prerouting")?;
     nft(
         &router,

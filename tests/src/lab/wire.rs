@@ -1,6 +1,7 @@
-//! Delay and loss between the networks of a lab, and what they measure as.
+//! Delay and loss between the networks of a lab, and their measurement.
 //!
-//! What runs in a router's or a machine's namespace is this program again, with a word as its first argument.
+//! The parts that run in the namespace of a router or a machine are this program, started again with a keyword as its
+//! first argument.
 
 use std::{
     io::{Read, Write},
@@ -15,37 +16,37 @@ use rustix::process::getppid;
 use super::{
     LabError,
     conditions::{self, Conditions},
-    door, flood, hearsay,
+    flood, siege, unverified,
 };
 
 const HOLD: &str = "lab-hold-packets";
 const ECHO: &str = "lab-echo-packets";
 const MEASURE: &str = "lab-measure-packets";
 pub(super) const FLOOD: &str = "lab-flood";
-pub(super) const HEARSAY: &str = "lab-hearsay";
+pub(super) const UNVERIFIED: &str = "lab-unverified";
 pub(super) const SILENT: &str = "lab-silent-sockets";
 pub(super) const IDENTITIES: &str = "lab-identities";
 
-/// Where packets are echoed.
+/// Port on which packets are echoed.
 const PORT: u16 = 7;
 
-/// Packets that a measurement sends, and the time between them.
+/// Packets of a measurement, and the time between them.
 const PACKETS: u32 = 200;
 const PACE: Duration = Duration::from_millis(2);
 
-/// How long a packet that does not come back is waited for.
+/// Time to wait for the last packets.
 const LAST: Duration = Duration::from_millis(500);
 
-/// What a lab's networks are apart.
+/// The distance between a lab's networks.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Distance {
-    /// The round trip between two of them.
+    /// Round trip between two networks.
     pub round_trip: Duration,
-    /// How probable it is for a packet to be lost, from 0 to 1.
+    /// Probability that a packet is lost, from 0 to 1.
     pub loss: f64,
 }
 
-/// What was measured between two machines.
+/// The measured distance between two machines.
 #[derive(Debug, Clone, Copy)]
 pub struct Measured {
     /// The median round trip.
@@ -54,8 +55,8 @@ pub struct Measured {
     pub lost: f64,
 }
 
-/// If this program was started to be a part of a lab, is that part until it is not needed any more. To be called first in `main` of every program that
-/// makes labs: what it returns is how to end.
+/// If this program was started as a part of a lab, runs that part until it is no longer needed, and returns its exit
+/// code. Must be called first in `main` of every program that makes labs.
 pub fn be_a_part() -> Option<ExitCode> {
     let mut arguments = std::env::args().skip(1);
     let part = arguments.next()?;
@@ -64,9 +65,9 @@ pub fn be_a_part() -> Option<ExitCode> {
         HOLD => hold(&rest),
         ECHO => echo(),
         MEASURE => measure(&rest),
-        HEARSAY => hearsay::run(&rest),
-        SILENT => door::run(&rest),
-        IDENTITIES => door::run_identities(&rest),
+        UNVERIFIED => unverified::run(&rest),
+        SILENT => siege::run(&rest),
+        IDENTITIES => siege::run_identities(&rest),
         FLOOD => match &rest[..] {
             [address, seconds] => match seconds.parse() {
                 Ok(seconds) => flood::run(address, seconds),
@@ -95,7 +96,7 @@ fn hold(arguments: &[String]) -> anyhow::Result<()> {
         seed: seed.parse()?,
     };
     let ready = || say("ready");
-    // Nobody is left to end this one if the one that started it has been killed.
+    // If the parent process was killed, it cannot end this one.
     let parent = getppid();
     conditions::hold(conditions, &[interface], ready, || getppid() != parent)?;
     Ok(())
@@ -103,7 +104,7 @@ fn hold(arguments: &[String]) -> anyhow::Result<()> {
 
 pub(super) fn say(line: &str) {
     let mut output = std::io::stdout();
-    // Nobody has to listen.
+    // There may be no reader.
     let _ = writeln!(output, "{line}").and_then(|()| output.flush());
 }
 
@@ -157,7 +158,7 @@ fn measure(arguments: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A part of a lab in a process of its own, for as long as this lives.
+/// A part of a lab in a process of its own, which ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Part(Child);
 
@@ -175,7 +176,7 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        // It may have ended by itself, and there is nothing to be done about any other error.
+        // The process may have ended by itself, and no other error can be handled.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -188,7 +189,8 @@ pub(super) fn this_program(arguments: &[String]) -> Result<Command, LabError> {
     Ok(command)
 }
 
-/// Puts this distance between all networks of the lab: on every router at the exchange, what comes in is held for half of the round trip.
+/// Puts this distance between all networks of the lab. Every router at the exchange holds incoming packets for half of
+/// the round trip.
 pub(super) fn set(lab: &Lab, distance: Distance) -> Result<Vec<Part>, LabError> {
     let mut parts = Vec::new();
     if distance == Distance::default() {
@@ -212,7 +214,7 @@ pub(super) fn set(lab: &Lab, distance: Distance) -> Result<Vec<Part>, LabError> 
     Ok(parts)
 }
 
-/// What the interface to the internet exchange is called.
+/// Name of the interface to the internet exchange.
 const EXCHANGE: &str = "ix";
 
 fn is_outermost(router: &Router) -> bool {
@@ -220,7 +222,7 @@ fn is_outermost(router: &Router) -> bool {
     interfaces.iter().any(|i| i.name() == EXCHANGE)
 }
 
-/// Measures the way between two machines, of which the second must have a public IPv4 address.
+/// Measures the path between two machines. The second must have a public IPv4 address.
 pub(super) fn between(one: &Device, other: &Device) -> Result<Measured, LabError> {
     let echo = other.spawn_command_sync(this_program(&[ECHO.to_owned()])?)?;
     let _echo = Part::new(echo)?;

@@ -1,6 +1,7 @@
-//! Bytes from strangers, mutated by the hundred, against a whole node: none makes it panic, hang or forget others.
+//! Hundreds of mutated messages against a whole node: none makes it panic, hang, or neglect other peers.
 //!
-//! The mutations follow from a seed, which a failure prints. `WEFT_MUTATIONS` sets how many there are of each kind.
+//! The mutations follow from a seed, which a failure prints. `WEFT_MUTATIONS` sets the number of mutations of each
+//! kind.
 
 use std::{
     net::UdpSocket,
@@ -29,7 +30,7 @@ use weft_tests::{
     network::{ECHO, config, echo, plain_network},
 };
 
-/// How many mutations of each kind, unless `$WEFT_MUTATIONS` says otherwise.
+/// Number of mutations of each kind, unless `$WEFT_MUTATIONS` is set.
 const MUTATIONS: u64 = 1000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -37,7 +38,7 @@ fn mutations() -> u64 {
     std::env::var("WEFT_MUTATIONS").map_or(MUTATIONS, |text| text.parse().unwrap())
 }
 
-/// Counts the panics of all threads: one in a task of the node would be noticed nowhere else.
+/// Counts the panics of all threads. A panic in a task of the node would not be noticed otherwise.
 fn count_panics() -> Arc<AtomicUsize> {
     let panics = Arc::new(AtomicUsize::new(0));
     let (count, before) = (Arc::clone(&panics), std::panic::take_hook());
@@ -48,7 +49,7 @@ fn count_panics() -> Arc<AtomicUsize> {
     panics
 }
 
-/// The seed 0 changes nothing.
+/// Returns mutated bytes. The seed 0 changes nothing.
 fn mutant(seed: u64, bytes: &[u8]) -> Vec<u8> {
     match seed {
         0 => bytes.to_vec(),
@@ -62,7 +63,7 @@ async fn network(listen: &[&str]) -> Network {
     plain_network(config).await
 }
 
-/// A node that knew nothing of the other before is served by it.
+/// Checks that the node serves a new peer.
 async fn serves(network: &Network) {
     let stranger = self::network(&[]).await;
     let addresses = network.addresses().all;
@@ -92,20 +93,20 @@ fn port(addresses: &[Multiaddr]) -> (u16, u16) {
     ports
 }
 
-/// The first bytes that a node sends to an address with this ending.
+/// Returns the first bytes that a node sends to an address with this ending.
 async fn first_bytes(ending: &str) -> Vec<u8> {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{port}{ending}")
         .parse()
         .unwrap();
-    let dialler = network(&[]).await;
+    let dialer = network(&[]).await;
     let peer = Keypair::generate_ed25519().public().to_peer_id();
-    let dial = tokio::spawn(async move { dialler.connect(peer, vec![address]).await });
+    let dial = tokio::spawn(async move { dialer.connect(peer, vec![address]).await });
     let (mut socket, _) = timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
     let mut bytes = vec![0; 4096];
     let mut end = 0;
-    // What is sent before an answer comes: the first of it in its time, the rest right after it.
+    // Reads the bytes that are sent before an answer: waits for the first, and the rest follows at once.
     let mut wait = PATIENCE;
     while let Ok(read) = timeout(wait, socket.read(&mut bytes[end..])).await {
         match read.unwrap() {
@@ -124,10 +125,10 @@ async fn first_packet() -> Vec<u8> {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = socket.local_addr().unwrap().port();
     let address = format!("/ip4/127.0.0.1/udp/{port}/quic-v1");
-    let dialler = network(&[]).await;
+    let dialer = network(&[]).await;
     let peer = Keypair::generate_ed25519().public().to_peer_id();
     let address = vec![address.parse().unwrap()];
-    let dial = tokio::spawn(async move { dialler.connect(peer, address).await });
+    let dial = tokio::spawn(async move { dialer.connect(peer, address).await });
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let receive = move || {
         let mut packet = vec![0; 2048];
@@ -141,7 +142,7 @@ async fn first_packet() -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_port_that_is_sent_anything() {
+async fn mutated_first_bytes_on_each_port_are_harmless() {
     let panics = count_panics();
     let node = network(&["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"]).await;
     echo(&node);
@@ -150,7 +151,7 @@ async fn a_port_that_is_sent_anything() {
         let first = first_bytes(ending).await;
         for seed in 0..mutations() {
             let mut socket = TcpStream::connect(("127.0.0.1", tcp)).await.unwrap();
-            // It may have refused them, or us, by now.
+            // The node may have refused the bytes, or this peer, by now.
             let _ = socket.write_all(&mutant(seed, &first)).await;
             let _ = socket.shutdown().await;
             let mut answer = Vec::new();
@@ -170,7 +171,7 @@ async fn a_port_that_is_sent_anything() {
     assert_eq!(panics.load(Ordering::Relaxed), 0);
 }
 
-/// One well-formed message of each protocol that a peer may open, and whether it is answered.
+/// Returns one well-formed message of each protocol that a peer may open, and whether the node answers it.
 fn messages() -> Vec<(&'static str, Vec<u8>, bool)> {
     let peer = Keypair::generate_ed25519().public().to_peer_id();
     let address: Multiaddr = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
@@ -250,7 +251,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>, bool)> {
             vec![40, 10, 38, 1, 2, 3, 4, 18, 9],
             false,
         ),
-        // A subscription, a message and what is said beside, of gossipsub.
+        // gossipsub: a subscription, a message and control messages.
         (
             "/meshsub/1.1.0",
             [
@@ -266,7 +267,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>, bool)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_protocol_that_is_sent_anything() {
+async fn mutated_messages_of_each_protocol_are_harmless() {
     let panics = count_panics();
     let node = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     echo(&node);
@@ -275,7 +276,7 @@ async fn a_protocol_that_is_sent_anything() {
     for (protocol, message, answered) in messages() {
         let protocol = StreamProtocol::new(protocol);
         for seed in 0..mutations() {
-            // It may have ended the connection for the last one.
+            // The node may have closed the connection because of the last message.
             let addresses = node.addresses().all;
             stranger.connect(peer, addresses).await.unwrap();
             let stream = stranger.open(peer, protocol.clone(), Class::Control);

@@ -1,6 +1,8 @@
-//! Bytes from strangers, mutated by the thousand: every parser refuses or accepts, and none panics or runs away.
+//! Thousands of mutated messages from strangers: every parser refuses or accepts them, and none panics or runs for
+//! ever.
 //!
-//! The mutations follow from a seed, which a failure prints. `WEFT_MUTATIONS` sets how many there are of each kind.
+//! The mutations follow from a seed, which a failure prints. `WEFT_MUTATIONS` sets the number of mutations of each
+//! kind.
 
 use std::{
     fs,
@@ -30,7 +32,7 @@ use weft_proto::{
 };
 use weft_tests::Random;
 
-/// How many mutations of each kind, unless `$WEFT_MUTATIONS` says otherwise.
+/// Number of mutations of each kind, unless `$WEFT_MUTATIONS` is set.
 const MUTATIONS: u64 = 20_000;
 
 fn mutations() -> u64 {
@@ -47,7 +49,11 @@ fn check(what: &str, seed_bytes: &[u8], parse: impl Fn(Vec<u8>)) {
 }
 
 fn model(folder: &std::path::Path) -> Manifest {
-    let header = br#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#;
+    let header = concat!(
+        r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+        r#""b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#
+    )
+    .as_bytes();
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(header);
     bytes.extend_from_slice(&[7; 12]);
@@ -58,11 +64,11 @@ fn model(folder: &std::path::Path) -> Manifest {
 }
 
 #[test]
-fn messages_names_and_tickets() {
+fn mutated_messages_names_and_tickets_are_refused_or_round_trip() {
     let folder = tempfile::tempdir().unwrap();
     let manifest = model(folder.path());
     check("manifest", &manifest.encode(), |bytes| {
-        // What is accepted is what it says it is.
+        // An accepted manifest is the same when it is encoded and decoded again.
         if let Ok(manifest) = Manifest::decode(&bytes) {
             assert_eq!(Manifest::decode(&manifest.encode()).unwrap(), manifest);
         }
@@ -116,7 +122,7 @@ fn messages_names_and_tickets() {
 }
 
 #[test]
-fn what_peers_say_that_they_have() {
+fn mutated_availability_messages_are_refused_or_read() {
     let folder = tempfile::tempdir().unwrap();
     let manifest = model(&folder.path().join("source"));
     let store = Store::open(&folder.path().join("store")).unwrap();
@@ -158,7 +164,7 @@ fn what_peers_say_that_they_have() {
 }
 
 #[test]
-fn patterns_and_selections_of_mutated_manifests() {
+fn patterns_and_selections_of_mutated_manifests_stay_in_bounds() {
     let folder = tempfile::tempdir().unwrap();
     let manifest = model(folder.path()).encode();
     let selection = Selection {
@@ -193,7 +199,7 @@ fn patterns_and_selections_of_mutated_manifests() {
 }
 
 #[test]
-fn frames() {
+fn frames_of_any_bytes_are_refused_or_read() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
@@ -212,7 +218,7 @@ fn frames() {
         |bytes| {
             runtime.block_on(async {
                 let mut reader = bytes.as_slice();
-                // Ends at the first error, or with the bytes.
+                // Ends at the first error, or at the end of the bytes.
                 while let Ok(Some(_)) = frame::read::<BlobRequest, _>(&mut reader, 128).await {}
             });
         },
@@ -220,7 +226,7 @@ fn frames() {
 }
 
 #[test]
-fn safetensors_headers() {
+fn mutated_safetensors_headers_are_refused_or_read() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path());
     let bytes = fs::read(folder.path().join("model.safetensors")).unwrap();
@@ -229,7 +235,7 @@ fn safetensors_headers() {
         fs::write(&mutant, Random::new(seed).mutate(&bytes)).unwrap();
         let indexed = catch_unwind(|| index(&mutant, &index::Progress::default()));
         let indexed = indexed.unwrap_or_else(|_| panic!("seed {seed} panics"));
-        // What is accepted lies within the file: `Manifest` checks it.
+        // `Manifest` checks that an accepted header lies within the file.
         drop(indexed);
     }
 }
@@ -254,7 +260,7 @@ async fn fetch(
     Ok(())
 }
 
-/// A provider's answers to one `fetch`, as they went over the wire.
+/// Returns the bytes of a provider's answers to one `fetch`.
 async fn recorded_answers(store: &Store, manifest: &Manifest, root: &std::path::Path) -> Vec<u8> {
     let receiver = Store::open(&root.join("recorder")).unwrap();
     let (near, mut middle) = duplex(1 << 20);
@@ -276,7 +282,7 @@ async fn recorded_answers(store: &Store, manifest: &Manifest, root: &std::path::
             answers.extend_from_slice(&buffer[..n]);
             to_near.write_all(&buffer[..n]).await.unwrap();
         }
-        // The receiver may have gone with the last byte.
+        // The receiver may have closed the stream after the last byte.
         let _ = to_near.shutdown().await;
     };
     tokio::join!(up, down);
@@ -286,7 +292,7 @@ async fn recorded_answers(store: &Store, manifest: &Manifest, root: &std::path::
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_receiver_fed_mutated_answers_writes_nothing_wrong() {
+async fn a_receiver_of_mutated_answers_writes_no_wrong_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     let source = root.join("source");
@@ -314,7 +320,7 @@ async fn a_receiver_fed_mutated_answers_writes_nothing_wrong() {
                 assert!(result.is_err(), "seed {seed}: {} is missing", file.path);
             }
         }
-        // Each round starts anew: what one completed is not there for the next to copy.
+        // Each round starts empty, so that it cannot copy content of an earlier one.
         for model in receiver.models().unwrap() {
             receiver.remove(&model.id, true).unwrap();
         }
@@ -355,7 +361,7 @@ async fn a_provider_fed_mutated_requests_ends_the_stream() {
             tokio::spawn(async move { serve(store, far, &[]).await })
         };
         let bytes = Random::new(seed).mutate(&requests);
-        // It may have closed the stream by now.
+        // The provider may have closed the stream by now.
         let _ = near.write_all(&bytes).await;
         let _ = near.shutdown().await;
         let mut answers = Vec::new();

@@ -1,4 +1,5 @@
-//! Faults in the networks between nodes, in the middle of a transfer: it ends well, and what arrives is what was sent. One test a fault.
+//! Faults in the networks between nodes, in the middle of a transfer. The transfer completes with the right content.
+//! One test per fault.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,13 +15,13 @@ use weft_tests::{
     lab::{self, Cell, Distance, Side},
 };
 
-/// How long what is waited for may take.
+/// Longest wait for an event.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long a transfer may take after what was done to it.
+/// Longest time from a fault to the end of the transfer.
 const END: Duration = Duration::from_secs(90);
 
-/// How long a machine is cut off.
+/// Time for which a machine is cut off.
 const CUT: Duration = Duration::from_secs(20);
 
 pub(super) fn trials() -> Vec<Trial> {
@@ -31,20 +32,20 @@ pub(super) fn trials() -> Vec<Trial> {
     }
     trials![
         a_transfer_leaves_the_relay_for_a_direct_path,
-        a_transfer_outlives_the_relay_that_it_goes_through,
-        a_transfer_outlives_all_relays_until_they_are_back,
+        a_transfer_survives_the_loss_of_its_relay,
+        a_transfer_survives_the_loss_of_all_relays_until_they_return,
         a_relay_that_falls_silent_is_left,
-        a_relay_that_grants_places_and_relays_nothing_is_got_around,
+        a_relay_that_grants_reservations_and_relays_nothing_is_avoided,
         a_slow_relay_is_used_and_not_given_up,
         a_nat_that_rebinds_before_a_public_peer_ends_no_transfer,
         a_nat_that_rebinds_before_a_punched_path_ends_no_transfer,
-        both_ends_move_to_other_networks,
-        a_link_is_down_for_a_while,
+        a_transfer_survives_a_move_of_both_ends_to_other_networks,
+        a_transfer_survives_a_link_that_is_down_for_a_while,
         a_flood_from_one_machine_is_survived,
         a_flood_from_many_machines_is_survived,
         calls_go_over_a_relay,
         calls_follow_the_path,
-        documents_outlive_partitions_and_kills,
+        documents_survive_partitions_and_kills,
     ]
 }
 
@@ -64,7 +65,7 @@ fn lab_error(error: lab::LabError) -> Failed {
     error.to_string().into()
 }
 
-/// Publishes a model of random bytes at the second node; its ticket.
+/// Publishes a model of random bytes at the second node, and returns its ticket.
 fn publish(cell: &Cell, size: usize) -> Result<String, Failed> {
     let folder = cell.other.home.beside("model");
     std::fs::create_dir(&folder)?;
@@ -86,7 +87,7 @@ fn check_content(cell: &Cell, to: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A transfer that is under way, of what the second machine has to the first.
+/// A running transfer of a model from the second machine to the first.
 struct Transfer {
     get: Running,
     to: PathBuf,
@@ -94,7 +95,7 @@ struct Transfer {
 }
 
 impl Transfer {
-    /// Begins one of so many MiB, and waits until a sixteenth has arrived.
+    /// Begins a transfer of this many MiB, and waits until a sixteenth has arrived.
     fn begin(cell: &Cell, mib: usize) -> Result<Self, Failed> {
         let ticket = publish(cell, mib << 20)?;
         let to = cell.one.home.beside("got");
@@ -115,22 +116,22 @@ impl Transfer {
         Ok(transfer)
     }
 
-    /// Bytes that are verified and on the disk.
+    /// Returns the bytes that are verified and on disk.
     fn arrived(cell: &Cell) -> u64 {
         let models = cell.one.home.json(&["ls"]);
         let here = models["models"].as_array().into_iter().flatten();
         here.filter_map(|model| model["bytes_here"].as_u64()).sum()
     }
 
-    /// Nothing has ended yet: what comes now comes in the middle.
+    /// Checks that no file is complete yet, so that a fault happens in the middle.
     fn is_under_way(&self) -> Result<(), Failed> {
         match self.to.join("weights.bin").exists() {
             false => Ok(()),
-            true => Err("it ended too soon for this test".into()),
+            true => Err("the transfer ended too soon for this test".into()),
         }
     }
 
-    /// Waits for its end; what the program printed.
+    /// Waits for the end of the transfer, and returns the program's output.
     fn finish(self, cell: &Cell) -> Result<Value, Failed> {
         let begin = Instant::now();
         while self.is_under_way().is_ok() {
@@ -146,14 +147,14 @@ impl Transfer {
         }
         let got = finished.json();
         if got["bytes_reused"] != 0 || got["bytes_moved"].as_u64() < Some(self.size) {
-            return Err(format!("not all of it came in this run: {got}").into());
+            return Err(format!("not all of the model was transferred in this run: {got}").into());
         }
         check_content(cell, &self.to)?;
         Ok(got)
     }
 }
 
-/// The relay that the first machine's path to the second goes through now.
+/// Returns the relay of the first machine's current path to the second.
 fn relay_in_use(cell: &Cell) -> Result<String, Failed> {
     let provider = cell.other.peer_id().to_owned();
     let peers = cell.one.home.json(&["peers"]);
@@ -166,29 +167,33 @@ fn relay_in_use(cell: &Cell) -> Result<String, Failed> {
     relay.ok_or_else(|| format!("no relayed path: {peers}{}", cell.logs()).into())
 }
 
-/// Bytes that came over paths of this kind.
+/// Returns the bytes that arrived over paths of this kind.
 fn bytes_over(got: &Value, kind: &str) -> u64 {
     let sources = got["sources"].as_array().into_iter().flatten();
     let over = sources.filter(|source| source["path"] == kind);
     over.filter_map(|source| source["bytes"].as_u64()).sum()
 }
 
-/// Both behind home routers: the transfer begins at once over the relay, and ends directly.
+/// Both are behind home routers. The transfer begins at once over the relay, and ends on a direct path.
 async fn a_transfer_leaves_the_relay_for_a_direct_path() -> Result<(), Failed> {
     let cell = cell(Side::Home, Side::Home, &[&[]]).await?;
     let transfer = Transfer::begin(&cell, 256)?;
     let got = transfer.finish(&cell)?;
     if bytes_over(&got, "direct") < 128 << 20 {
-        return Err(format!("it did not go on directly: {got}{}", cell.logs()).into());
+        return Err(format!(
+            "the transfer did not continue on a direct path: {got}{}",
+            cell.logs()
+        )
+        .into());
     }
     Ok(())
 }
 
-/// Relays with a rate, so that a transfer of 128 MiB lasts for eleven seconds.
+/// Relays with a rate limit, so that a transfer of 128 MiB takes eleven seconds.
 const SLOW: &[&str] = &["--relay-rate-per-peer", "12000000"];
 
-/// Both behind symmetric NATs, so that there is no other way than through a relay. It is killed in the middle.
-async fn a_transfer_outlives_the_relay_that_it_goes_through() -> Result<(), Failed> {
+/// Both are behind symmetric NATs, so the only path is through a relay. The relay is killed in the middle.
+async fn a_transfer_survives_the_loss_of_its_relay() -> Result<(), Failed> {
     let mut cell = cell(Side::Symmetric, Side::Symmetric, &[SLOW, SLOW]).await?;
     let transfer = Transfer::begin(&cell, 128)?;
     let relay = relay_in_use(&cell)?;
@@ -198,7 +203,7 @@ async fn a_transfer_outlives_the_relay_that_it_goes_through() -> Result<(), Fail
     Ok(())
 }
 
-async fn a_transfer_outlives_all_relays_until_they_are_back() -> Result<(), Failed> {
+async fn a_transfer_survives_the_loss_of_all_relays_until_they_return() -> Result<(), Failed> {
     let mut cell = cell(Side::Symmetric, Side::Symmetric, &[SLOW, SLOW]).await?;
     let transfer = Transfer::begin(&cell, 128)?;
     for relay in cell.relays() {
@@ -211,13 +216,13 @@ async fn a_transfer_outlives_all_relays_until_they_are_back() -> Result<(), Fail
         relay.start_again().map_err(lab_error)?;
     }
     if arrived >= 128 << 20 {
-        return Err(format!("it went on without relays{}", cell.logs()).into());
+        return Err(format!("the transfer continued without relays{}", cell.logs()).into());
     }
     transfer.finish(&cell)?;
     Ok(())
 }
 
-/// The relay is there, and nothing comes of what it is given.
+/// The relay stays connected, but forwards nothing.
 async fn a_relay_that_falls_silent_is_left() -> Result<(), Failed> {
     let mut cell = cell(Side::Symmetric, Side::Symmetric, &[SLOW, SLOW]).await?;
     let transfer = Transfer::begin(&cell, 128)?;
@@ -233,13 +238,13 @@ async fn a_relay_that_falls_silent_is_left() -> Result<(), Failed> {
     }
     result?;
     if took > Duration::from_secs(70) {
-        return Err(format!("it took {took:?}{}", cell.logs()).into());
+        return Err(format!("the transfer took {took:?}{}", cell.logs()).into());
     }
     Ok(())
 }
 
-/// One of the two takes reservations, and then refuses whoever comes by them.
-async fn a_relay_that_grants_places_and_relays_nothing_is_got_around() -> Result<(), Failed> {
+/// One of the two relays grants reservations, and then refuses every circuit.
+async fn a_relay_that_grants_reservations_and_relays_nothing_is_avoided() -> Result<(), Failed> {
     let lies = &["--relay-circuits", "0"][..];
     for relays in [[lies, SLOW], [SLOW, lies]] {
         let cell = cell(Side::Symmetric, Side::Symmetric, &relays).await?;
@@ -289,8 +294,8 @@ async fn a_nat_that_rebinds_before_a_punched_path_ends_no_transfer() -> Result<(
     Ok(())
 }
 
-async fn both_ends_move_to_other_networks() -> Result<(), Failed> {
-    // What is left is to be a matter of seconds through a relay too: how long it takes is looked at.
+async fn a_transfer_survives_a_move_of_both_ends_to_other_networks() -> Result<(), Failed> {
+    // The remaining time should be seconds through a relay too, because the test measures it.
     let relay = &["--relay-rate-per-peer", "40000000"][..];
     let cell = cell(Side::Home, Side::Home, &[relay, relay]).await?;
     cell.slow_down("other", 20).map_err(lab_error)?;
@@ -306,12 +311,12 @@ async fn both_ends_move_to_other_networks() -> Result<(), Failed> {
     transfer.finish(&cell)?;
     let took = begin.elapsed();
     if took > Duration::from_secs(60) {
-        return Err(format!("it took {took:?}{}", cell.logs()).into());
+        return Err(format!("the transfer took {took:?}{}", cell.logs()).into());
     }
     Ok(())
 }
 
-async fn a_link_is_down_for_a_while() -> Result<(), Failed> {
+async fn a_transfer_survives_a_link_that_is_down_for_a_while() -> Result<(), Failed> {
     let cell = cell(Side::Home, Side::Home, &[SLOW, SLOW]).await?;
     cell.slow_down("other", 20).map_err(lab_error)?;
     let transfer = Transfer::begin(&cell, 160)?;
@@ -332,10 +337,10 @@ async fn a_flood_from_many_machines_is_survived() -> Result<(), Failed> {
     flood(5).await
 }
 
-/// A relay's memory under attack. A node at rest has 30 MB in a build like this.
+/// Memory limit for a relay under attack. An idle node has 30 MB in a build like this.
 const MEMORY: u64 = 400 << 20;
 
-/// A relay is flooded from so many machines, and others find each other through it.
+/// Floods a relay from this many machines, while other nodes connect through it.
 async fn flood(machines: usize) -> Result<(), Failed> {
     let mut cell = cell(Side::Symmetric, Side::Symmetric, &[SLOW]).await?;
     let floods = cell.flood(0, machines, 15).await.map_err(lab_error)?;
@@ -352,7 +357,7 @@ async fn flood(machines: usize) -> Result<(), Failed> {
     }
     let outcome = cell.connect(Duration::ZERO).map_err(lab_error)?;
     if outcome.connected > Duration::from_secs(10) {
-        return Err(format!("others have to wait: {outcome:?}").into());
+        return Err(format!("other nodes have to wait: {outcome:?}").into());
     }
     Transfer::begin(&cell, 16)?.finish(&cell)?;
     let served = begin.elapsed();
@@ -364,7 +369,7 @@ async fn flood(machines: usize) -> Result<(), Failed> {
             .split_whitespace()
             .filter_map(|n| n.parse().ok())
             .collect();
-        // One that does nothing proves nothing.
+        // A flood that does nothing proves nothing.
         if counts.len() != 3 || counts.contains(&0) {
             return Err(format!("no flood: {text:?}").into());
         }
@@ -401,7 +406,7 @@ fn call(cell: &Cell, text: &str) -> Result<(), Failed> {
     }
 }
 
-/// Both behind symmetric NATs: there is no other way.
+/// Both are behind symmetric NATs, so there is no other path.
 async fn calls_go_over_a_relay() -> Result<(), Failed> {
     let cell = cell(Side::Symmetric, Side::Symmetric, &[&[]]).await?;
     let _service = EchoService::start(&cell.other.home);
@@ -414,7 +419,8 @@ async fn calls_go_over_a_relay() -> Result<(), Failed> {
     Ok(())
 }
 
-/// From the relay to the direct path, when the relay is gone, and when the caller is on another network.
+/// Calls continue when the relayed path becomes direct, when the relay is gone, and when the caller is on another
+/// network.
 async fn calls_follow_the_path() -> Result<(), Failed> {
     let mut cell = cell(Side::Home, Side::Home, &[&[], &[]]).await?;
     let _service = EchoService::start(&cell.other.home);
@@ -437,7 +443,7 @@ async fn calls_follow_the_path() -> Result<(), Failed> {
     cell.relays()[0].start_again().map_err(lab_error)?;
     cell.move_away(&cell.one).await.map_err(lab_error)?;
     let begin = Instant::now();
-    // A call on the session that is lost with the old network may fail, and says so.
+    // A call on the session that is lost with the old network may fail with an error.
     while let Err(error) = call(&cell, "from another network") {
         if begin.elapsed() > 2 * PATIENCE {
             return Err(error);
@@ -446,7 +452,8 @@ async fn calls_follow_the_path() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Changes that the node at a home acknowledges, one after the other, until it is killed or there are so many.
+/// Writes changes one after the other at the node with this home, until it is killed or `most` are made. Returns the
+/// acknowledged ones.
 fn write(home: &Home, id: &str, name: &str, most: usize) -> Vec<String> {
     let mut acknowledged = Vec::new();
     for number in 0..most {
@@ -460,8 +467,9 @@ fn write(home: &Home, id: &str, name: &str, most: usize) -> Vec<String> {
     acknowledged
 }
 
-/// Both write while there is no way between them, and one is killed meanwhile: nothing that was acknowledged is lost, and both show the same afterwards.
-async fn documents_outlive_partitions_and_kills() -> Result<(), Failed> {
+/// Both write while they are disconnected, and one is killed meanwhile. No acknowledged change is lost, and both
+/// replicas are the same afterwards.
+async fn documents_survive_partitions_and_kills() -> Result<(), Failed> {
     let mut cell = cell(Side::Home, Side::Home, &[&[], &[]]).await?;
     let writer = cell.other.peer_id().to_owned();
     let made = cell.one.home.json(&["doc", "create", "--writer", &writer]);
@@ -506,7 +514,7 @@ async fn documents_outlive_partitions_and_kills() -> Result<(), Failed> {
             park_timeout(Duration::from_millis(50));
         }
         println!(
-            "round {round}: the same again {:?} after the way was there",
+            "round {round}: the same again {:?} after the path was back",
             begin.elapsed()
         );
     }

@@ -1,24 +1,25 @@
 //! The NAT lab: machines with nodes behind NATs and firewalls, faults in the networks between them, and strangers.
 //!
-//! A program of its own, without libtest: it enters a user namespace before it has a second thread, and starts itself
-//! again as parts of the lab. Its groups run one after another, each with its own number of tests at a time.
+//! It is a program of its own, without libtest, because it enters a user namespace before it has a second thread, and
+//! starts itself again as parts of the lab. Its groups run one after another, each with its own number of tests at a
+//! time.
 
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
 use weft_tests::lab;
 
-mod crowded;
 mod faults;
-mod hearsay;
 mod matrix;
+mod siege;
+mod unverified;
 
 fn main() -> ExitCode {
     if let Some(code) = lab::be_a_part() {
         return code;
     }
     let arguments = Arguments::from_args();
-    // Before there is a second thread.
+    // Must happen before there is a second thread.
     if !arguments.list
         && let Err(error) = lab::prepare()
     {
@@ -37,17 +38,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// The groups, with how many tests of each run at a time.
+/// Returns the groups, with the number of tests of each that run at a time.
 fn groups() -> [(Vec<Trial>, usize); 3] {
-    // It takes a minute, and begins first, so that nothing waits for it in the end.
-    let mut waiting = vec![hearsay::trial()];
+    // This test takes a minute. It starts first, so that no test has to wait for it at the end.
+    let mut waiting = vec![unverified::trial()];
     waiting.extend(faults::trials());
     [
-        // It measures how long an honest node takes.
-        (vec![crowded::trial()], 1),
-        // They wait for one exchange after another, and for what should not happen.
+        // This test measures the time of an honest node.
+        (vec![siege::trial()], 1),
+        // These tests wait for exchanges, and for events that should not happen.
         (matrix::trials(), 4),
-        // Most of the time they wait; but each moves hundreds of megabytes meanwhile.
+        // These tests mostly wait, but each moves hundreds of megabytes meanwhile.
         (waiting, 3),
     ]
 }

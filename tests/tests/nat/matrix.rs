@@ -1,4 +1,5 @@
-//! Pairs of machines behind NATs and firewalls: each pair connects, and directly wherever that is expected. One test a cell.
+//! Pairs of machines behind NATs and firewalls: each pair connects, and directly wherever that is expected. One test
+//! per pair.
 
 use std::time::{Duration, Instant};
 
@@ -6,9 +7,9 @@ use libtest_mimic::{Failed, Trial};
 use serde_json::Value;
 use weft_tests::lab::{self, Cell, Distance, Side};
 
-/// How long a direct path may take. A path that should stay relayed is watched for as long.
+/// Longest wait for a direct path. A path that should stay relayed is watched for as long.
 const DIRECT: Duration = Duration::from_secs(8);
-/// The same where ports have to be searched for: a search may fail by chance, and takes six seconds then.
+/// The same if a port search is needed. A search may fail by chance, and takes six seconds then.
 const SEARCHED: Duration = Duration::from_secs(20);
 const RELAYED: Duration = Duration::from_secs(2);
 
@@ -35,7 +36,7 @@ pub(super) fn trials() -> Vec<Trial> {
             move || doctor(side, name, expected),
         )
     });
-    let both = Trial::test("matrix::a_search_is_one_although_both_ends_begin", || {
+    let both = Trial::test("matrix::two_crossing_exchanges_lead_to_one_search", || {
         runtime()?.block_on(begin_at_both())
     });
     let far = FAR.map(|(one, other, loss)| {
@@ -54,7 +55,7 @@ pub(super) fn trials() -> Vec<Trial> {
         .collect()
 }
 
-/// What a node behind a side is to find out about it with the help of others, as JSON.
+/// Results of `weft doctor` for a node behind a side, as JSON: the side, the key, and the value.
 const DOCTORS: [(Side, &str, &str); 6] = [
     (Side::Public, "is_relay", "true"),
     (
@@ -63,7 +64,7 @@ const DOCTORS: [(Side, &str, &str); 6] = [
         r#""address-and-port-dependent""#,
     ),
     (Side::Home, "udp", "true"),
-    // The lab's filter is so for UDP only.
+    // The lab's address-restricted filter works for UDP only.
     (
         Side::AddressRestricted,
         "quic_filtering",
@@ -90,7 +91,7 @@ fn doctor(side: Side, name: &str, expected: &str) -> Result<(), Failed> {
     }
 }
 
-/// Pairs that are also tried at a distance; all of them are in the benchmark.
+/// Pairs that are also tried at a distance, with their loss. The benchmark has all pairs.
 const FAR: [(Side, Side, f64); 5] = [
     (Side::Home, Side::Home, 0.0),
     (Side::Home, Side::Home, 0.05),
@@ -99,7 +100,7 @@ const FAR: [(Side, Side, f64); 5] = [
     (Side::Symmetric, Side::Home, 0.05),
 ];
 
-/// Each end dials the other, so that two exchanges cross; what both search for must be the same.
+/// Each end dials the other, so that two exchanges cross. Both must search for the same port.
 async fn begin_at_both() -> Result<(), Failed> {
     let distance = Distance {
         round_trip: Duration::from_millis(50),
@@ -116,7 +117,7 @@ async fn begin_at_both() -> Result<(), Failed> {
     }
 }
 
-/// A round trip of 50 ms, which is measured, as is the loss.
+/// Connects two machines at a round trip of 50 ms and this loss, both of which are measured first.
 fn far_apart(one: Side, other: Side, loss: f64) -> Result<(), Failed> {
     let distance = Distance {
         round_trip: Duration::from_millis(50),
@@ -126,7 +127,7 @@ fn far_apart(one: Side, other: Side, loss: f64) -> Result<(), Failed> {
     let cell = cell.map_err(|error| error.to_string())?;
     let lost = 1.0 - (1.0 - loss).powi(2);
     let mut measured = Vec::new();
-    // A busy machine holds packets up for a while; a distance that is wrong stays so.
+    // A busy machine delays packets for a while; a wrong distance stays wrong.
     loop {
         let now = cell.measure().map_err(|error| error.to_string())?;
         let right = now.round_trip > Duration::from_millis(49)
@@ -149,7 +150,7 @@ fn far_apart(one: Side, other: Side, loss: f64) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Mutual discovery on the local network is off: only the exchange over the relay tells them of each other.
+/// mDNS is off, so the machines learn of each other only through the exchange over the relay.
 fn neighbours(hairpin: bool) -> Result<(), Failed> {
     let outcome = runtime()?.block_on(lab::try_neighbours(hairpin, DIRECT));
     let outcome = outcome.map_err(|error| Failed::from(error.to_string()))?;
@@ -159,7 +160,7 @@ fn neighbours(hairpin: bool) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Behind a home router that forwards ports: strangers come in at its address, until the node stops.
+/// Behind a home router that forwards ports, strangers reach the node at the router's address until it stops.
 async fn forwarded() -> Result<(), Failed> {
     let cell = Cell::new(Side::Public, Side::PortMapping, Distance::default(), 1).await;
     let cell = cell.map_err(|error| error.to_string())?;
@@ -178,7 +179,7 @@ async fn forwarded() -> Result<(), Failed> {
         std::thread::park_timeout(Duration::from_millis(50));
     };
     if known["is_relay"] == true {
-        return Err(format!("a home became a relay: {known}").into());
+        return Err(format!("a node behind a home router became a relay: {known}").into());
     }
     let status = cell.other.home.json(&["status"]);
     let peer = status["peer_id"].as_str().ok_or("no id")?;

@@ -1,4 +1,5 @@
-//! Providers that keep to the protocol and are of no use: they send another's bytes, a byte a second, or nothing for a while, or lack what they announce.
+//! Providers that follow the protocol and are useless: they send the bytes of another blob, a byte a second, or nothing
+//! for a while, or lack the content that they advertise.
 
 use std::{
     collections::HashMap,
@@ -24,7 +25,7 @@ use weft_tests::{Proxy, bare_network, content::opaque_model, node, providers, sa
 
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// What the good provider sends at most, in bytes a second.
+/// Upload limit of the good provider, in bytes a second.
 const RATE: u64 = 8_000_000;
 
 const SIZE: usize = 12_000_000;
@@ -33,19 +34,19 @@ fn model(folder: &Path, seed: &str) -> PathBuf {
     opaque_model(folder.join(format!("model{seed}")), seed, SIZE)
 }
 
-/// What answers as a provider does, but for what a test has changed.
+/// A provider with faults that a test chooses.
 #[derive(Debug)]
 struct Fake {
     store: Store,
-    /// Whose content is sent for what is asked for.
+    /// Hashes of blobs that are requested, and of those that are sent instead.
     instead: HashMap<Vec<u8>, Hash>,
-    /// Bytes that pass at once; all others at `trickle` bytes a second.
+    /// Bytes that are sent at once; further bytes are sent at `trickle` bytes a second.
     free: AtomicU64,
     trickle: u64,
     passed: AtomicU64,
-    /// Has manifests and nothing else.
+    /// If set, the provider has manifests and nothing else.
     lacks: AtomicBool,
-    /// Streams on which content was asked for, and on which the manifest was.
+    /// Number of streams on which content was requested, and on which the manifest was.
     asked: [AtomicU64; 2],
 }
 
@@ -161,10 +162,10 @@ fn at(network: &Network) -> (PeerId, Vec<Multiaddr>) {
     (network.local_peer(), network.addresses().all)
 }
 
-/// What this process has open below a folder.
+/// Returns the open files of this process below a folder.
 fn open_below(folder: &Path) -> Vec<PathBuf> {
     let open = fs::read_dir("/proc/self/fd").unwrap();
-    // One may be closed meanwhile.
+    // A file may be closed meanwhile.
     let open = open.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
     open.filter(|path| path.starts_with(folder)).collect()
 }
@@ -177,11 +178,11 @@ async fn get(
 ) -> Result<Got, Error> {
     let ticket = Target::Ticket(Ticket { model, peers });
     let get = node.models().get(ticket).to(to).start();
-    timeout(PATIENCE, get).await.expect("it ends in time")
+    timeout(PATIENCE, get).await.expect("the get ends in time")
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_sends_another_blob_is_asked_once_and_nothing_of_it_is_kept() {
+async fn a_provider_of_another_blob_is_asked_once_and_its_bytes_are_dropped() {
     let folder = tempfile::tempdir().unwrap();
     let [right, wrong] = ["1", "2"].map(|seed| model(folder.path(), seed));
     let (_good, at_good) = good(&folder.path().join("good"), &right).await;
@@ -229,12 +230,13 @@ async fn who_sends_another_blob_is_asked_once_and_nothing_of_it_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_byte_a_second_costs_little_beside_a_good_provider() {
+async fn a_provider_of_one_byte_a_second_costs_little_beside_a_good_one() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let (_good, at_good) = good(&folder.path().join("good"), &right).await;
     let alone = SIZE as f64 / RATE as f64;
-    // From the first byte, that is of the manifest; from the first of the content; and in the midst of it.
+    // The provider trickles from the first byte, which belongs to the manifest; from the first byte of content; and in
+    // the middle of the content.
     let one = async |free: u64| {
         let (fake, models) = Fake::new(&folder.path().join(format!("fake-{free}")), &[&right]);
         fake.free.store(free, Ordering::Relaxed);
@@ -248,15 +250,17 @@ async fn a_byte_a_second_costs_little_beside_a_good_provider() {
             .unwrap();
         let took = begin.elapsed().as_secs_f64();
         same_files(&right, &to);
-        assert_ne!(fake.asked(), [0, 0], "it was made use of");
+        assert_ne!(fake.asked(), [0, 0], "the fake provider was not used");
         (took, fake, network, id)
     };
     for free in [0, 1000, 2_000_000] {
         let (took, ..) = one(free).await;
-        println!("{took:.2} s beside one that trickles after {free} bytes, {alone:.2} without");
+        println!(
+            "{took:.2} s beside a provider that trickles after {free} bytes, {alone:.2} without"
+        );
         assert!(took < alone + 15.0, "{took} s after {free} bytes");
     }
-    // The manifest is asked for from it alone at first: the good one is slow to be reached.
+    // At first, only the trickling provider is asked for the manifest, because the good one is slow to reach.
     let (fake, models) = Fake::new(&folder.path().join("fake-first"), &[&right]);
     fake.free.store(0, Ordering::Relaxed);
     let (fake, network) = fake.start().await;
@@ -280,15 +284,15 @@ async fn a_byte_a_second_costs_little_beside_a_good_provider() {
     };
     tokio::select! {
         got = getting => drop(got.unwrap()),
-        () = trouble => unreachable!("it waits for ever"),
+        () = trouble => unreachable!("the provider waits for ever"),
     }
     let took = begin.elapsed().as_secs_f64();
     same_files(&right, &to);
-    println!("{took:.2} s with the manifest asked for from one that trickles first");
+    println!("{took:.2} s with the manifest first requested from a trickling provider");
     assert!(took < alone + 15.0, "{took} s");
 }
 
-/// A `get` from a provider alone that sends so many bytes at once on each stream, and then a byte a second.
+/// Runs a `get` from a single provider that sends `free` bytes at once on each stream, and then a byte a second.
 async fn ends_beside_one_that_trickles_after(free: u64) {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
@@ -311,18 +315,18 @@ async fn ends_beside_one_that_trickles_after(free: u64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_byte_a_second_from_the_only_provider_ends_the_get() {
+async fn a_get_ends_if_the_only_provider_sends_one_byte_a_second() {
     ends_beside_one_that_trickles_after(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes: part of tests/nightly slow"]
-async fn a_kilobyte_and_then_a_byte_a_second_from_the_only_provider_ends_the_get() {
+async fn a_get_ends_if_the_only_provider_sends_a_kilobyte_and_then_one_byte_a_second() {
     ends_beside_one_that_trickles_after(1000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_only_provider_that_sends_nothing_for_a_while_is_gone_on_with() {
+async fn a_get_resumes_when_its_only_provider_was_silent_for_a_while() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let (mut fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
@@ -332,7 +336,7 @@ async fn an_only_provider_that_sends_nothing_for_a_while_is_gone_on_with() {
     let receiver = node(&folder.path().join("r"), &[]).await;
     let to = folder.path().join("to");
     let getting = get(&receiver, models[0].0, vec![at(&network)], &to);
-    // Longer than a stream may stand still.
+    // Longer than a stream may stall.
     let resumes = async {
         sleep(Duration::from_secs(25)).await;
         fake.free.store(u64::MAX, Ordering::Relaxed);
@@ -340,12 +344,15 @@ async fn an_only_provider_that_sends_nothing_for_a_while_is_gone_on_with() {
     let (got, ()) = tokio::join!(getting, resumes);
     let got = got.unwrap();
     same_files(&right, &to);
-    assert_eq!(got.bytes_moved, SIZE as u64, "no checked group comes twice");
+    assert_eq!(
+        got.bytes_moved, SIZE as u64,
+        "no verified group is transferred twice"
+    );
     assert!(fake.asked()[0] >= 2, "the stream that stood still was left");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_lacks_the_content_at_first_is_asked_again() {
+async fn a_provider_that_lacks_the_content_at_first_is_asked_again() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let (fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
@@ -353,7 +360,7 @@ async fn who_lacks_the_content_at_first_is_asked_again() {
     let (fake, network) = fake.start().await;
     let id = models[0].0;
 
-    // Who never gets it is not asked without end.
+    // A provider that never gets the content is not asked for ever.
     let other = node(&folder.path().join("other"), &[]).await;
     let to = folder.path().join("never");
     let failed = get(&other, id, vec![at(&network)], &to).await;
@@ -369,7 +376,7 @@ async fn who_lacks_the_content_at_first_is_asked_again() {
     let to = folder.path().join("to");
     let getting = get(&receiver, id, vec![at(&network)], &to);
     let comes = async {
-        // It has been asked for all of it by then, and said each time that it has not got it.
+        // By then it has been asked for everything twice, and has answered each time that it has nothing.
         while fake.asked()[0] < before + 2 {
             sleep(Duration::from_millis(50)).await;
         }
@@ -381,7 +388,7 @@ async fn who_lacks_the_content_at_first_is_asked_again() {
     same_files(&right, &to);
 }
 
-/// Tells everybody who exchanges with it of so many peers that are nowhere: at `at` somebody listens and says nothing.
+/// Introduces `count` peers that do not exist to every swarm peer, all at the address `at`, where a silent listener is.
 fn introduce_many(network: &Network, count: usize, at: Multiaddr) {
     let protocol = StreamProtocol::new(availability::PROTOCOL);
     let mut incoming = network.accept(protocol).unwrap();
@@ -404,14 +411,14 @@ fn introduce_many(network: &Network, count: usize, at: Multiaddr) {
                 frame::write(&mut stream, &message, most).await.unwrap();
             }
             stream.flush().await.unwrap();
-            // Open for as long as the test takes.
+            // Open as long as the test runs.
             all.push(stream);
         }
     });
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_speaks_of_many_that_are_none_has_few_of_them_reached_at_a_time() {
+async fn made_up_peers_are_tried_a_few_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -427,7 +434,7 @@ async fn who_speaks_of_many_that_are_none_has_few_of_them_reached_at_a_time() {
     let getting = get(&receiver, models[0].0, vec![at(&network)], &to);
     let reached = async {
         let mut all = vec![silent.accept().await.unwrap()];
-        // Shorter than one of them is waited for.
+        // Shorter than the time for which each of them is waited for.
         let over = sleep(Duration::from_secs(3));
         tokio::pin!(over);
         loop {

@@ -1,4 +1,4 @@
-//! Providers that come and go while content moves, and content that was removed.
+//! Providers that leave and return during a transfer, and content that was removed.
 
 use std::{path::Path, time::Duration};
 
@@ -22,7 +22,7 @@ async fn started(home: &Path, listen: Option<&str>, upload: u64) -> Node {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_provider_that_leaves_every_five_seconds_is_made_use_of() {
+async fn a_provider_that_leaves_every_five_seconds_is_used() {
     let folder = tempfile::tempdir().unwrap();
     let size = 36_000_000;
     let source = split_model(folder.path().join("source"), size);
@@ -56,25 +56,26 @@ async fn a_provider_that_leaves_every_five_seconds_is_made_use_of() {
     };
     let got = tokio::select! {
         got = timeout(PATIENCE, get) => got.unwrap().unwrap(),
-        () = comes_and_goes => unreachable!("it goes on for ever"),
+        () = comes_and_goes => unreachable!("the provider leaves and returns for ever"),
     };
     same_files(&source, &to);
     let seconds = got.elapsed.as_secs_f64();
     let of_leaver = got.sources.iter().filter(|one| one.peer == leaver);
     let of_leaver: u64 = of_leaver.map(|one| one.bytes).sum();
     println!(
-        "{seconds:.1} s where the steady one alone takes {}; {of_leaver} bytes of the one that leaves; {} came twice",
+        "{seconds:.1} s, and {} s from the steady provider alone; {of_leaver} bytes from the provider that leaves; {} \
+         arrived twice",
         size / 1_000_000,
         got.bytes_wasted
     );
-    // Never gone back to, it would send ten million, before it leaves for the first time.
+    // If the receiver never returned to it, it would send ten million bytes, before it leaves for the first time.
     assert!(of_leaver > 12_000_000, "{of_leaver}");
     assert!(seconds < 40.0, "{seconds}");
     assert!(got.bytes_wasted < size as u64 / 20, "{}", got.bytes_wasted);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_removed_comes_again_and_from_who_has_it_later() {
+async fn removed_content_is_fetched_again_and_from_a_later_provider() {
     let folder = tempfile::tempdir().unwrap();
     let source = split_model(folder.path().join("source"), 6_000_000);
     let first = started(&folder.path().join("1"), None, 0).await;
@@ -84,7 +85,7 @@ async fn what_was_removed_comes_again_and_from_who_has_it_later() {
     let of_first = contact(&first).await;
     let of_second = contact(&second).await;
     let receiver = node(&folder.path().join("r"), &[]).await;
-    // The one that is asked first does not have it.
+    // The provider that is asked first does not have the model.
     for n in 0..3 {
         let to = folder.path().join(format!("got{n}"));
         let both = ticket(vec![of_second.clone(), of_first.clone()]);
@@ -99,7 +100,7 @@ async fn what_was_removed_comes_again_and_from_who_has_it_later() {
     first.shutdown().await;
     let later = receiver.models().get(ticket(vec![of_second.clone()]));
     let later = later.to(folder.path().join("later")).start();
-    // Nothing tells from outside how often it has been asked in vain: three or four times by then.
+    // The number of failed attempts cannot be observed from outside. By then there were three or four.
     sleep(Duration::from_secs(2)).await;
     second.models().add(&source).start().await.unwrap();
     let got = timeout(PATIENCE, later).await.unwrap().unwrap();

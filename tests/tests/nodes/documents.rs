@@ -1,4 +1,5 @@
-//! Replicated documents between real nodes: shared writing, nodes that find each other by a document, restarts, and processes that are killed.
+//! Replicated documents between real nodes: shared writing, nodes that find each other through a document, restarts,
+//! and private documents.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use weft_tests::{mesh, node};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits until a document shows this at a path.
+/// Waits until a document has this value at a path.
 async fn shows(doc: &Doc, path: &str, wanted: &Value) {
     let begin = Instant::now();
     loop {
@@ -27,7 +28,7 @@ async fn shows(doc: &Doc, path: &str, wanted: &Value) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_several_nodes_write_all_read_and_strangers_find_it_by_its_id() {
+async fn all_nodes_read_all_changes_and_strangers_find_a_document_by_its_id() {
     let (_homes, hub, [a, b, c]) = mesh().await;
     let new = NewDoc {
         writers: vec![b.peer_id()],
@@ -39,7 +40,7 @@ async fn what_several_nodes_write_all_read_and_strangers_find_it_by_its_id() {
         .await
         .unwrap();
     of_a.increment("/count", 1).await.unwrap();
-    // The hub holds nothing: the others find each other in the DHT.
+    // The hub has no replica: the others find each other through the DHT.
     let of_b = b.docs().open(of_a.id()).await.unwrap();
     assert!(of_b.arrived(PATIENCE).await.unwrap());
     shows(&of_b, "/count", &json!(1)).await;
@@ -69,7 +70,7 @@ async fn what_several_nodes_write_all_read_and_strangers_find_it_by_its_id() {
         (history[0].author, history[0].message.as_deref()),
         (b.peer_id(), Some("from b"))
     );
-    // A reader reads, and may not write until it is let.
+    // A reader reads, and may write only once it is a writer.
     let of_c = c.docs().open(of_a.id()).await.unwrap();
     assert!(of_c.arrived(PATIENCE).await.unwrap());
     shows(&of_c, "/models/llama/layers/1", &json!(11)).await;
@@ -81,7 +82,10 @@ async fn what_several_nodes_write_all_read_and_strangers_find_it_by_its_id() {
     of_a.writers().add(c.peer_id()).await.unwrap();
     let begin = Instant::now();
     while of_c.put("/x", json!("from c")).await.is_err() {
-        assert!(begin.elapsed() < PATIENCE, "it is not let write");
+        assert!(
+            begin.elapsed() < PATIENCE,
+            "the node does not become a writer"
+        );
         sleep(Duration::from_millis(20)).await;
     }
     shows(&of_a, "/x", &json!("from c")).await;
@@ -93,7 +97,7 @@ async fn what_several_nodes_write_all_read_and_strangers_find_it_by_its_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_is_there_soon_after_it_is_made() {
+async fn a_change_arrives_soon_after_it_is_made() {
     let (_homes, _hub, [a, b]) = mesh().await;
     let of_a = a.docs().create(NewDoc::default()).await.unwrap();
     let of_b = b.docs().open(of_a.id()).await.unwrap();
@@ -109,7 +113,7 @@ async fn a_change_is_there_soon_after_it_is_made() {
         took.push(begin.elapsed());
     }
     took.sort();
-    // On loopback a round trip is nothing; what is measured exactly is the benchmark's business.
+    // The round trip on loopback is negligible. Exact measurements are part of the benchmark.
     assert!(took[25] < Duration::from_millis(100), "{:?}", took[25]);
     shows(&of_b, "/n", &json!(50)).await;
 }
@@ -157,7 +161,7 @@ async fn a_private_document_is_not_given_to_others() {
     assert!(of_b.arrived(PATIENCE).await.unwrap());
     shows(&of_b, "/secret", &json!(1)).await;
     assert!(!of_c.arrived(Duration::from_secs(3)).await.unwrap());
-    // Exported, all of it is in a file that anybody can read who has it.
+    // An exported file contains the whole document, and anyone who has the file can read it.
     let file = of_a.export().await.unwrap();
     let imported = c.docs().import(file).await.unwrap();
     assert_eq!(
@@ -168,7 +172,7 @@ async fn a_private_document_is_not_given_to_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn mistakes_say_what_to_do() {
+async fn errors_say_what_to_do() {
     let home = tempfile::tempdir().unwrap();
     let node = node(home.path(), &[]).await;
     let doc = node.docs().create(NewDoc::default()).await.unwrap();
@@ -183,7 +187,7 @@ async fn mistakes_say_what_to_do() {
         ),
         (
             node.docs().import(b"hello".to_vec()).await.unwrap_err(),
-            "no exported document",
+            "not an exported document",
         ),
     ] {
         assert!(error.to_string().contains(says), "{error}");

@@ -1,5 +1,5 @@
 //! Documents and registries of many changes arrive whole, within seconds, at new readers and at nodes that have lost
-//! them. (The same for programs that are started again is in `system`.)
+//! them. (`system` tests the same for programs that restart.)
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use weft::{Doc, NewDoc, NewRegistry, Node, Registry};
 use weft_tests::{mesh, node};
 
-/// The longest that a document may take to arrive: "within seconds", on a machine that may be busy building.
+/// Longest time until a document arrives: "within seconds", on a machine that may be busy building.
 const SOON: Duration = Duration::from_secs(30);
 
 /// Prints a measured time; `--nocapture` shows it.
@@ -20,7 +20,7 @@ fn took(what: &str, begin: Instant) {
     println!("{what}: {:.1} s", begin.elapsed().as_secs_f64());
 }
 
-/// Waits until a document shows what was put at a path.
+/// Waits until a document has the value that was put at a path.
 async fn shows(doc: &Doc, path: &str) {
     let begin = Instant::now();
     while !matches!(doc.get(path).await, Ok(Some(_))) {
@@ -30,7 +30,7 @@ async fn shows(doc: &Doc, path: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_two_writers_wrote_by_turns_arrives_whole() {
+async fn alternating_changes_of_two_writers_arrive_whole() {
     let (_homes, _hub, [a, b, c]) = mesh().await;
     let new = NewDoc {
         writers: vec![b.peer_id()],
@@ -56,8 +56,8 @@ async fn what_two_writers_wrote_by_turns_arrives_whole() {
     assert_eq!(of_c.get("").await.unwrap(), of_a.get("").await.unwrap());
 }
 
-/// The longest that 5,000 changes may take. In a build with debug assertions, Automerge checks the order of all
-/// operations of the document after each change.
+/// Longest time for 5,000 changes. In a build with debug assertions, Automerge checks the order of all operations of
+/// the document after each change.
 const MANY: Duration = Duration::from_secs(90);
 
 const MODELS: usize = 5_000;
@@ -72,12 +72,12 @@ async fn lists_all(registry: &Registry) {
             return;
         }
         assert!(begin.elapsed() < 4 * SOON, "{count} of {MODELS} models");
-        // Each look reads the whole catalogue, on the thread that takes it in.
+        // Each check reads the whole catalogue, on the thread that receives it.
         sleep(Duration::from_millis(500)).await;
     }
 }
 
-/// The catalogue of which this node is the publisher.
+/// Returns this node's own catalogue.
 async fn catalogue(node: &Node) -> Doc {
     let documents = node.docs().list().await.unwrap();
     let is_catalogue = |label: &str| label.starts_with("catalogue");
@@ -89,7 +89,7 @@ async fn catalogue(node: &Node) -> Doc {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_of_five_thousand_models_arrives_whole_and_comes_back_after_a_loss() {
+async fn a_registry_of_five_thousand_models_arrives_whole_and_is_restored_after_a_loss() {
     let (homes, hub, [mut publisher, follower]) = mesh().await;
     let bootstrap = hub.addresses().await;
     // A handle that is kept would keep the home open.
@@ -107,7 +107,7 @@ async fn a_registry_of_five_thousand_models_arrives_whole_and_comes_back_after_a
     let listed = catalogue(&publisher).await.get("").await.unwrap().unwrap();
     let (first, entry) = listed.as_object().unwrap().iter().next().unwrap();
     let (first, entry): (String, Value) = (first.clone(), entry.clone());
-    // Listed one by one, as `weft add` does it, in several runs of the publisher's program.
+    // Listed one by one, as `weft add` does, in several runs of the publisher's program.
     let mut number = 1;
     for run in 0..RUNS {
         if run > 0 {

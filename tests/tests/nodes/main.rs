@@ -1,5 +1,5 @@
-//! Nodes in this process, by way of the SDK: meshes on loopback, and peers of the tests' own making beside them. None of
-//! these tests starts the `weft` program.
+//! Nodes in this process, through the SDK: meshes on loopback, and peers that the tests make themselves. None of these
+//! tests starts the program `weft`.
 //!
 //! Each module is one subject. All of them are one program, because each program links all of Weft once more. Tests
 //! that measure times are in `timed`.

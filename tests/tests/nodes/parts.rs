@@ -1,4 +1,5 @@
-//! Parts of models: selected files and tensors, files that are read while they come, and what a new revision shares with what is here.
+//! Parts of models: selected files and tensors, files that are read while they arrive, and tensors that a new revision
+//! shares with content on this machine.
 
 use std::{
     fs,
@@ -20,7 +21,7 @@ use weft_tests::{
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A node that has `model`, and a ticket for it.
+/// Starts a node that has `model`, and returns it with a ticket.
 async fn provider(home: &Path, model: &Path, upload: u64) -> (Node, Ticket) {
     let provider = node(home, &[]).await;
     provider.set_rates(capped(upload));
@@ -28,7 +29,7 @@ async fn provider(home: &Path, model: &Path, upload: u64) -> (Node, Ticket) {
     (provider, ticket)
 }
 
-/// A ticket for `model`, which the node has from now on.
+/// Adds `model` to the node, and returns a ticket.
 async fn offer(provider: &Node, model: &Path) -> Ticket {
     let added = provider.models().add(model).start().await.unwrap();
     Ticket {
@@ -38,7 +39,7 @@ async fn offer(provider: &Node, model: &Path) -> Ticket {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
+async fn selected_tensors_are_fetched_alone_and_make_a_model_that_loads() {
     let folder = tempfile::tempdir().unwrap();
     let model = sharded_model(folder.path().join("model"));
     let (_provider, ticket) = provider(&folder.path().join("p"), &model, 0).await;
@@ -88,14 +89,14 @@ async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
         assert_eq!(said.matches("model.layers.").count(), 2, "{said}");
     }
 
-    // Again: nothing is moved, also into another folder.
+    // The second time, nothing is transferred, also into another folder.
     for to in [&to, &folder.path().join("again")] {
         let got = timeout(PATIENCE, select(to)).await.unwrap().unwrap();
         assert_eq!(got.bytes_moved, 0);
         assert_eq!(got.bytes_reused, got.bytes_total);
     }
     assert!(to.join("config.json").exists());
-    // What stands in the way is left alone.
+    // Files that are in the way are left alone.
     let other = folder.path().join("other");
     fs::create_dir(&other).unwrap();
     fs::write(other.join("model-1-of-2.safetensors"), "mine").unwrap();
@@ -113,7 +114,7 @@ async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
     let error = timeout(PATIENCE, typo).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Selection(_)), "{error}");
 
-    // The rest of the model makes use of the parts.
+    // Fetching the rest of the model uses the parts.
     let whole = folder.path().join("whole");
     let get = receiver.models().get(Target::Ticket(ticket)).to(&whole);
     let got = timeout(PATIENCE, get.start()).await.unwrap().unwrap();
@@ -125,7 +126,7 @@ async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
     assert!((got.bytes_moved as usize) < 2 * LAYER + 6 * 65_536);
     weft_tests::same_files(&model, &whole);
 
-    // With the model goes what was made of it, unless it was changed.
+    // Removing the model removes the files made from it, except changed ones.
     let mine = folder.path().join("again/model-2-of-2.safetensors");
     fs::write(&mine, "changed").unwrap();
     let id = got.model.id.to_string();
@@ -158,24 +159,26 @@ async fn a_part_of_a_model_is_served_to_others() {
     assert_eq!(tensors(&to.join("model-2-of-2.safetensors")).len(), 2);
 }
 
-/// Bytes that came over all connections.
+/// Returns the bytes that arrived over all connections.
 async fn received(node: &Node) -> u64 {
     let peers = node.peers().await;
     let paths = peers.iter().flat_map(|peer| &peer.paths);
     paths.map(|path| path.moved.0).sum()
 }
 
-/// Waits until that is more than so many.
+/// Waits until the node has received more than this many bytes.
 async fn until_received(node: &Node, bytes: u64) {
     let more = async {
         while received(node).await < bytes {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, more).await.expect("it comes in a minute");
+    timeout(PATIENCE, more)
+        .await
+        .expect("the bytes arrive in a minute");
 }
 
-/// A model of one large file and one small.
+/// Creates a model of one large file and one small one, and returns the bytes of the large one.
 fn large(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
     let path = folder.join("model");
     fs::create_dir_all(&path).unwrap();
@@ -186,7 +189,7 @@ fn large(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
+async fn reading_a_file_of_a_remote_model_transfers_only_the_bytes_read() {
     let folder = tempfile::tempdir().unwrap();
     let size = 40_000_000;
     let (model, bytes) = large(folder.path(), size);
@@ -216,7 +219,7 @@ async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
     assert!(range == bytes[39_999_000..]);
     assert!(reader.seek(SeekFrom::Current(-50_000_000)).await.is_err());
     let moved = received(&receiver).await;
-    assert!(moved < 12_000_000, "{moved} bytes came for two places");
+    assert!(moved < 12_000_000, "{moved} bytes arrived for two reads");
 
     reader.seek(SeekFrom::Start(0)).await.unwrap();
     let mut all = Vec::new();
@@ -226,7 +229,7 @@ async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
         .unwrap();
     assert!(all == bytes);
     drop(reader);
-    // It is here now: a get moves nothing of it.
+    // The file is here now, so a get transfers nothing of it.
     let to = folder.path().join("got");
     let got = models.get(target()).to(&to).start();
     let got = timeout(PATIENCE, got).await.unwrap().unwrap();
@@ -235,7 +238,7 @@ async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_read_comes_first_while_the_model_comes() {
+async fn content_that_is_read_arrives_before_the_rest_of_the_model() {
     let folder = tempfile::tempdir().unwrap();
     let size = 40_000_000;
     let (model, bytes) = large(folder.path(), size);
@@ -247,7 +250,7 @@ async fn what_is_read_comes_first_while_the_model_comes() {
     while get.progress().bytes_moved == 0 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    // It takes twenty seconds in all. In order, from whatever place it begins at, one of the first two would come after ten.
+    // The whole transfer takes twenty seconds. In order, from any start, one of the first two would come after ten.
     for at in [39_000_000, 19_000_000, 1_000_000, 30_000_000, 10_000_000] {
         let reader = receiver.models().open(target(), "weights.bin").await;
         let reader = reader.unwrap();
@@ -264,7 +267,7 @@ async fn what_is_read_comes_first_while_the_model_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_get_takes_over_from_a_reader_and_a_reader_from_a_get() {
+async fn a_get_continues_a_readers_transfer_and_a_reader_continues_a_gets() {
     let folder = tempfile::tempdir().unwrap();
     let (model, bytes) = large(folder.path(), 24_000_000);
     let (_provider, ticket) = provider(&folder.path().join("p"), &model, 8_000_000).await;
@@ -292,7 +295,7 @@ async fn a_get_takes_over_from_a_reader_and_a_reader_from_a_get() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_fails_when_nobody_delivers_and_the_next_one_tries_again() {
+async fn a_read_without_providers_fails_and_the_next_one_tries_again() {
     let folder = tempfile::tempdir().unwrap();
     let (model, bytes) = large(folder.path(), 4_000_000);
     let home = folder.path().join("p");
@@ -300,7 +303,7 @@ async fn a_read_fails_when_nobody_delivers_and_the_next_one_tries_again() {
         let node = Node::builder().home(&home).mdns(false).port_mapping(false);
         node.listen(listen).spawn()
     };
-    // An address of its own: nobody else takes the port while it is away.
+    // An address of its own, so that no other node takes the port meanwhile.
     let free = "/ip4/127.0.0.2/tcp/0".parse().unwrap();
     let first = up(vec![free]).await.unwrap();
     let ticket = offer(&first, &model).await;
@@ -319,7 +322,7 @@ async fn a_read_fails_when_nobody_delivers_and_the_next_one_tries_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_revision_takes_tensors_from_the_old_one_wherever_they_lie() {
+async fn a_new_revision_reuses_tensors_of_the_old_one_at_any_offset() {
     let folder = tempfile::tempdir().unwrap();
     let weight = |name: &str| noise(name, 1_500_000);
     let old = folder.path().join("old");
@@ -364,11 +367,11 @@ async fn a_new_revision_takes_tensors_from_the_old_one_wherever_they_lie() {
     weft_tests::same_files(&new, &to);
     let (total, reused) = (got.bytes_total as f64, got.bytes_reused as f64);
     println!("{:.3} of the new revision re-used", reused / total);
-    // Three tensors of five; the groups at their edges come anew.
+    // Three tensors of five are reused; the groups at their edges are fetched again.
     assert!(reused > 3.0 * 1_500_000.0 - 6.0 * 65_536.0, "{got:?}");
     assert_eq!(got.bytes_moved + got.bytes_reused, got.bytes_total);
 
-    // A file that is not what it was gives nothing, and does no harm.
+    // A changed file is not reused, and does no harm.
     let third = [("b", weight("c")), ("e", weight("e"))];
     let newer = folder.path().join("newer");
     fs::create_dir(&newer).unwrap();
@@ -423,7 +426,7 @@ async fn a_transfer_of_low_priority_waits_for_one_of_high() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let high = get(second, "high", Priority::High);
-    // By then all has come that the low one had asked for, and until then it has no reason to go on.
+    // By then, everything that the low transfer had requested has arrived, and until the end it may not continue.
     let between = 8_000_000..14_000_000;
     let mut of_low = Vec::new();
     let watching = async {
@@ -440,10 +443,10 @@ async fn a_transfer_of_low_priority_waits_for_one_of_high() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, watching).await.expect("it comes");
+    timeout(PATIENCE, watching).await.expect("progress arrives");
     timeout(PATIENCE, high).await.unwrap().unwrap();
     let meanwhile = of_low.last().unwrap() - of_low.first().unwrap();
-    println!("{meanwhile} bytes came for the low one while 6 MB came for the high one");
+    println!("{meanwhile} bytes arrived for the low transfer while 6 MB arrived for the high one");
     assert!(meanwhile < 1_000_000, "{meanwhile}");
     timeout(PATIENCE, low).await.unwrap().unwrap();
 }

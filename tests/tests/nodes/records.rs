@@ -1,4 +1,5 @@
-//! Signed records over a mesh of nodes: many publishers under one key, restarts, what is taken back; and each way in which Lattica's DHT broke.
+//! Signed records over a mesh of nodes: many publishers under one key, restarts, withdrawn records, and each failure
+//! that was seen in Lattica's DHT.
 
 use std::time::{Duration, Instant};
 
@@ -32,9 +33,9 @@ async fn reads(node: &Node, key: &str, wanted: &[&str]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_many_state_under_one_key_is_all_read_and_nobody_overwrites_another() {
+async fn records_of_many_publishers_under_one_key_are_all_read_and_none_is_overwritten() {
     let (_homes, _hub, nodes) = mesh::<5>().await;
-    // Ten at a time: Lattica kept two of them.
+    // Ten at a time, of which Lattica kept two.
     let puts = nodes.iter().enumerate().flat_map(|(n, node)| {
         ["a", "b"].map(|subkey| {
             let records = node.records();
@@ -48,14 +49,14 @@ async fn what_many_state_under_one_key_is_all_read_and_nobody_overwrites_another
     for node in &nodes {
         reads(node, "k", &all).await;
     }
-    // The same subkey again, by another: both stand.
+    // The same subkey by another publisher: both records are kept.
     nodes[1].records().put("k", "a", "new", HOUR).await.unwrap();
     let replaced = ["0a", "0b", "1b", "2a", "2b", "3a", "3b", "4a", "4b", "new"];
     reads(&nodes[0], "k", &replaced).await;
     let of_one = nodes[0].records().get("k").await.unwrap();
     let of_one = of_one.iter().filter(|r| r.publisher == nodes[1].peer_id());
     assert_eq!(of_one.count(), 2);
-    // Only the publisher takes it back.
+    // Only the publisher can withdraw a record.
     let (was, _) = nodes[2].records().remove("k", "c").await.unwrap();
     assert!(!was);
     let (was, heard) = nodes[1].records().remove("k", "a").await.unwrap();
@@ -75,19 +76,19 @@ async fn what_many_state_under_one_key_is_all_read_and_nobody_overwrites_another
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_else_having_taken_it_is_said_and_they_are_told_later() {
+async fn a_record_that_no_other_node_stored_is_reported_and_published_later() {
     let homes: [_; 2] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
     let alone = node(homes[0].path(), &[]).await;
-    // Lattica says that it is stored.
+    // Lattica reports it as stored.
     let took = alone.records().put("k", "", "v", HOUR).await.unwrap();
     assert_eq!(took, 0);
     assert_eq!(values(&alone.records().get("k").await.unwrap()), ["v"]);
     let other = node(homes[1].path(), &alone.addresses().await).await;
     reads(&other, "k", &["v"]).await;
-    // It has been told, and does not ask: the one that stated it is gone.
+    // The other node is told, and does not ask: the publisher is gone.
     let begin = Instant::now();
     while other.status().await.unwrap().dht_records < 2 {
-        assert!(begin.elapsed() < PATIENCE, "it is not told");
+        assert!(begin.elapsed() < PATIENCE, "the other node is not told");
         sleep(Duration::from_millis(50)).await;
     }
     sleep(Duration::from_millis(500)).await;
@@ -103,7 +104,7 @@ async fn a_restart_of_all_nodes_loses_nothing() {
         let other = node(homes[1].path(), &one.addresses().await).await;
         let begin = Instant::now();
         while one.status().await.unwrap().dht_nodes == 0 {
-            assert!(begin.elapsed() < PATIENCE, "they do not meet");
+            assert!(begin.elapsed() < PATIENCE, "the nodes do not meet");
             sleep(Duration::from_millis(20)).await;
         }
         let records = one.records();
@@ -123,17 +124,17 @@ async fn a_restart_of_all_nodes_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_are_named_and_nothing_is_stored() {
+async fn records_over_a_limit_are_refused_with_its_name() {
     let (_homes, _hub, [node]) = mesh().await;
     let records = node.records();
     for (key, subkey, value, ttl, says) in [
         ("", 0, 0, HOUR, "no key"),
         (&*"k".repeat(501), 0, 0, HOUR, "the limit is 500"),
         ("k", 257, 0, HOUR, "the limit is 256"),
-        // Lattica takes what nobody can read any more, beyond 16 KiB.
+        // Beyond 16 KiB, Lattica stores values that no node can read.
         ("k", 0, 4097, HOUR, "the limit is 4096"),
         ("k", 0, 0, Duration::ZERO, "one second"),
-        // An expiry of 1e30 panics there.
+        // In Lattica, an expiry of 1e30 panics.
         ("k", 0, 0, Duration::MAX, "48 hours"),
         ("k", 0, 0, 49 * HOUR, "48 hours"),
     ] {
@@ -147,7 +148,7 @@ async fn limits_are_named_and_nothing_is_stored() {
     assert!(records.own().await.unwrap().is_empty());
     let failed = records.get("").await.unwrap_err();
     assert!(matches!(failed, Error::Record(RecordError::NoKey)));
-    // The largest that there may be arrives.
+    // The largest allowed record arrives.
     let key = "k".repeat(500);
     let took = records.put(&key, "s".repeat(256), "v".repeat(4096), HOUR);
     assert_eq!(took.await.unwrap(), 1);
@@ -157,7 +158,7 @@ async fn limits_are_named_and_nothing_is_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_in_a_small_mesh_sees_values_that_do_not_last() {
+async fn a_watch_in_a_small_mesh_sees_short_lived_values() {
     let (_homes, _hub, [one, other]) = mesh().await;
     one.records().put("k", "", "begin", HOUR).await.unwrap();
     let mut watch = other.records().watch("k").await.unwrap();
@@ -171,7 +172,7 @@ async fn a_watch_in_a_small_mesh_sees_values_that_do_not_last() {
         let seen = matches!(&changed, RecordChange::Changed(r) if r.value == value.as_bytes());
         assert!(seen, "{value}: {changed:?}");
     }
-    // At a look each five seconds it would be two minutes and a half.
+    // With one lookup every five seconds, this would take two and a half minutes.
     assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
     let brief = Duration::from_secs(3);
     one.records().put("k", "s", "brief", brief).await.unwrap();
@@ -180,7 +181,7 @@ async fn a_watch_in_a_small_mesh_sees_values_that_do_not_last() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_sees_what_joins_changes_and_leaves() {
+async fn a_watch_sees_records_join_change_and_leave() {
     let (_homes, _hub, [one, other]) = mesh().await;
     one.records().put("k", "", "1", HOUR).await.unwrap();
     let mut watch = other.records().watch("k").await.unwrap();
@@ -197,7 +198,7 @@ async fn a_watch_sees_what_joins_changes_and_leaves() {
         matches!(&changed, RecordChange::Changed(r) if r.value == b"2"),
         "{changed:?}"
     );
-    // At once, but on a machine that is busy.
+    // The change arrives at once, except on a busy machine.
     assert!(begin.elapsed() < Duration::from_secs(25));
     one.records().remove("k", "").await.unwrap();
     let left = next().await;
@@ -209,7 +210,7 @@ async fn a_watch_sees_what_joins_changes_and_leaves() {
             subkey: Vec::new()
         }
     );
-    // What ends by itself, not before it was seen.
+    // A record that expires, but not before it was seen.
     let brief = Duration::from_secs(25);
     one.records().put("k", "s", "3", brief).await.unwrap();
     assert!(matches!(next().await, RecordChange::Joined(_)));

@@ -1,4 +1,5 @@
-//! Registries of models: who publishes, what followers take for a name's meaning, what they hold, and what is private.
+//! Registries of models: publishers, the meaning of names for followers, the documents that followers hold, and private
+//! registries.
 
 use std::{
     path::PathBuf,
@@ -29,7 +30,7 @@ async fn names(registry: &Registry) -> Vec<String> {
     }
 }
 
-/// Waits until a registry lists just these.
+/// Waits until a registry lists exactly these names.
 async fn lists(registry: &Registry, wanted: &[&str]) {
     let begin = Instant::now();
     loop {
@@ -42,7 +43,7 @@ async fn lists(registry: &Registry, wanted: &[&str]) {
     }
 }
 
-/// Waits until a node publishes such names.
+/// Waits until a node publishes names in the registry.
 async fn publishes(registry: &Registry, peer: PeerId) {
     let begin = Instant::now();
     loop {
@@ -55,7 +56,7 @@ async fn publishes(registry: &Registry, peer: PeerId) {
     }
 }
 
-/// What a node gets for a name, to a folder of its own.
+/// Fetches a name to a folder of its own, and returns the model's id and publisher.
 async fn get(node: &Node, name: &str) -> Result<(Hash, Option<PeerId>), Error> {
     let to = node.home().join("got").join(name.replace('/', "-"));
     let got = node.models().get(name.parse::<Target>().unwrap()).to(to);
@@ -64,7 +65,7 @@ async fn get(node: &Node, name: &str) -> Result<(Hash, Option<PeerId>), Error> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
+async fn a_registry_decides_the_meaning_of_names_and_strangers_do_not() {
     let (homes, hub, [owner, publisher, stranger, follower]) = mesh().await;
     let new = NewRegistry {
         label: "models".to_owned(),
@@ -92,7 +93,7 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
         "other/tiny",
     )
     .await;
-    assert_eq!(listed, 0, "it may not publish such names");
+    assert_eq!(listed, 0, "the node may not publish such names");
     let of_stranger = stranger.registries().follow(id, "").await.unwrap();
     assert!(of_stranger.arrived(PATIENCE).await.unwrap());
     let false_model = tiny_model(folder.join("false"), "{\"false\": true}");
@@ -115,7 +116,7 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
         denied.as_ref().err()
     );
 
-    // Whoever follows no registry hears two peers who contradict each other.
+    // A node that follows no registry finds two peers that contradict each other.
     let unsure = get(&hub, "acme/tiny").await;
     assert!(
         matches!(unsure, Err(Error::SeveralPublishers { .. })),
@@ -141,7 +142,7 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
             .all(|claim| claim.trusted == (claim.model != false_one))
     );
 
-    // A new revision takes the place of the old one; what is removed is listed no longer.
+    // A new revision replaces the old one; a removed one is no longer listed.
     let (anew, _) = add(
         &publisher,
         tiny_model(folder.join("anew"), "{\"v\": 2}"),
@@ -150,7 +151,7 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
     .await;
     let begin = Instant::now();
     while of_follower.models("").await.unwrap()[0].model != anew {
-        assert!(begin.elapsed() < PATIENCE, "the new one is not listed");
+        assert!(begin.elapsed() < PATIENCE, "the new revision is not listed");
         sleep(Duration::from_millis(20)).await;
     }
     let to_other = tiny_model(folder.join("of owner"), "7");
@@ -179,7 +180,7 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
     of_owner.publish(&again, &of_all.to_string()).await.unwrap();
     lists(&of_follower, &["misc/two"]).await;
 
-    // Who publishes no longer has no say, whatever its catalogue holds.
+    // A former publisher has no say, whatever its catalogue contains.
     let former = vec![(owner.peer_id(), None)];
     let heir = vec![(stranger.peer_id(), pattern("acme/*"))];
     of_owner.set_publishers(heir, former).await.unwrap();
@@ -193,7 +194,7 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_follower_knows_names_when_all_others_are_gone_and_holds_only_what_is_of_interest() {
+async fn a_follower_resolves_names_offline_and_holds_only_documents_within_its_prefix() {
     let (homes, hub, [a, b, c]) = mesh().await;
     let new = NewRegistry {
         publishers: vec![(a.peer_id(), pattern("a/*")), (b.peer_id(), pattern("b/*"))],
@@ -209,14 +210,14 @@ async fn a_follower_knows_names_when_all_others_are_gone_and_holds_only_what_is_
     let of_c = c.registries().follow(id, "").await.unwrap();
     lists(&of_c, &["a/one", "b/one"]).await;
     assert_eq!(c.docs().list().await.unwrap().len(), 3);
-    // Less is of interest: what is of none is held no longer.
+    // With a narrower prefix, documents without matching names are dropped.
     c.registries().follow(id, "a/").await.unwrap();
     lists(&of_c, &["a/one"]).await;
     let begin = Instant::now();
     while c.docs().list().await.unwrap().len() != 2 {
         assert!(
             begin.elapsed() < PATIENCE,
-            "it still holds what is of no interest"
+            "the node still holds documents outside its prefix"
         );
         sleep(Duration::from_millis(20)).await;
     }
@@ -228,8 +229,8 @@ async fn a_follower_knows_names_when_all_others_are_gone_and_holds_only_what_is_
     let wrong = c.registries().follow(id, "no name").await;
     assert!(matches!(wrong, Err(Error::Pattern(_))), "{wrong:?}");
 
-    // Without anybody else, after a restart. It goes first, and so it does not hear that the others provide nothing any
-    // more: whom it cannot reach then is the provider of what the name means.
+    // After a restart, without any other node. This node stops first, so it does not learn that the others no longer
+    // provide anything. The unreachable node then is the provider of the name's model.
     for node in [&c, &a, &b, &hub] {
         node.shutdown().await;
     }
@@ -252,14 +253,14 @@ async fn a_follower_knows_names_when_all_others_are_gone_and_holds_only_what_is_
     while !c.docs().list().await.unwrap().is_empty() {
         assert!(
             begin.elapsed() < PATIENCE,
-            "it still holds what it does not follow"
+            "the node still holds documents that it does not follow"
         );
         sleep(Duration::from_millis(20)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_private_registry_and_what_it_lists_are_read_by_its_readers_alone() {
+async fn only_the_readers_of_a_private_registry_read_it_and_its_catalogues() {
     let (homes, _hub, [owner, publisher, stranger]) = mesh().await;
     let new = NewRegistry {
         publishers: vec![(publisher.peer_id(), NamePattern::all())],
@@ -285,7 +286,7 @@ async fn a_private_registry_and_what_it_lists_are_read_by_its_readers_alone() {
         .follow(of_owner.id(), "")
         .await
         .unwrap();
-    // The catalogue's id is no secret, its content is.
+    // The catalogue's id is no secret, but its content is.
     let held = publisher.docs().list().await.unwrap();
     let catalogue = held.iter().find(|one| one.id != of_owner.id()).unwrap();
     let opened = stranger.docs().open(catalogue.id).await.unwrap();
@@ -310,7 +311,7 @@ async fn a_private_registry_and_what_it_lists_are_read_by_its_readers_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reserved_name_means_nothing_until_its_publisher_says_so() {
+async fn a_reserved_name_has_no_meaning_until_its_publisher_lists_it() {
     let (homes, hub, [owner, publisher, stranger]) = mesh().await;
     let new = NewRegistry {
         publishers: vec![(publisher.peer_id(), pattern("acme/*"))],
@@ -329,14 +330,15 @@ async fn a_reserved_name_means_nothing_until_its_publisher_says_so() {
         "free/tiny",
     )
     .await;
-    // The publisher has not met the registry: its catalogue is nowhere.
+    // The publisher has not seen the registry, so no node has its catalogue.
     let nothing = get(&owner, "acme/tiny").await;
     assert!(
         matches!(nothing, Err(Error::NotListed { registry, .. }) if registry == of_owner.id()),
         "{:?}",
         nothing.err()
     );
-    // Names that nobody has reserved, and followers of nothing, go by the DHT; and whoever names a publisher has its word.
+    // Unreserved names are resolved by the DHT, and so are all names for nodes that follow no registry. A publisher
+    // that the user names is believed.
     get(&owner, "free/tiny").await.unwrap();
     assert_eq!(get(&hub, "acme/tiny").await.unwrap().0, false_one);
     let asked = owner.models().get("acme/tiny".parse::<Target>().unwrap());
@@ -344,7 +346,7 @@ async fn a_reserved_name_means_nothing_until_its_publisher_says_so() {
         .publisher(stranger.peer_id())
         .to(owner.home().join("asked"));
     assert_eq!(asked.start().await.unwrap().model.id, false_one);
-    // Once the catalogue is here, and does not list it, the name still means nothing.
+    // Once the catalogue is here and does not list the name, the name still means nothing.
     let of_publisher = publisher
         .registries()
         .follow(of_owner.id(), "")

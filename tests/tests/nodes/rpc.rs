@@ -24,7 +24,7 @@ async fn network(listen: &[&str]) -> Network {
     plain_network(config(listen)).await
 }
 
-/// A client of a service at another node, over a stream between them.
+/// Returns a client of a service at another node, over a stream between them.
 async fn client(near: &Network, far: &Network, router: Router) -> NumbersClient<Session> {
     let mut incoming = far.accept(RPC).unwrap();
     let router = Arc::new(router);
@@ -140,12 +140,12 @@ async fn node(home: &std::path::Path, listen: &str) -> Node {
         .unwrap()
 }
 
-/// By PeerId alone, from both classes at once, and again after the other side has been away.
+/// Calls by PeerId alone, from both classes at once, and again after the other side was away.
 #[tokio::test(flavor = "multi_thread")]
-async fn nodes_call_each_other_and_go_on_after_one_was_away() {
+async fn nodes_call_each_other_again_after_one_was_away() {
     let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let one = node(homes[0].path(), "/ip4/127.0.0.1/tcp/0").await;
-    // An address of its own: nobody else takes the port while it is away.
+    // An address of its own, so that no other node takes the port meanwhile.
     let other = node(homes[1].path(), "/ip4/127.0.0.3/tcp/0").await;
     let router = || Router::new().add_service(NumbersServer::new(Counting(echo)));
     other.rpc().serve(router()).unwrap();
@@ -192,9 +192,9 @@ async fn nodes_call_each_other_and_go_on_after_one_was_away() {
     assert_eq!(answer.wait().await.unwrap().message.value, 2);
 }
 
-/// The bytes go when the path does, and whoever calls hears of it.
+/// A call fails with its connection, and the caller learns of it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_to_a_node_that_stops_fails_and_says_whether_it_was_seen() {
+async fn a_call_to_a_node_that_stops_fails_and_reports_whether_it_was_seen() {
     let (near, far) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let client = client(
         &near,

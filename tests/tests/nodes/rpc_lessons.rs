@@ -1,4 +1,4 @@
-//! Each way in which the calls of Lattica 1.0.21 broke when it was run, tried on ours. (That a call goes over a relay is in `nat_faults.rs`.)
+//! Each failure of calls that was seen in Lattica 1.0.21, tried on Weft. (`nat/faults.rs` tests a call over a relay.)
 
 use std::{
     sync::{
@@ -19,7 +19,7 @@ use weft_tests::{
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What `echo` does with some numbers.
+/// Numbers for which `echo` blocks or fails.
 const BLOCK: u64 = 1_000_000;
 const FAIL: u64 = 1_000_001;
 const CALL_BACK: u64 = 1_000_002;
@@ -27,13 +27,13 @@ const WAIT: u64 = 1_000_003;
 
 #[derive(Clone, Default)]
 struct Service {
-    /// For calls back to whoever calls.
+    /// The node for calls back to the caller.
     node: Option<Node>,
     called: Arc<AtomicUsize>,
     waiting: Arc<AtomicUsize>,
 }
 
-/// Counts down when what holds it is dropped.
+/// Counts down when the value that holds it is dropped.
 struct Waiting(Arc<AtomicUsize>);
 
 impl Drop for Waiting {
@@ -51,7 +51,7 @@ impl Service {
     ) -> Result<Attached<Number>, Status> {
         self.called.fetch_add(1, Ordering::SeqCst);
         match request.message.value {
-            // As a handler does that knows nothing of async, and for longer than a busy machine makes anybody wait.
+            // Blocks as a handler without async code does, for longer than delays on a busy machine.
             BLOCK => std::thread::sleep(Duration::from_secs(5)),
             FAIL => return Err(Status::new(Code::Internal, "the model is on fire")),
             CALL_BACK => {
@@ -117,10 +117,10 @@ async fn pair() -> Pair {
 }
 
 async fn in_time<T>(what: impl Future<Output = T>) -> T {
-    timeout(PATIENCE, what).await.expect("it hangs")
+    timeout(PATIENCE, what).await.expect("a call hangs")
 }
 
-/// There: four streams at a time over TCP wedged the client for good.
+/// In Lattica, four streams at a time over TCP wedged the client for good.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_streams_at_a_time_do_not_wedge() {
     let pair = pair().await;
@@ -137,11 +137,12 @@ async fn many_streams_at_a_time_do_not_wedge() {
     in_time(join_all(streams)).await;
 }
 
-/// There: handlers ran in the loop of the network; eight of half a second took four, and nobody could connect meanwhile.
+/// In Lattica, handlers ran in the loop of the network. Eight handlers of half a second took four seconds, and no peer
+/// could connect meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 10)]
-async fn handlers_that_block_hold_up_no_others_and_no_connections() {
+async fn blocking_handlers_delay_no_other_calls_and_no_connections() {
     let pair = pair().await;
-    // Until the methods are known to be brief, which these then are not.
+    // Makes the methods known as brief before they block.
     let quick = (0..500).map(|value| pair.client.echo(Number { value }));
     in_time(join_all(quick)).await;
     let home = tempfile::tempdir().unwrap();
@@ -171,13 +172,13 @@ async fn handlers_that_block_hold_up_no_others_and_no_connections() {
     ))
     .await;
     let took = again.elapsed();
-    // One after the other, they take forty.
+    // One after the other, they would take forty seconds.
     assert!(took < Duration::from_secs(15), "{took:?}");
 }
 
-/// There: a handler that made a call deadlocked.
+/// In Lattica, a handler that made a call deadlocked.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_handler_calls_whoever_calls_it() {
+async fn a_handler_calls_its_caller() {
     let pair = pair().await;
     let calls = (0..32).map(|_| pair.client.echo(Number { value: CALL_BACK }));
     for answer in in_time(join_all(calls)).await {
@@ -185,7 +186,7 @@ async fn a_handler_calls_whoever_calls_it() {
     }
 }
 
-/// There: of 5,000 items 550 arrived, without an error, when the consumer was slow.
+/// In Lattica, 550 of 5,000 items arrived, without an error, if the consumer was slow.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_item_of_a_stream_is_lost_however_slow_its_consumer() {
     let pair = pair().await;
@@ -201,7 +202,7 @@ async fn no_item_of_a_stream_is_lost_however_slow_its_consumer() {
     assert!(in_time(items.next()).await.unwrap().is_none());
 }
 
-/// There: errors in a stream looked like its end.
+/// In Lattica, errors in a stream looked like its end.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_fails_does_not_look_like_one_that_ends() {
     let pair = pair().await;
@@ -214,9 +215,9 @@ async fn a_stream_that_fails_does_not_look_like_one_that_ends() {
     assert_eq!(failed.message, "not thirteen");
 }
 
-/// There: whatever a handler raised, it was called three times more.
+/// In Lattica, a handler that raised any error was called three more times.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_handler_says_is_not_retried_and_comes_back_whole() {
+async fn a_handlers_error_is_not_retried_and_arrives_whole() {
     let pair = pair().await;
     let failed = in_time(pair.client.echo(Number { value: FAIL })).await;
     let failed = failed.unwrap_err();
@@ -225,13 +226,13 @@ async fn what_a_handler_says_is_not_retried_and_comes_back_whole() {
     assert_eq!(pair.service.called.load(Ordering::SeqCst), 1);
 }
 
-/// There: work went on after the caller's time was over.
+/// In Lattica, work continued after the caller's deadline.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_timeout_ends_the_work() {
     let pair = pair().await;
     let client = NumbersClient::new(pair.near.rpc().peer(pair.far.peer_id()))
         .with_timeout(Duration::from_secs(2));
-    // To open the first stream is not to be a part of the call's time.
+    // Opening the first stream must not count towards the call's time.
     let opened = in_time(pair.client.echo(Number { value: 1 })).await;
     opened.unwrap();
     let late = in_time(client.echo(Number { value: WAIT })).await;
@@ -240,13 +241,13 @@ async fn a_timeout_ends_the_work() {
     assert_eq!(pair.service.called.load(Ordering::SeqCst), 2);
     let begin = Instant::now();
     while pair.service.waiting.load(Ordering::SeqCst) > 0 {
-        assert!(begin.elapsed() < PATIENCE, "it goes on");
+        assert!(begin.elapsed() < PATIENCE, "the work continues");
         sleep(Duration::from_millis(5)).await;
     }
     assert_eq!(pair.service.called.load(Ordering::SeqCst), 2);
 }
 
-/// There: a call that was cancelled after its peer had vanished wedged the node.
+/// In Lattica, a call that was cancelled after its peer had vanished wedged the node.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_is_cancelled_after_its_peer_has_vanished() {
     let pair = pair().await;
@@ -261,7 +262,7 @@ async fn a_call_is_cancelled_after_its_peer_has_vanished() {
     in_time(pair.far.shutdown()).await;
     drop((sink, answers));
     waiting.abort();
-    // The node goes on: it is asked, and calls another.
+    // The node still works: it answers, and calls another node.
     in_time(pair.near.status()).await.unwrap();
     let home = tempfile::tempdir().unwrap();
     let other = node(home.path(), &[]).await;
@@ -275,16 +276,16 @@ async fn a_call_is_cancelled_after_its_peer_has_vanished() {
     assert_eq!(answer.message.value, 5);
 }
 
-/// There: a client that was stopped froze the server.
+/// In Lattica, a client that was stopped froze the server.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_stops_taking_freezes_nobody() {
+async fn a_client_that_stops_reading_freezes_no_other() {
     let pair = pair().await;
-    // Streams without end, of which nothing is taken.
+    // Endless streams, of which nothing is taken.
     let mut stopped = Vec::new();
     for _ in 0..8 {
         stopped.push(pair.client.countdown(Number { value: u64::MAX }).await);
     }
-    // Each of them has begun: it has said its first.
+    // Each stream has begun: it has sent its first item.
     for stream in &mut stopped {
         let stream = stream.as_mut().unwrap();
         in_time(stream.next()).await.unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! Services by name: found through the DHT, told apart by labels, shared out, and done without when they fail.
+//! Services by name: discovery through the DHT, labels, load balancing, and failover.
 
 use std::{
     sync::{
@@ -62,7 +62,7 @@ impl Numbers for Numbered {
     }
 }
 
-/// Waits until just these offer it.
+/// Waits until exactly these peers provide the service.
 async fn offered_by(service: &Service, peers: &[PeerId]) {
     let begin = Instant::now();
     loop {
@@ -83,7 +83,7 @@ fn labels(model: &str) -> Labels {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
+async fn calls_are_balanced_and_continue_when_a_provider_is_gone() {
     let (_homes, _hub, [a, b, caller]) = mesh().await;
     let [at_a, at_b] = [1, 2].map(|number| Numbered {
         number,
@@ -96,14 +96,17 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
     let service = caller.rpc().service(NAME).unwrap();
     offered_by(&service, &[a.peer_id(), b.peer_id()]).await;
     let client = NumbersClient::new(service.clone());
-    // Of two next door, the one with fewer calls open is asked.
+    // Of two providers on this machine, the one with fewer open calls is chosen.
     let begin = Instant::now();
     let is_next_door =
         |rtt: Option<Duration>| rtt.is_some_and(|rtt| rtt < Duration::from_millis(4));
     while !service.peers().await.iter().all(|p| is_next_door(p.rtt)) {
-        // Measured when they connect, and from then on every fifteen seconds.
+        // Round trips are measured when peers connect, and every fifteen seconds.
         let patience = Duration::from_secs(120);
-        assert!(begin.elapsed() < patience, "no round trip as of next door");
+        assert!(
+            begin.elapsed() < patience,
+            "the round trips are too long for this machine"
+        );
         sleep(Duration::from_millis(50)).await;
     }
     for at in [&at_a, &at_b] {
@@ -114,11 +117,11 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
         answer.unwrap();
     }
     let calls = [&at_a, &at_b].map(|at| at.calls.load(Ordering::SeqCst));
-    // Two milliseconds more of round trip are all that may differ.
+    // The round trips differ by two milliseconds at most.
     assert_eq!(calls.iter().sum::<usize>(), 20);
     assert!(calls.iter().all(|n| *n >= 5), "{calls:?}");
     assert!(service.peers().await.iter().all(|p| p.outstanding == 0));
-    // An error of the call's own is the caller's, and nobody is thought less of.
+    // An error of the call itself goes to the caller, and does not count against the provider.
     let mut stream = client.countdown(Number { value: 1 }).await.unwrap();
     let failed = stream.next().await.unwrap_err();
     assert_eq!(failed.code, Code::FailedPrecondition);
@@ -130,7 +133,7 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
             .all(|p| p.avoided.is_none() && p.outstanding == 0),
         "{peers:#?}"
     );
-    // One goes without a word to say that it does: its calls go to the other, and none fails.
+    // One provider vanishes without notice: its calls go to the other, and none fails.
     for at in [&at_a, &at_b] {
         at.takes.store(0, Ordering::SeqCst);
     }
@@ -139,7 +142,7 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
         let answer = client.echo(Number { value: 0 }).await;
         assert_eq!(answer.unwrap().message.value, 2);
     }
-    // It took back what it had announced.
+    // The provider has withdrawn its record.
     offered_by(&service, &[b.peer_id()]).await;
     b.shutdown().await;
     let client = client.with_timeout(Duration::from_secs(20));
@@ -148,7 +151,7 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn labels_choose_among_those_of_one_name_and_change() {
+async fn labels_select_providers_of_one_service_and_can_change() {
     let (_homes, _hub, [a, b, caller]) = mesh().await;
     let mut held = Vec::new();
     for (number, node, model) in [(1, &a, "small"), (2, &b, "large")] {
@@ -174,7 +177,7 @@ async fn labels_choose_among_those_of_one_name_and_change() {
     let failed = failed.unwrap_err();
     assert_eq!(failed.code, Code::Unavailable);
     assert!(failed.message.contains("huge"), "{failed}");
-    // Labels change within the time that is stated, and go.
+    // New labels are known within the documented time, and labels can be removed.
     held[0].set_labels(labels("huge")).unwrap();
     let huge = llama().labelled("model", "huge");
     offered_by(&huge, &[a.peer_id()]).await;
@@ -192,7 +195,7 @@ async fn labels_choose_among_those_of_one_name_and_change() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_tells_who_begins_and_ends_to_offer() {
+async fn a_watch_reports_providers_that_start_and_stop() {
     let (_homes, _hub, [a, b, caller]) = mesh().await;
     async fn next(watch: &mut ServiceWatch) -> ServiceChange {
         timeout(PATIENCE, watch.next()).await.unwrap().unwrap()
@@ -209,7 +212,7 @@ async fn a_watch_tells_who_begins_and_ends_to_offer() {
     let at_b = b.rpc().announce("llama", labels("large")).unwrap();
     assert_eq!(next(&mut all).await, joined(&b, "large"));
     assert_eq!(next(&mut large).await, joined(&b, "large"));
-    // Other labels: changed for the one, and for the other there or not.
+    // With other labels, the watch of all sees a change, and the filtered watches see the provider join or leave.
     at_a.set_labels(labels("large")).unwrap();
     let changed = ServiceChange::Changed {
         peer: a.peer_id(),
@@ -222,10 +225,10 @@ async fn a_watch_tells_who_begins_and_ends_to_offer() {
         peer: node.peer_id(),
     };
     assert_eq!(next(&mut large).await, left(&a));
-    // Offered no more, and a node that stops.
+    // A service that is no longer offered, and a node that stops.
     drop(at_b);
     assert_eq!(next(&mut large).await, left(&b));
-    // Both in one look-up, in any order.
+    // Both in one lookup, in any order.
     let both = [next(&mut all).await, next(&mut all).await];
     let changed = ServiceChange::Changed {
         peer: a.peer_id(),

@@ -1,4 +1,5 @@
-//! A model from several providers, one of which lies, and several gets of one model. (Rates are measured in `timed`.)
+//! A model from several providers, one of which sends wrong bytes, and several gets of one model. (Rates are measured
+//! in `timed`.)
 
 use std::{path::Path, time::Duration};
 
@@ -12,7 +13,7 @@ use weft_tests::{bare_network, capped, content::opaque_model, mesh, node, provid
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What every provider sends at most, in bytes a second, where the rate matters.
+/// Upload limit of a provider, in bytes a second, if the rate matters.
 const RATE: u64 = 8_000_000;
 
 async fn get(node: &Node, ticket: Ticket, to: &Path) -> Got {
@@ -34,13 +35,13 @@ async fn a_provider_of_wrong_bytes_is_asked_once_and_others_finish() {
     let got = get(&receiver, ticket, &to).await;
     same_files(&model, &to);
     assert!(got.sources.iter().all(|one| one.peer != liar.local_peer()));
-    // For the manifest it may have been asked too.
+    // It may have been asked for the manifest too.
     let asked = asked.load(std::sync::atomic::Ordering::Relaxed);
     assert!(asked <= 2, "asked {asked} times");
     drop(nodes);
 }
 
-/// Answers every request with a slice of the right form and no right byte in it.
+/// Answers every request with a well-formed slice of wrong bytes.
 async fn lying() -> (Network, std::sync::Arc<std::sync::atomic::AtomicU32>) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let network = bare_network().await;
@@ -100,7 +101,7 @@ async fn two_gets_of_one_model_share_the_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_get_that_takes_over_from_a_dropped_one_goes_on_with_its_parts() {
+async fn a_get_after_a_dropped_one_resumes_its_part_files() {
     let folder = tempfile::tempdir().unwrap();
     let size = 40_000_000;
     let model = opaque_model(folder.path().join("model"), "", size);
@@ -109,11 +110,11 @@ async fn a_get_that_takes_over_from_a_dropped_one_goes_on_with_its_parts() {
     let target = Target::Ticket(ticket);
     let first = receiver.models().get(target.clone());
     let mut first = first.to(folder.path().join("one")).start();
-    // The rate of an instant is another where others use the machine: it has until the end to be right.
+    // On a busy machine the current rate varies, so the progress has until the end to be right.
     let mut last = None;
     let progress = loop {
         let next = timeout(PATIENCE, first.next()).await.unwrap();
-        let progress = next.unwrap_or_else(|| panic!("at the end still {last:?}"));
+        let progress = next.unwrap_or_else(|| panic!("still {last:?} at the end"));
         let is_right = progress.rate > RATE / 2 && progress.rate < RATE * 2;
         if progress.bytes_done > 6_000_000 && is_right {
             break progress;

@@ -1,4 +1,4 @@
-//! Topics over a mesh of nodes: found through the DHT, signed, checked, limited, and left.
+//! Topics over a mesh of nodes: finding subscribers through the DHT, signatures, checks, limits, and leaving.
 
 use std::{
     sync::{
@@ -42,11 +42,11 @@ async fn knows(node: &Node, topic: &str, peers: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn subscribers_find_each_other_and_hear_whoever_publishes() {
+async fn subscribers_find_each_other_and_receive_from_every_publisher() {
     let (_homes, hub, [a, b, outsider]) = mesh().await;
     let mut at_a = a.topics().subscribe("models/acme").await.unwrap();
     let mut at_b = b.topics().subscribe("models/acme").await.unwrap();
-    // The hub has not subscribed, and so passes nothing on: they have to be connected to each other.
+    // The hub has not subscribed, so it passes nothing on: the subscribers must be connected to each other.
     knows(&a, "models/acme", 1).await;
     knows(&b, "models/acme", 1).await;
     assert!(a.topics().publish("models/acme", "v2").await.unwrap() >= 1);
@@ -57,11 +57,12 @@ async fn subscribers_find_each_other_and_hear_whoever_publishes() {
             (a.peer_id(), b"v2".as_slice())
         );
     }
-    // One who has not subscribed finds those who have when it publishes. It may hear only afterwards that they have; then nobody was told, and it says it again.
+    // A node that has not subscribed finds the subscribers when it publishes. It may learn of their subscriptions only
+    // later; then the message reaches no peer, and it publishes again.
     let topics = outsider.topics();
     let begin = Instant::now();
     while topics.publish("models/acme", "v3").await.unwrap() == 0 {
-        assert!(begin.elapsed() < PATIENCE, "nobody hears it");
+        assert!(begin.elapsed() < PATIENCE, "no subscriber receives it");
         sleep(Duration::from_millis(20)).await;
     }
     for at in [&mut at_a, &mut at_b] {
@@ -72,7 +73,7 @@ async fn subscribers_find_each_other_and_hear_whoever_publishes() {
         );
     }
     assert!(hub.topics().list().await.unwrap().is_empty());
-    // Whoever drops its subscription takes no part any more.
+    // A node that drops its subscription leaves the topic.
     drop(at_a);
     let begin = Instant::now();
     while !a.topics().list().await.unwrap().is_empty() {
@@ -82,7 +83,7 @@ async fn subscribers_find_each_other_and_hear_whoever_publishes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_accepted_is_neither_taken_nor_passed_on() {
+async fn rejected_messages_are_neither_delivered_nor_passed_on() {
     let (_homes, _hub, [a, b, c]) = mesh().await;
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
@@ -110,7 +111,7 @@ async fn what_is_not_accepted_is_neither_taken_nor_passed_on() {
         knows(node, "other", 2).await;
     }
     a.topics().publish("t", "!no").await.unwrap();
-    // Messages are looked at beside each other: the second must not overtake the first.
+    // Messages are validated concurrently. The second must not overtake the first.
     let begin = Instant::now();
     while asked.load(Ordering::SeqCst) == 0 {
         assert!(begin.elapsed() < PATIENCE, "the validator is not asked");
@@ -125,7 +126,7 @@ async fn what_is_not_accepted_is_neither_taken_nor_passed_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_hold_and_are_named() {
+async fn topic_limits_are_enforced_and_named() {
     let (_homes, _hub, [a, b]) = mesh().await;
     let topics = a.topics();
     let failed = topics
@@ -143,13 +144,13 @@ async fn limits_hold_and_are_named() {
             "{failed}"
         );
     }
-    // The largest that there may be arrives.
+    // The largest allowed message arrives.
     let mut at_b = b.topics().subscribe("t").await.unwrap();
     let mine = topics.subscribe("t").await.unwrap();
     knows(&a, "t", 1).await;
     topics.publish("t", vec![7; 64 * 1024]).await.unwrap();
     assert_eq!(next(&mut at_b).await.data.len(), 64 * 1024);
-    // Who does not take what comes is told how much it has missed, and holds up nobody.
+    // A slow subscriber is told how many messages it has missed, and delays no other.
     drop(mine);
     let mut slow = a.topics().subscribe("own").await.unwrap();
     for n in 0..1000_u32 {
@@ -210,7 +211,7 @@ struct GossipMessage {
     key: Option<Vec<u8>>,
 }
 
-/// One that speaks gossipsub as it likes.
+/// A peer that sends arbitrary gossipsub messages.
 struct Stranger {
     keys: Keypair,
     network: Network,
@@ -245,7 +246,7 @@ impl Stranger {
         message.signature = Some(self.keys.sign(&signed).unwrap());
     }
 
-    /// Sends this to a node, as whoever has subscribed to the same.
+    /// Sends these messages to a node, as a subscriber of the same topic.
     async fn say(&self, node: &Node, publish: Vec<GossipMessage>) {
         let subscription = GossipSubscription {
             subscribe: Some(true),
@@ -266,10 +267,10 @@ impl Stranger {
         let protocol = StreamProtocol::new("/meshsub/1.1.0");
         let stream = self.network.open(peer, protocol, Class::Control).await;
         let mut stream = stream.unwrap();
-        // It may be cut off in the middle, which is what it deserves.
+        // The node may disconnect in the middle.
         let _ = stream.write_all(bytes).await;
         let _ = stream.flush().await;
-        // So that it is read before the stream is gone.
+        // The bytes must be read before the stream is gone.
         sleep(Duration::from_millis(200)).await;
     }
 }
@@ -299,13 +300,13 @@ async fn a_peer_that_subscribes_to_an_endless_name_is_disconnected() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_breaks_the_rules_reaches_nobody() {
+async fn invalid_messages_reach_no_subscriber() {
     let (_homes, _hub, [victim, other]) = mesh().await;
     let mut taken = victim.topics().subscribe("t").await.unwrap();
     let mut passed_on = other.topics().subscribe("t").await.unwrap();
     knows(&victim, "t", 1).await;
     knows(&other, "t", 1).await;
-    // Otherwise the rest says nothing.
+    // An honest message must arrive, or the rest shows nothing.
     let honest = Stranger::new().await;
     let first = honest.message(b"first", 1);
     honest.say(&victim, vec![first.clone()]).await;
@@ -348,10 +349,10 @@ async fn what_breaks_the_rules_reaches_nobody() {
         change(&stranger, &mut message);
         stranger.say(&victim, vec![message]).await;
     }
-    // What has been here, by whoever says it again.
+    // An old message, sent again by any peer.
     let again = Stranger::new().await;
     again.say(&victim, vec![first]).await;
-    // A frame that is too long, one that never ends, and bytes that make no sense.
+    // A frame that is too long, one that never ends, and random bytes.
     for bytes in [vec![0xff; 100], vec![0xff, 0xff, 0x3f, 1, 2], vec![9; 1000]] {
         Stranger::new().await.send(&victim, &bytes).await;
     }

@@ -1,5 +1,4 @@
-//! Publishing folders and caches as people have them: odd files, odd names, parts of a model; and letting go of them
-//! again.
+//! Publishing real-world folders and caches: odd files, odd names, parts of a model; and removing them again.
 
 use std::{
     fs,
@@ -26,7 +25,7 @@ fn list(value: &Value) -> Vec<&str> {
     values.map(|one| one.as_str().unwrap()).collect()
 }
 
-/// A folder beside a home, with a config file of its own content.
+/// Creates a folder beside a home, with a config file of unique content.
 fn folder(home: &Home, name: &str) -> PathBuf {
     let folder = home.beside(name);
     write(folder.join("config.json"), name);
@@ -34,7 +33,7 @@ fn folder(home: &Home, name: &str) -> PathBuf {
 }
 
 #[test]
-fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them() {
+fn a_folder_with_odd_files_is_published_and_the_answer_names_them() {
     let home = Home::new();
     let _up = home.up(&[]);
     let odd = folder(&home, "odd");
@@ -73,12 +72,12 @@ fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them(
     let shown = home.json(&["show", "me/odd"]);
     assert_eq!(shown["incomplete"], added["incomplete"]);
 
-    // In words, and with what was left out.
+    // As text, and with the files that were left out.
     let words = home.run(&["add", text(&odd), "--hidden", "--follow-links"]);
     assert_eq!(words.code(), Some(0), "{words:#?}");
     for says in [
-        "without tensors: model.safetensors: it is a pointer of Git LFS",
-        "left out latest.bin: a link to gone, which is not there",
+        "without tensors: model.safetensors: it is a Git LFS pointer",
+        "left out latest.bin: a link to gone, which does not exist",
         "followed a link out of the folder: x.json",
         "incomplete: 1 of 2 files of q-*-of-00002.bin",
     ] {
@@ -88,7 +87,7 @@ fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them(
 }
 
 #[test]
-fn names_that_some_systems_cannot_hold_are_listed_and_an_option_leaves_them_out() {
+fn unportable_names_are_listed_and_an_option_skips_them() {
     let home = Home::new();
     let _up = home.up(&[]);
     let model = folder(&home, "names");
@@ -123,7 +122,7 @@ fn names_that_some_systems_cannot_hold_are_listed_and_an_option_leaves_them_out(
 }
 
 #[test]
-fn one_of_several_names_is_dropped_alone_and_the_last_one_with_the_model() {
+fn removing_one_of_several_names_keeps_the_model_and_removing_the_last_removes_it() {
     let home = Home::new();
     let _up = home.up(&[]);
     let (one, other) = (folder(&home, "one"), folder(&home, "other"));
@@ -141,9 +140,9 @@ fn one_of_several_names_is_dropped_alone_and_the_last_one_with_the_model() {
         ["me/a"]
     );
 
-    // A name that moves says from where.
+    // Moving a name says which model it was taken from.
     let moved = home.run(&["add", text(&other), "--name", "me/a"]);
-    assert!(moved.stderr.contains("taken from the model"), "{moved:#?}");
+    assert!(moved.stderr.contains("moved from the model"), "{moved:#?}");
     assert!(moved.stderr.contains(id), "{moved:#?}");
     let short = home.run(&["show", &id[..3]]);
     assert!(short.stderr.contains("first six digits"), "{short:#?}");
@@ -180,7 +179,7 @@ fn removing_a_model_with_its_files_deletes_all_copies_and_the_folders_that_were_
     assert!(model.join("sub/weights.bin").exists());
 }
 
-/// A cache with a part of a commit of `acme/m-GGUF`.
+/// Creates a cache with a part of a commit of `acme/m-GGUF`.
 fn part(home: &Home, files: &[(&str, &str)]) -> PathBuf {
     let cache = home.beside("hub");
     let repo = cache.join("models--acme--m-GGUF");
@@ -228,7 +227,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
     let (got, to) = get(&["--files", "*Q8*"], "q8");
     assert_eq!(fs::read(to.join("m-Q8.gguf")).unwrap(), b"eight bits");
     assert_eq!(got["publisher"], others[0].peer_id());
-    // Without a choice it is the part that has most.
+    // Without a choice, the part with the most files is fetched.
     let (got, to) = get(&[], "all");
     assert_eq!(
         (
@@ -251,7 +250,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
     homes[0].json(&["get", "acme/m-GGUF", "--files", "*Q8*", "--to", text(&to)]);
     assert_eq!(fs::read(to.join("m-Q8.gguf")).unwrap(), b"eight bits");
 
-    // A part that says otherwise of a file is of another model, whatever commit it names.
+    // A part with a different hash for a file belongs to another model, even if it names the same commit.
     let forged = part(
         &homes[3],
         &[("README.md", "another"), ("m-Q8.gguf", "evil")],
@@ -263,7 +262,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
 }
 
 #[test]
-fn a_cache_with_damage_is_published_without_what_is_damaged() {
+fn a_damaged_cache_is_published_without_its_damaged_files() {
     let home = Home::new();
     let _up = home.up(&[]);
     let cache = part(&home, &[("a.bin", "a"), ("b.bin", "b")]);
@@ -278,7 +277,7 @@ fn a_cache_with_damage_is_published_without_what_is_damaged() {
     assert_eq!(added["added"][0]["model"]["file_count"], 1, "{added}");
     let reason = added["failed"][0]["reason"].as_str().unwrap();
     assert!(
-        reason.contains("b.bin: it links to a file that is not there"),
+        reason.contains("b.bin: the link leads to a file that does not exist"),
         "{added}"
     );
     let skipped = list(&added["skipped"]).join("\n");

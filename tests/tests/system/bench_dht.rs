@@ -1,11 +1,11 @@
-//! The benchmark of the DHT in virtual time, as `bench dht` plays it: a small mesh, so that what it measures stays right.
-//! The program answers for the clock of its own process, so that no test program can play it in its own.
+//! The benchmark of the DHT in virtual time, as `bench dht` runs it, on a small mesh, so that the benchmark stays
+//! correct. The program replaces the clock of its own process, so a test program cannot run it inside itself.
 
 use std::{collections::BTreeMap, process::Command};
 
 use serde_json::Value;
 
-/// The figures of one side at 40 nodes, by name, without those of the machine.
+/// Returns the figures of one side at 40 nodes, by name, without those that depend on the machine.
 fn simulate(side: &str, seed: &str) -> BTreeMap<String, f64> {
     let mut bench = Command::new(env!("CARGO_BIN_EXE_bench"));
     bench.args(["dht", "--json", "--nodes", "40", "--side", side]);
@@ -24,11 +24,11 @@ fn simulate(side: &str, seed: &str) -> BTreeMap<String, f64> {
 }
 
 #[test]
-fn a_simulated_mesh_finds_what_it_keeps_and_one_seed_gives_the_same_figures() {
+fn a_simulated_mesh_finds_its_records_and_one_seed_gives_the_same_figures() {
     let ours = simulate("weft", "1");
     assert_eq!(ours["dht-success-40"], 100.0, "{ours:?}");
     assert!(ours["dht-success-40-churn30"] >= 95.0, "{ours:?}");
-    // Round trips of a pair differ by half of the mean at most, and the nearest answer first.
+    // The round trips of a pair differ from the mean by at most half, and the nearest answer comes first.
     let median = ours["dht-latency-rtts-40"];
     assert!((0.5..=4.0).contains(&median), "{ours:?}");
     assert_eq!(simulate("weft", "1"), ours);

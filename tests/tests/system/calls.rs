@@ -22,7 +22,7 @@ fn a_service_in_python_is_called_from_another_node() {
     let up = serving.up(&[]);
     let _up = calling.up(&[]);
     let call = |arguments: &[&str]| calling.run(&[&["call", up.address()], arguments].concat());
-    // Before anything is offered.
+    // Before any service is offered.
     let failed = call(&[METHOD]);
     assert_eq!(failed.code(), Some(3), "{failed:?}");
     assert!(failed.stderr.contains("does not say"), "{failed:?}");
@@ -39,7 +39,7 @@ fn a_service_in_python_is_called_from_another_node() {
     assert_eq!(answered.stdout, "{\"text\":\"a token\"}\n", "{answered:?}");
     for (arguments, code, says) in [
         (&["no.Such/Method"][..], 3, "no service no.Such"),
-        (&["example.echo.v1.Echo/Sing"], 3, "It has Say"),
+        (&["example.echo.v1.Echo/Sing"], 3, "Its methods are Say"),
         (&[METHOD, "--data", "{"], 2, "not a example.echo.v1.Text"),
         (&[METHOD, "--data", r#"{"txt": 1}"#], 2, "txt"),
         (&[METHOD, "--metadata", "x"], 2, "NAME=VALUE"),
@@ -58,11 +58,11 @@ fn a_service_in_python_is_called_from_another_node() {
     drop(service);
     let gone = call(&[METHOD, "--data", r#"{"text": "a token"}"#]);
     assert_ne!(gone.code(), Some(0), "{gone:?}");
-    // And it can come back.
+    // The service can come back.
     let _service = EchoService::start(&serving);
     let answered = call(&[METHOD, "--data", r#"{"text": "again"}"#]);
     assert_eq!(answered.stdout, "{\"text\":\"again\"}\n", "{answered:?}");
-    // A node that is gone is said to be so.
+    // A node that is gone is reported as such.
     drop(up);
     let failed = calling.run(&[
         "call",
@@ -81,7 +81,8 @@ async fn calls(home: &Path) -> CallsClient<Channel> {
     CallsClient::new(endpoint.connect().await.unwrap()).max_decoding_message_size(8 << 20)
 }
 
-/// Answers one call with [`PIECES`], keeping to 16 MiB ahead of what has been taken, or not. Says when it is ready, and when all is sent.
+/// Answers one call with [`PIECES`]. If `paced`, keeps at most 16 MiB ahead of what the caller has taken. Sends a
+/// message when it is ready, and when everything is sent.
 async fn answer_with_much(home: &Path, name: &str, paced: bool, says: mpsc::Sender<()>) {
     let (sender, requests) = mpsc::channel(1);
     let request = |what| ServeRequest { what: Some(what) };
@@ -131,12 +132,12 @@ async fn answer_with_much(home: &Path, name: &str, paced: bool, says: mpsc::Send
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_caller_paces_a_program_that_asks_to_be() {
+async fn a_slow_caller_paces_a_program_that_asks_for_it() {
     let (serving, calling) = (Home::new(), Home::new());
     let up = serving.up(&[]);
     let _up = calling.up(&[]);
     calling.json(&["connect", up.address()]);
-    // Of another name each: when the first is gone is not waited for.
+    // Each has its own name, so the test does not wait until the first is gone.
     for (paced, name) in [(true, "test.Paced"), (false, "test.Much")] {
         let (says, mut said) = mpsc::channel(1);
         let home = serving.path();
@@ -156,12 +157,13 @@ async fn a_slow_caller_paces_a_program_that_asks_to_be() {
         let first = answers.next().await.unwrap().unwrap();
         assert_eq!(first.data.len(), PIECE);
         if paced {
-            // As one that works on the first for a while.
+            // The caller works on the first piece for a while.
             sleep(Duration::from_secs(1)).await;
         } else {
-            // Nothing more is taken until all is sent, however long that takes here.
+            // Nothing more is taken until everything is sent, however long that takes here.
             let sent = timeout(Duration::from_secs(60), said.recv()).await;
-            sent.expect("who is not paced does not wait").unwrap();
+            sent.expect("a program that is not paced does not wait")
+                .unwrap();
         }
         let mut came = 1;
         let ended = loop {
@@ -179,7 +181,7 @@ async fn a_slow_caller_paces_a_program_that_asks_to_be() {
             assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{status}");
         }
         program.abort();
-        // So that the next can offer the same.
+        // The next program can then offer the same service.
         let _ = program.await;
     }
 }

@@ -1,6 +1,6 @@
-//! Machines whose clocks are off: what they state is found, and people are told.
+//! Machines whose clocks are off: their records are found, and their users are told.
 //!
-//! The clock of a program is shifted by a library of a few lines of C that stands before the C library's.
+//! The clock of a program is shifted by a library of a few lines of C, which is loaded before the C library.
 
 #![cfg(target_os = "linux")]
 
@@ -53,7 +53,7 @@ time_t time(time_t *at) {
 }
 "#;
 
-/// Makes the library that shifts a program's clock.
+/// Builds the library that shifts a program's clock.
 fn shim(home: &Home) -> PathBuf {
     let (source, library) = (home.beside("shim.c"), home.beside("shim.so"));
     fs::write(&source, SHIM).unwrap();
@@ -68,7 +68,7 @@ fn shim(home: &Home) -> PathBuf {
     library
 }
 
-/// Starts a node whose clock is ahead by so many seconds.
+/// Starts a node whose clock is ahead by this many seconds.
 fn up_at(home: &Home, seconds: i64, bootstrap: &[&str]) -> Daemon {
     let mut arguments = vec![
         "--json",
@@ -99,7 +99,7 @@ fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
 }
 
 fn meets(home: &Home, nodes: u64) {
-    until("they meet", || {
+    until("the nodes meet", || {
         let status = home.json(&["status"]);
         (status["dht_nodes"].as_u64()? >= nodes).then_some(())
     });
@@ -112,14 +112,14 @@ fn model(home: &Home, content: &str) -> String {
     folder.to_str().unwrap().to_owned()
 }
 
-/// Adds a folder under the same name as always; its id.
+/// Adds a folder under a fixed name, and returns its id.
 fn add(home: &Home, content: &str) -> String {
     let added = home.json(&["add", &model(home, content), "--name", "case/m"]);
     assert!(added["announced_to"].as_u64().unwrap() > 0, "{added}");
     added["model"]["id"].as_str().unwrap().to_owned()
 }
 
-/// Waits until another node takes the name for this model.
+/// Waits until another node resolves the name to this model.
 fn is_found(home: &Home, id: &str) {
     until("others find the newest version", || {
         let to = tempfile::tempdir().unwrap();
@@ -141,7 +141,7 @@ fn a_new_version_is_published_and_found_after_the_clock_was_ahead() {
     let up = home.up(&["--bootstrap", other_up.address()]);
     meets(&home, 1);
     is_found(&other, &add(&home, "v2"));
-    // And also if the node has lost what it stated, and only others know.
+    // The same if the node has lost its records, and only other nodes have them.
     up.stop(Signal::TERM);
     fs::remove_file(home.path().join("records.redb")).unwrap();
     let _up = home.up(&["--bootstrap", other_up.address()]);
@@ -155,7 +155,7 @@ fn clock(home: &Home) -> Option<Value> {
 }
 
 #[test]
-fn a_clock_that_is_off_is_named_by_add_status_and_doctor_and_only_where_it_is_off() {
+fn only_the_node_whose_clock_is_off_reports_it_in_add_status_and_doctor() {
     let homes = [Home::new(), Home::new(), Home::new()];
     let first = homes[0].up(&[]);
     let second = homes[1].up(&["--bootstrap", first.address()]);
@@ -175,8 +175,8 @@ fn a_clock_that_is_off_is_named_by_add_status_and_doctor_and_only_where_it_is_of
     assert_eq!(added.code(), Some(0), "{added:?}");
     assert!(added.stderr.contains(text), "{added:?}");
     assert!(added.stderr.contains("set the clock"), "{added:?}");
-    assert!(!added.stdout.contains("nobody is connected"), "{added:?}");
-    // The others have one peer that is off and one that is not.
+    assert!(!added.stdout.contains("no peer is connected"), "{added:?}");
+    // The others have one peer whose clock is off and one whose clock is right.
     let right = until("the others have compared clocks", || {
         clock(&homes[0]).filter(|clock| clock["peer_count"] == 2)
     });
@@ -186,7 +186,7 @@ fn a_clock_that_is_off_is_named_by_add_status_and_doctor_and_only_where_it_is_of
 }
 
 #[test]
-fn a_clock_before_1970_is_named_and_nothing_panics() {
+fn a_clock_before_1970_is_reported_and_nothing_panics() {
     let home = Home::new();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let day_before = -(now.as_secs() as i64) - 86_400;
@@ -203,7 +203,7 @@ fn a_clock_before_1970_is_named_and_nothing_panics() {
 }
 
 #[test]
-fn a_node_that_starts_again_with_its_clock_set_back_is_heard_on_its_topics() {
+fn a_node_restarted_with_its_clock_set_back_is_heard_on_its_topics() {
     let (listener, publisher) = (Home::new(), Home::new());
     let listening = listener.up(&[]);
     let mut watch = listener.start(&["--json", "topic", "watch", "news"]);
@@ -216,9 +216,9 @@ fn a_node_that_starts_again_with_its_clock_set_back_is_heard_on_its_topics() {
     for (turn, seconds) in [0, -2 * 86_400, -86_400, 0].into_iter().enumerate() {
         let up = up_at(&publisher, seconds, &bootstrap);
         let text = format!("turn {turn}");
-        until("it is published", || {
+        until("the message is published", || {
             let published = publisher.json(&["topic", "publish", "news", &text]);
-            // Before they have met, nobody hears it.
+            // Before the nodes have met, the message reaches no subscriber.
             (published["peer_count"] == 1).then_some(())
         });
         watch.wait_for_line(&text);

@@ -1,4 +1,4 @@
-//! The command line: what it prints, and how it ends.
+//! The command line: its output, and its exit codes.
 
 use std::{
     fs,
@@ -35,9 +35,9 @@ fn each_failure_has_its_exit_code_and_says_what_to_do() {
         (
             &["get", "no/such", "--to", to][..],
             4,
-            "connected to nobody",
+            "connected to no peer",
         ),
-        (&["get", &absent, "--to", to], 4, "connected to nobody"),
+        (&["get", &absent, "--to", to], 4, "connected to no peer"),
         (&["get", "llama", "--to", to], 2, "neither a name"),
         (&["get", "weft:abc", "--to", to], 2, "ticket"),
         (&["get", "a/b/c", "--to", to], 2, "org/name"),
@@ -105,7 +105,7 @@ fn several_publishers_are_listed_and_one_can_be_chosen() {
     let got = homes[2].json(&["get", "acme/llama@v2", "--to", to, "--publisher", publisher]);
     assert_eq!(got["publisher"], publisher);
     same_files(&homes[1].beside("m"), &target);
-    // Or trusted, now and after a restart.
+    // A publisher can also be trusted, now and after a restart.
     let receiver = &homes[2];
     let found = receiver.json(&["search", "acme/"]);
     assert_eq!(found["names"][0]["name"], "acme/llama@v2", "{found}");
@@ -127,7 +127,7 @@ fn several_publishers_are_listed_and_one_can_be_chosen() {
     let first_claim = &found["names"][0]["claims"][0];
     assert_eq!(first_claim["publisher"], first.peer_id());
     assert_eq!(first_claim["trusted"], true);
-    // Whoever trusts both has to choose after all.
+    // A user who trusts both has to choose after all.
     receiver.json(&["trust", "add", second.peer_id()]);
     let finished = receiver.run(&["get", "acme/llama@v2", "--to", to]);
     assert_eq!(finished.code(), Some(5), "{finished:#?}");
@@ -160,7 +160,7 @@ fn a_target_with_other_content_is_left_alone() {
         "mine"
     );
     assert!(!target.join("sub").exists());
-    // The right content is taken for what it is, and other files do not matter.
+    // Content that is right already is recognized, and other files do not matter.
     fs::write(target.join("weights.bin"), "weights").unwrap();
     fs::write(target.join("notes.txt"), "mine").unwrap();
     let got = receiver.json(&["get", "a/b", "--to", to]);
@@ -169,7 +169,7 @@ fn a_target_with_other_content_is_left_alone() {
 }
 
 #[test]
-fn no_reachable_provider_is_told_from_no_such_name() {
+fn no_reachable_provider_is_distinguished_from_no_such_name() {
     let homes = [Home::new(), Home::new(), Home::new()];
     let meeting = homes[0].up(&[]);
     let publisher = homes[1].up(&["--bootstrap", meeting.address()]);
@@ -197,8 +197,8 @@ fn text_output_reads_well() {
         (&["ls"][..], "a/b"),
         (&["show", "a/b"], "sub/config.json"),
         (&["status"], up.peer_id()),
-        (&["peers"], "nobody"),
-        (&["rm", "a/b"], "its files stay"),
+        (&["peers"], "no peer"),
+        (&["rm", "a/b"], "its files are kept"),
     ] {
         let finished = home.run(command);
         assert!(finished.status.success(), "{finished:#?}");
@@ -245,7 +245,7 @@ fn the_demo_moves_a_model_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn limits_and_lists_are_shown_and_hold() {
+fn limits_and_access_lists_are_shown_and_enforced() {
     let (home, other) = (Home::new(), Home::new());
     let up = home.up(&[
         "--max-streams",
@@ -284,7 +284,7 @@ fn limits_and_lists_are_shown_and_hold() {
         assert!(begin.elapsed() < Duration::from_secs(10), "still connected");
         std::thread::park_timeout(Duration::from_millis(20));
     }
-    // It may take a moment to see that it was cut off.
+    // The node may need a moment to notice that it was disconnected.
     let refused = other.run(&["ping", up.address(), "-n", "1"]);
     assert_eq!(refused.code(), Some(4), "{refused:?}");
     assert!(limit(&home.json(&["limits"]), "access")["refused"].as_u64() > Some(0));
@@ -323,7 +323,7 @@ fn limits_and_lists_are_shown_and_hold() {
 }
 
 #[test]
-fn a_websocket_listener_is_told_to_others_and_found_by_them() {
+fn a_websocket_listener_is_advertised_and_dialed() {
     let (home, other) = (Home::new(), Home::new());
     let up = home.up(&["--listen", "/ip4/127.0.0.1/tcp/0/tls/ws"]);
     assert!(up.address().contains("/tls/ws/p2p/"), "{}", up.address());
@@ -336,7 +336,7 @@ fn a_websocket_listener_is_told_to_others_and_found_by_them() {
     same_files(model.as_ref(), &to);
 }
 
-/// A home whose API takes connections and never answers, as that of a node that hangs.
+/// Creates a home whose API accepts connections and never answers, as that of a node that hangs.
 fn wedged(home: &Home) -> UnixListener {
     let folder = home.path().join("api");
     fs::create_dir_all(&folder).unwrap();
@@ -371,7 +371,7 @@ fn ctrl_c_and_sigterm_end_every_command_also_when_the_node_hangs() {
     }
 }
 
-/// Returns true if a process, as `/proc` shows it, handles SIGHUP, SIGINT and SIGTERM: 1, 2 and 15.
+/// Returns true if a process handles SIGHUP, SIGINT and SIGTERM (1, 2 and 15), by its `/proc` status.
 fn handles(status: &str) -> bool {
     let mask = status
         .lines()
@@ -380,7 +380,7 @@ fn handles(status: &str) -> bool {
     mask.is_some_and(|mask| mask & 0x4003 == 0x4003)
 }
 
-/// Waits until a program handles signals: before that, one would end it like any program.
+/// Waits until a program handles signals. Before that, a signal would end it at once.
 fn listening_for_signals(command: &Running) {
     let begin = Instant::now();
     let status = format!("/proc/{}/status", command.pid());
@@ -402,7 +402,7 @@ fn a_signal_ends_a_command_that_reads_standard_input() {
         &["topic", "publish", "t", "-"],
         &["doc", "import", "-"],
     ] {
-        // Nothing comes, and it stays open.
+        // Nothing is written to it, and it stays open.
         let (nothing, input) = std::io::pipe().unwrap();
         let mut command = home.command(arguments);
         command.stdin(nothing);
@@ -416,7 +416,7 @@ fn a_signal_ends_a_command_that_reads_standard_input() {
 }
 
 #[test]
-fn output_that_is_lost_is_an_error() {
+fn lost_output_is_an_error() {
     let home = Home::new();
     let _up = home.up(&[]);
     for arguments in [&["ls"][..], &["--json", "status"]] {
@@ -440,7 +440,7 @@ fn a_closed_terminal_stops_a_node_cleanly() {
 fn a_restart_waits_for_the_node_that_is_stopping() {
     let home = Home::new();
     home.up(&[]).stop(Signal::TERM);
-    // As a node that says goodbye to its peers and serves no API any more.
+    // A node that says goodbye to its peers and no longer serves its API.
     let stopping = weft_blobs::lock::Lock::take(&home.path()).unwrap();
     let mut next = home.command(&[
         "--json",
@@ -453,10 +453,10 @@ fn a_restart_waits_for_the_node_that_is_stopping() {
     let mut line = String::new();
     let mut errors = BufReader::new(child.stderr.take().unwrap());
     errors.read_line(&mut line).unwrap();
-    assert!(line.contains("waiting until"), "{line}");
+    assert!(line.contains("waiting for the node"), "{line}");
     drop(stopping);
     let _up = Daemon::wait_for_child(child);
-    // But a node that runs is not waited for.
+    // The program does not wait for a node that keeps running.
     let refused = home.run(&["up", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0"]);
     assert_eq!(refused.code(), Some(1), "{refused:#?}");
     assert!(
@@ -466,7 +466,7 @@ fn a_restart_waits_for_the_node_that_is_stopping() {
 }
 
 #[test]
-fn another_users_node_is_not_called_stopped() {
+fn another_users_node_is_not_reported_as_stopped() {
     let home = Home::new();
     let _up = home.up(&[]);
     let command = home.command(&["status"]);
@@ -492,7 +492,7 @@ fn another_users_node_is_not_called_stopped() {
 }
 
 #[test]
-fn a_home_of_any_bytes_has_a_node_and_its_commands() {
+fn a_home_whose_path_is_not_utf_8_works() {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
     let home = Home::new();
     let odd = home.beside("n").join(OsStr::from_bytes(b"\xff"));
@@ -521,7 +521,7 @@ fn a_home_of_any_bytes_has_a_node_and_its_commands() {
 }
 
 #[test]
-fn mistakes_are_json_too_and_empty_variables_are_none() {
+fn usage_errors_are_json_too_and_empty_variables_count_as_unset() {
     let home = Home::new();
     for arguments in [
         &["--json", "get"][..],
@@ -554,7 +554,7 @@ fn mistakes_are_json_too_and_empty_variables_are_none() {
 }
 
 #[test]
-fn cat_writes_content_alone_to_standard_output_and_shows_progress_while_no_provider_answers() {
+fn cat_writes_only_content_to_standard_output_and_shows_progress_without_a_provider() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let _second = receiver.up(&["--bootstrap", first.address()]);
@@ -585,7 +585,7 @@ fn cat_writes_content_alone_to_standard_output_and_shows_progress_while_no_provi
 }
 
 #[test]
-fn removing_what_is_not_there_says_so_and_ends_with_three() {
+fn removing_something_that_does_not_exist_exits_with_three() {
     let home = Home::new();
     let up = home.up(&["--block", "192.0.2.0/24"]);
     let peer = up.peer_id();
@@ -609,7 +609,7 @@ fn removing_what_is_not_there_says_so_and_ends_with_three() {
 }
 
 #[test]
-fn files_that_stay_when_a_model_is_removed_with_its_files_are_named_with_the_reason() {
+fn removing_a_model_names_each_file_that_stays_and_the_reason() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let _second = receiver.up(&["--bootstrap", first.address()]);
@@ -632,8 +632,8 @@ fn files_that_stay_when_a_model_is_removed_with_its_files_are_named_with_the_rea
 }
 
 #[test]
-fn an_error_of_the_system_on_a_file_says_what_to_do() {
-    // Nobody makes folders there, not even root.
+fn a_system_error_on_a_file_says_what_to_do() {
+    // Not even root can make folders there.
     let home = Home::new();
     let finished = Command::new(home.command(&[]).get_program())
         .args(["--home", "/sys/weft", "up"])

@@ -1,4 +1,4 @@
-//! Faults while content moves: kills, and disks that fill up or take nothing.
+//! Faults during transfers: kills, and disks that fill up or cannot be written.
 
 use std::{
     fs,
@@ -32,7 +32,7 @@ fn a_receiver_killed_fifty_times_in_one_transfer_ends_with_the_right_bytes() {
         assert!(here >= least, "{here} bytes are here, and {least} were");
         least = here;
         let get = receiver.start(&["get", ticket, "--to", to]);
-        // Also before the first byte, and while what came is made durable.
+        // Also before the first byte, and while received content is made durable.
         thread::park_timeout(Duration::from_millis(20 + kill * 370 % 1900));
         up.kill();
         get.finish();
@@ -47,7 +47,7 @@ fn a_receiver_killed_fifty_times_in_one_transfer_ends_with_the_right_bytes() {
     assert_eq!(listed["models"][0]["complete"], true);
 }
 
-/// What a shell in a mount namespace of its own does with a disk of `size` at `$disk`; what it prints.
+/// Runs a shell script in a mount namespace of its own, with a disk of `size` at `$disk`, and returns its output.
 fn with_disk(receiver: &Home, size: &str, script: &str, arguments: &[&str]) -> String {
     let disk = receiver.beside("disk");
     fs::create_dir_all(&disk).unwrap();
@@ -84,20 +84,21 @@ fn with_disk(receiver: &Home, size: &str, script: &str, arguments: &[&str]) -> S
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What follows the header of a safetensors file.
+/// Returns the bytes after the header of a safetensors file.
 fn data(file: &[u8]) -> &[u8] {
     let (length, rest) = file.split_first_chunk().unwrap();
     &rest[u64::from_le_bytes(*length) as usize..]
 }
 
 #[test]
-fn a_disk_that_fills_up_at_any_point_costs_nothing_that_was_verified() {
+fn a_disk_that_fills_up_at_any_point_loses_no_verified_content() {
     let provider = Home::new();
     let source = split_model(provider.beside("m"), 18_000_000);
     let _up = provider.up(&[]);
     let added = provider.json(&["add", source.to_str().unwrap()]);
     let ticket = added["ticket"].as_str().unwrap();
-    // Whole files have their room set aside; what is made of tensors comes in two copies, without.
+    // Space for whole files is reserved in advance. Files made of selected tensors are written in two copies, without
+    // reservation.
     let script = r#"
         start && first=up || first=no
         before='{"models":[]}'; alive=0
@@ -163,7 +164,7 @@ fn a_disk_that_fills_up_at_any_point_costs_nothing_that_was_verified() {
 }
 
 #[test]
-fn a_node_starts_on_a_full_disk_says_so_serves_what_it_has_and_lets_a_person_make_room() {
+fn a_node_starts_on_a_full_disk_reports_it_serves_its_content_and_lets_the_user_make_room() {
     let source = Home::new();
     let folder = split_model(source.beside("m"), 3_000_000);
     let script = r#"
@@ -199,7 +200,7 @@ fn a_node_starts_on_a_full_disk_says_so_serves_what_it_has_and_lets_a_person_mak
 }
 
 #[test]
-fn a_target_that_takes_nothing_is_named() {
+fn an_error_names_a_target_that_cannot_be_written() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = split_model(provider.beside("m"), 3_000_000);
     let _up = provider.up(&[]);
@@ -224,14 +225,15 @@ fn a_target_that_takes_nothing_is_named() {
         .lines()
         .filter(|line| line.starts_with("code"))
         .collect();
-    // Started outside of it, the node does not see a disk that is mounted later in a shell's own namespace; here it does.
+    // The node is started inside the namespace, because it would not see a disk that is mounted later in a shell's own
+    // namespace.
     assert_eq!(codes, ["code 1", "code 1", "code 0"], "{said}");
     assert_eq!(said.matches("Read-only file system").count(), 2, "{said}");
     assert_eq!(said.matches("to/model").count(), 2, "{said}");
 }
 
 #[test]
-fn a_full_disk_is_said_by_add_export_and_verify_and_they_go_on_when_there_is_room() {
+fn add_export_and_verify_report_a_full_disk_and_work_once_there_is_room() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = split_model(provider.beside("m"), 18_000_000);
     let _up = provider.up(&[]);
@@ -286,7 +288,7 @@ fn a_full_disk_is_said_by_add_export_and_verify_and_they_go_on_when_there_is_roo
     ] {
         assert_eq!(code(name), want, "{name}: {said}");
     }
-    // The database may have room within its file, and then it is repaired at once.
+    // The database may have free space within its file; then it is repaired at once.
     assert!(["0", "8"].contains(&code("full-verify ")), "{said}");
     same_files(&source, &out.join("to"));
     same_files(&source, &out.join("hub"));

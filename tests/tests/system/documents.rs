@@ -10,7 +10,7 @@ use weft_tests::Home;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Until a document shows this at a path.
+/// Waits until a document has this value at a path.
 fn shows(home: &Home, id: &str, path: &str, wanted: &Value) {
     let begin = Instant::now();
     loop {
@@ -32,7 +32,7 @@ fn id_of(made: &Value) -> String {
 }
 
 #[test]
-fn documents_are_made_shared_watched_and_carried_about() {
+fn documents_are_created_shared_watched_exported_and_imported() {
     let (one, other) = (Home::new(), Home::new());
     let (up, other_up) = (one.up(&[]), other.up(&[]));
     one.json(&["connect", other_up.address()]);
@@ -82,7 +82,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
             .len(),
         1
     );
-    // Its content is of now, and so is what is said of it.
+    // The content is new, and so is its age in the output.
     let history = one.run(&["doc", "history", &id]).stdout;
     let age = history.lines().nth(1).unwrap().split_whitespace().nth(2);
     assert!(
@@ -99,7 +99,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
     );
     let info = one.run(&["doc", "info", &id]).stdout;
     assert!(
-        info.contains(up.peer_id()) && info.contains("everybody"),
+        info.contains(up.peer_id()) && info.contains("every node"),
         "{info}"
     );
     let file = one.beside("document");
@@ -127,8 +127,8 @@ fn documents_are_made_shared_watched_and_carried_about() {
             "put one there first",
         ),
         (&one, &["put", &id, "x", "1"], 1, "begins with"),
-        (&one, &["put", &id, "/x", "text"], 2, "no JSON"),
-        (&one, &["get", &id, "/nothing"], 3, "nothing at /nothing"),
+        (&one, &["put", &id, "/x", "text"], 2, "not JSON"),
+        (&one, &["get", &id, "/nothing"], 3, "no value at /nothing"),
         (&one, &["get", &"0".repeat(64)], 3, "open it first"),
         (&one, &["get", "zzz"], 2, "64 hexadecimal digits"),
         (&one, &["export", &id, file], 7, "exists"),
@@ -138,7 +138,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
             &one,
             &["import", one.path().join("key").to_str().unwrap()],
             1,
-            "no exported document",
+            "not an exported document",
         ),
         (
             &other,
@@ -161,7 +161,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
     // A put of the whole document replaces it.
     one.json(&["doc", "put", &id, "", r#"{"only": 1}"#]);
     assert_eq!(one.json(&["doc", "get", &id]), json!({"only": 1}));
-    // A reader that is shut out learns of it.
+    // A removed reader learns of it.
     one.json(&["doc", "readers", &id, "--only", up.peer_id()]);
     let begin = Instant::now();
     while other.json(&["doc", "readers", &id]) != json!({"readers": []}) {
@@ -178,9 +178,10 @@ fn documents_are_made_shared_watched_and_carried_about() {
     assert_eq!(other.json(&["doc", "ls"]), json!({"documents": []}));
 }
 
-/// Both write all the time, and either is killed again and again: nothing that was acknowledged is missing in the end, and both show the same.
+/// Both nodes write all the time, and either is killed again and again. No acknowledged change is lost, and both
+/// replicas are the same in the end.
 #[test]
-fn what_was_acknowledged_survives_kill_9() {
+fn acknowledged_changes_survive_kill_9() {
     let homes = [Home::new(), Home::new()];
     let mut ups = homes.each_ref().map(|home| Some(home.up(&[])));
     homes[0].json(&["connect", ups[1].as_ref().unwrap().address()]);

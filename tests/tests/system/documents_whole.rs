@@ -1,5 +1,5 @@
-//! Documents of several sessions arrive whole, within seconds, at new readers and at nodes that have lost them; and
-//! what is not whole is said so.
+//! Documents of several sessions arrive whole, within seconds, at new readers and at nodes that have lost them.
+//! Incomplete documents are reported as such.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::json;
 use weft_tests::Home;
 
-/// The longest that a document may take to arrive: "within seconds", on a machine that may be busy building.
+/// Longest time until a document arrives: "within seconds", on a machine that may be busy building.
 const SOON: Duration = Duration::from_secs(30);
 
 /// Prints a measured time; `--nocapture` shows it.
@@ -24,16 +24,16 @@ fn put(home: &Home, id: &str, key: &str) {
     assert_eq!(finished.code(), Some(0), "{finished:#?}");
 }
 
-/// Opens a document, which must be whole with so many changes.
+/// Opens a document, which must be whole with this many changes.
 fn opens_whole(home: &Home, id: &str, changes: u64) {
     let opened = home.json(&["doc", "open", id, "--wait", "30s"]);
     assert_eq!(opened["whole"], true, "{opened}");
     assert_eq!(opened["changes"], changes, "{opened}");
 }
 
-/// A writer that restarts three times; then its `documents.redb` is lost, and its readers give everything back.
+/// A writer restarts three times. Then its `documents.redb` is lost, and its readers give everything back.
 #[test]
-fn what_a_restarted_writer_wrote_arrives_whole_and_comes_back_after_a_loss() {
+fn changes_of_a_restarted_writer_arrive_whole_and_are_restored_after_a_loss() {
     let (writer, reader) = (Home::new(), Home::new());
     let mut up = writer.up(&[]);
     let made = writer.json(&["doc", "create", "--single-writer"]);
@@ -70,25 +70,28 @@ fn what_a_restarted_writer_wrote_arrives_whole_and_comes_back_after_a_loss() {
         begin,
     );
     assert!(begin.elapsed() < SOON);
-    // It writes on.
+    // The writer continues to write.
     put(&writer, &id, "after");
     opens_whole(&reader, &id, 121);
     drop(up);
 }
 
 #[test]
-fn what_is_not_whole_is_said_so() {
+fn an_incomplete_document_is_reported() {
     let (one, other) = (Home::new(), Home::new());
     let up = one.up(&[]);
     let _other_up = other.up(&[]);
     let made = one.json(&["doc", "create"]);
     let id = made["id"].as_str().unwrap().to_owned();
     put(&one, &id, "a");
-    // Nobody who holds it is there.
+    // No holder is connected.
     let failed = other.run(&["doc", "open", &id, "--wait", "1s"]);
     assert_eq!(failed.code(), Some(4), "{failed:#?}");
-    assert!(failed.stderr.contains("connected to nobody"), "{failed:#?}");
-    // Nobody was waited for.
+    assert!(
+        failed.stderr.contains("connected to no peer"),
+        "{failed:#?}"
+    );
+    // With `--wait 0s`, the command does not wait for a holder.
     let held = other.json(&["doc", "open", &id, "--wait", "0s"]);
     assert_eq!(
         (&held["whole"], &held["arrived"]),
@@ -96,13 +99,13 @@ fn what_is_not_whole_is_said_so() {
     );
     other.json(&["connect", up.address()]);
     opens_whole(&other, &id, 1);
-    // A holder that does not say what it has.
+    // A holder that does not report its changes.
     up.signal(Signal::STOP);
     let failed = other.run(&["doc", "open", &id, "--wait", "1s"]);
     let as_json = other.run(&["--json", "doc", "open", &id, "--wait", "1s"]);
     up.signal(Signal::CONT);
     assert_eq!(failed.code(), Some(10), "{failed:#?}");
-    let says = format!("peer {} has not said what it has", up.peer_id());
+    let says = format!("peer {} has not reported its changes yet", up.peer_id());
     assert!(failed.stderr.contains(&says), "{failed:#?}");
     assert_eq!(as_json.code(), Some(10), "{as_json:#?}");
     assert_eq!(as_json.json()["holders"][0]["answered"], false);
@@ -110,7 +113,7 @@ fn what_is_not_whole_is_said_so() {
 }
 
 #[test]
-fn an_import_that_is_not_whole_fails_and_keeps_what_counts() {
+fn an_incomplete_import_fails_and_keeps_the_valid_changes() {
     let (one, other) = (Home::new(), Home::new());
     let (_up, _other_up) = (one.up(&[]), other.up(&[]));
     let made = one.json(&["doc", "create"]);
@@ -130,7 +133,7 @@ fn an_import_that_is_not_whole_fails_and_keeps_what_counts() {
     fs::write(&damaged, bad).unwrap();
     let failed = other.run(&["doc", "import", damaged.to_str().unwrap()]);
     assert_eq!(failed.code(), Some(9), "{failed:#?}");
-    let says = "9 of the file's 10 changes count: 1 is damaged";
+    let says = "9 of the file's 10 changes are valid: 1 is damaged";
     assert!(failed.stderr.contains(says), "{failed:#?}");
     assert!(failed.stderr.contains("weft doc open ID"), "{failed:#?}");
     let as_json = other.run(&["--json", "doc", "import", damaged.to_str().unwrap()]);

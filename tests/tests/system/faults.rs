@@ -1,4 +1,4 @@
-//! What goes wrong on machines and wires: crashes, cuts, full disks, wrong bytes.
+//! Faults of machines and networks: crashes, lost connections, full disks, wrong bytes.
 
 use std::{
     fs,
@@ -12,13 +12,13 @@ use serde_json::Value;
 use weft::{Multiaddr, Ticket};
 use weft_tests::{Daemon, Home, Proxy, real_model, same_files};
 
-/// Bytes a second through the proxy: the model of 90 MB takes some five seconds.
+/// Bytes a second through the proxy. The model of 90 MB takes some five seconds.
 const RATE: u64 = 20_000_000;
 
-/// What travels beside content: handshakes, frames, proofs.
+/// Bytes transferred besides content: handshakes, frames, proofs.
 const OVERHEAD: u64 = 1 << 20;
 
-/// A ticket for the same model that leads through `port`.
+/// Returns a ticket for the same model that leads through `port`.
 fn through(ticket: &str, port: u16) -> String {
     let mut ticket: Ticket = ticket.parse().unwrap();
     let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{port}").parse().unwrap();
@@ -38,7 +38,7 @@ struct Slow {
     size: u64,
 }
 
-/// A node with the real model behind a link of so many bytes a second.
+/// Starts a node with the real model behind a link of this many bytes a second.
 fn slow(rate: u64) -> Slow {
     let provider = Home::new();
     let daemon = provider.up(&[]);
@@ -56,8 +56,8 @@ fn slow(rate: u64) -> Slow {
 }
 
 #[test]
-fn a_receiver_killed_in_the_middle_fetches_at_most_two_seconds_again() {
-    // What comes in two seconds is little beside half the model.
+fn resume_after_a_kill_transfers_at_most_two_seconds_again() {
+    // The bytes of two seconds are little compared with half the model.
     let rate = 8_000_000;
     let slow = slow(rate);
     let receiver = Home::new();
@@ -87,7 +87,7 @@ fn a_receiver_killed_in_the_middle_fetches_at_most_two_seconds_again() {
 }
 
 #[test]
-fn a_provider_killed_in_the_middle_and_started_again_is_waited_for() {
+fn a_get_waits_for_a_provider_that_is_killed_and_restarted() {
     let slow = slow(RATE);
     let receiver = Home::new();
     let target = receiver.beside("model");
@@ -102,7 +102,7 @@ fn a_provider_killed_in_the_middle_and_started_again_is_waited_for() {
     slow.proxy.wait_until_forwarded(slow.size / 3);
     let listen = format!("/ip4/127.0.0.1/tcp/{}", slow.daemon.port());
     slow.daemon.kill();
-    // Long enough to be noticed, and to be tried in vain.
+    // Long enough for the receiver to notice, and to retry in vain.
     thread::park_timeout(Duration::from_millis(1500));
     let _daemon = slow.provider.up(&["--listen", &listen]);
     let finished = get.finish();
@@ -113,7 +113,7 @@ fn a_provider_killed_in_the_middle_and_started_again_is_waited_for() {
 }
 
 #[test]
-fn an_interrupted_get_keeps_what_is_verified() {
+fn an_interrupted_get_keeps_verified_content() {
     let slow = slow(RATE);
     let receiver = Home::new();
     let target = receiver.beside("model");
@@ -131,12 +131,12 @@ fn an_interrupted_get_keeps_what_is_verified() {
     same_files(&real_model(), &target);
     let moved = got["bytes_moved"].as_u64().unwrap();
     let again = (moved + before).saturating_sub(slow.size);
-    // What was on the wire, and in flight, when it stopped.
+    // Bytes that were on the wire, and in flight, when it stopped.
     assert!(again <= RATE / 2, "{again} bytes moved twice");
 }
 
 #[test]
-fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
+fn a_bit_flipped_on_a_providers_disk_is_found_and_never_served() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = provider.beside("model");
     fs::create_dir(&source).unwrap();
@@ -148,7 +148,7 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
     }
     let daemon = provider.up(&[]);
     let added = provider.json(&["add", source.to_str().unwrap(), "--name", "a/b"]);
-    // The same size and time: the provider does not notice.
+    // Size and time stay the same, so the provider does not notice.
     let weights = source.join("model.safetensors");
     let good = fs::read(&weights).unwrap();
     let modified = fs::metadata(&weights).unwrap().modified().unwrap();
@@ -194,13 +194,14 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
         .count();
     assert_eq!(wrong, 0);
 
-    // A provider with the right bytes completes it.
+    // A provider with the right bytes completes the model.
     let honest = Home::new();
     fs::write(&weights, &good).unwrap();
     let _honest = honest.up(&["--bootstrap", daemon.address()]);
     let again = honest.json(&["add", source.to_str().unwrap()]);
     assert_eq!(again["model"]["id"], added["model"]["id"]);
-    // How much came before the bit was met depends on where the receiver began; none of it comes again.
+    // The bytes that arrived before the flipped bit depend on where the receiver began. None of them is transferred
+    // again.
     let listed = receiver.json(&["ls"]);
     let here = listed["models"][0]["bytes_here"].as_u64().unwrap();
     assert!(here > 0, "{listed}");
@@ -210,19 +211,19 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
 }
 
 #[test]
-fn a_full_disk_is_named_and_costs_nothing() {
+fn a_full_disk_is_reported_and_loses_nothing() {
     let (provider, receiver) = (Home::new(), Home::new());
     let daemon = provider.up(&[]);
     let added = provider.json(&["add", real_model().to_str().unwrap()]);
     let small = receiver.beside("small");
     fs::create_dir(&small).unwrap();
-    // The node runs where a folder is a disk of 40 MB.
+    // On the receiver, a folder is on a disk of 40 MB.
     let _up = receiver.up_on_disk(&small, "size=40m");
     let to = small.join("model");
     let finished = receiver.run(&["get", ticket(&added), "--to", to.to_str().unwrap()]);
     assert_eq!(finished.code(), Some(8), "{finished:#?}");
     assert!(finished.stderr.contains("are free"), "{}", finished.stderr);
-    // Elsewhere there is room.
+    // Another disk has room.
     let target = receiver.beside("model");
     receiver.json(&["get", ticket(&added), "--to", target.to_str().unwrap()]);
     same_files(&real_model(), &target);
@@ -250,7 +251,7 @@ fn a_crash_while_adding_leaves_a_store_that_opens() {
 }
 
 #[test]
-fn a_store_or_home_that_another_process_holds_says_whose_it_is() {
+fn opening_a_store_or_home_in_use_names_the_process_that_holds_it() {
     let home = Home::new();
     let up = home.up(&[]);
     let second = home.run(&["up", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0"]);
@@ -268,7 +269,7 @@ fn a_store_or_home_that_another_process_holds_says_whose_it_is() {
         }
         Ok(_) => panic!("the store was opened twice"),
     }
-    // The first still answers, and both are free once it has ended.
+    // The first node still answers, and home and store are free once it has ended.
     home.json(&["status"]);
     let (status, stderr) = up.stop(Signal::TERM);
     assert!(status.success(), "{status} {stderr}");
@@ -278,7 +279,7 @@ fn a_store_or_home_that_another_process_holds_says_whose_it_is() {
 }
 
 #[test]
-fn a_stopped_node_ends_cleanly_and_comes_back_as_itself() {
+fn a_stopped_node_ends_cleanly_and_restarts_with_the_same_identity() {
     let home = Home::new();
     let mut ids = Vec::new();
     for signal in [Signal::INT, Signal::TERM] {

@@ -1,4 +1,4 @@
-//! Folders that several nodes or several commands fill, and what becomes of files that were changed or deleted there.
+//! Folders that several nodes or commands fill, and files that were changed or deleted there.
 
 use std::{
     fs,
@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 use weft_tests::{Daemon, Home, Random, same_files};
 
-/// A model of two files, the larger of so many bytes.
+/// Creates a model of two files, the larger with this many bytes.
 fn model(home: &Home, name: &str, seed: u64, bytes: usize) -> PathBuf {
     let folder = home.beside(name);
     fs::create_dir_all(&folder).unwrap();
@@ -25,13 +25,13 @@ fn publish(home: &Home, folder: &Path) -> String {
     added["ticket"].as_str().unwrap().to_owned()
 }
 
-/// The JSON that a command printed which ended well.
+/// Returns the JSON output of a command, which must have succeeded.
 fn json(finished: &weft_tests::Finished) -> Value {
     assert_eq!(finished.code(), Some(0), "{finished:#?}");
     finished.json()
 }
 
-/// A provider that sends slowly enough for two commands to overlap, and a receiver.
+/// Starts a provider that sends slowly enough for two commands to overlap, and a receiver.
 fn pair(provider: &Home, receiver: &Home) -> (Daemon, Daemon) {
     let first = provider.up(&["--max-upload", "2M"]);
     let second = receiver.up(&["--bootstrap", first.address()]);
@@ -39,7 +39,7 @@ fn pair(provider: &Home, receiver: &Home) -> (Daemon, Daemon) {
 }
 
 #[test]
-fn two_gets_of_one_model_into_one_folder_both_end_well() {
+fn two_gets_of_one_model_into_one_folder_both_succeed() {
     let (provider, receiver) = (Home::new(), Home::new());
     let (_first, _second) = pair(&provider, &receiver);
     let source = model(&provider, "model", 1, 4 << 20);
@@ -60,7 +60,7 @@ fn two_gets_of_one_model_into_one_folder_both_end_well() {
 }
 
 #[test]
-fn another_model_into_a_folder_that_is_being_filled_is_refused_as_busy() {
+fn another_model_is_refused_while_its_folder_is_being_filled() {
     let (provider, receiver) = (Home::new(), Home::new());
     let (_first, _second) = pair(&provider, &receiver);
     let one = publish(&provider, &model(&provider, "one", 1, 8 << 20));
@@ -82,7 +82,7 @@ fn another_model_into_a_folder_that_is_being_filled_is_refused_as_busy() {
 }
 
 #[test]
-fn two_nodes_that_fill_one_folder_both_end_well_and_both_have_it() {
+fn two_nodes_that_fill_one_folder_both_succeed_and_have_the_model() {
     let (provider, homes) = (Home::new(), [Home::new(), Home::new()]);
     let up = provider.up(&["--max-upload", "2M"]);
     let _ups = homes
@@ -105,7 +105,7 @@ fn two_nodes_that_fill_one_folder_both_end_well_and_both_have_it() {
 }
 
 #[test]
-fn what_get_wrote_and_what_changed_since_is_mended_as_the_hints_say() {
+fn following_the_hints_repairs_changed_files_of_a_get() {
     let (provider, receiver) = (Home::new(), Home::new());
     let up = provider.up(&[]);
     let _second = receiver.up(&["--bootstrap", up.address()]);
@@ -115,7 +115,7 @@ fn what_get_wrote_and_what_changed_since_is_mended_as_the_hints_say() {
     let get = ["get", &ticket, "--to", to.to_str().unwrap()];
     receiver.json(&get);
 
-    // Touched: it is read, and as good as before.
+    // A touched file is read again, and is as good as before.
     let config = fs::File::options()
         .write(true)
         .open(to.join("config.json"))
@@ -125,7 +125,7 @@ fn what_get_wrote_and_what_changed_since_is_mended_as_the_hints_say() {
     assert_eq!(verified["problems"], 0, "{verified}");
     assert_eq!(receiver.json(&["ls"])["models"][0]["origin"], "fetched");
 
-    // Changed: told, and fetched again as the hint says.
+    // A changed file is reported, and is fetched again as the hint says.
     fs::write(to.join("config.json"), "{\"seed\":7}").unwrap();
     let changed = receiver.run(&["verify"]);
     assert_eq!(changed.code(), Some(9), "{changed:#?}");
@@ -139,7 +139,7 @@ fn what_get_wrote_and_what_changed_since_is_mended_as_the_hints_say() {
     same_files(&source, &to);
     assert_eq!(receiver.json(&["verify"])["problems"], 0);
 
-    // A new revision takes the place of the old one.
+    // A new revision replaces the old one.
     fs::write(source.join("config.json"), "{\"seed\":\"new\"}").unwrap();
     let ticket = publish(&provider, &source);
     let get = ["get", &ticket, "--to", to.to_str().unwrap()];

@@ -1,4 +1,4 @@
-//! The gRPC API as clients in another language use it.
+//! The gRPC API, used by clients in another language.
 
 use std::{path::Path, process::Output};
 
@@ -14,7 +14,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn health_reflection_and_the_token_are_as_grpc_clients_expect() {
+fn health_reflection_and_the_token_work_with_standard_grpc_clients() {
     let home = Home::new();
     let _up = home.up(&[]);
     let output = script("python/grpc_services.py", &[home.path().to_str().unwrap()]);

@@ -1,4 +1,4 @@
-//! Caches of huggingface_hub: published where they are, and fetched into.
+//! Caches of huggingface_hub: published in place, and fetched into.
 
 use std::{
     fs,
@@ -14,14 +14,15 @@ use weft_tests::{Home, Proxy, python, real_model, same_files};
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const OTHER: &str = "76543210fedcba9876543210fedcba9876543210";
 
-/// What `git hash-object` says of `{}` and of `hello\n`.
+/// The output of `git hash-object` for `{}` and for `hello\n`.
 const GIT_BRACES: &str = "9e26dfeeb6e641a33dae4961196235bdb965b21b";
 const GIT_HELLO: &str = "ce013625030ba8dba906f756967f9e9ca394464a";
 
-/// Bytes a second through the proxy: the model of 90 MB takes some eleven seconds, so that two are little beside half of it.
+/// Bytes a second through the proxy. The model of 90 MB takes some eleven seconds, so two seconds are little compared
+/// with half of it.
 const RATE: u64 = 8_000_000;
 
-/// What travels beside content: handshakes, frames, proofs.
+/// Bytes transferred besides content: handshakes, frames, proofs.
 const OVERHEAD: u64 = 1 << 20;
 
 fn write(path: &Path, content: impl AsRef<[u8]>) {
@@ -29,7 +30,7 @@ fn write(path: &Path, content: impl AsRef<[u8]>) {
     fs::write(path, content).unwrap();
 }
 
-/// A file of a snapshot, as huggingface_hub leaves it: a blob, and a link to it.
+/// Writes a file of a snapshot as huggingface_hub does: a blob, and a link to it.
 fn put(repo: &Path, commit: &str, path: &str, blob: &str, content: impl AsRef<[u8]>) {
     write(&repo.join("blobs").join(blob), content);
     let link = repo.join("snapshots").join(commit).join(path);
@@ -38,7 +39,8 @@ fn put(repo: &Path, commit: &str, path: &str, blob: &str, content: impl AsRef<[u
     symlink(format!("{up}blobs/{blob}"), link).unwrap();
 }
 
-/// A cache with a model of two refs, another revision of it, a model without organisation, a broken one, and an unfinished download.
+/// Creates a cache with a model of two refs, another revision of it, a model without organisation, a broken one, and an
+/// unfinished download.
 fn by_hand(cache: &Path) {
     let acme = cache.join("models--acme--m");
     put(&acme, COMMIT, "config.json", GIT_BRACES, "{}");
@@ -59,7 +61,7 @@ fn by_hand(cache: &Path) {
     write(&broken.join("refs/main"), COMMIT);
 }
 
-/// All that is below a folder: for a link where it leads, for a file what it holds, cut short.
+/// Returns everything below a folder: the targets of links, and the contents of files, cut short.
 fn layout(root: &Path) -> Vec<String> {
     fn walk(root: &Path, folder: &Path, found: &mut Vec<String>) {
         for entry in fs::read_dir(folder).unwrap() {
@@ -119,12 +121,12 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     assert_eq!(failed.len(), 1, "{added}");
     assert_eq!(failed[0]["what"], "acme/broken");
     let reason = failed[0]["reason"].as_str().unwrap();
-    assert!(reason.contains("links to a file that is not"), "{reason}");
+    assert!(reason.contains("leads to a file that does not"), "{reason}");
     let skipped = list(&added["skipped"]);
     assert!(skipped[0].contains("x.incomplete"), "{skipped:?}");
     assert_eq!(layout(&from), before);
 
-    // In words, and one of them.
+    // As text, and for one of the models.
     let words = provider.run(&["add", "--hf-cache", "--cache-dir", text(&from)]);
     assert_eq!(words.code(), Some(1), "{words:#?}");
     assert!(
@@ -132,14 +134,14 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
         "{words:#?}"
     );
     assert!(
-        words.stderr.contains("1 problem: not everything"),
+        words.stderr.contains("1 problem: not all models"),
         "{words:#?}"
     );
     for (repo, code, says) in [
         ("acme/m@v1", 0, ""),
-        ("acme/none", 3, "it holds acme/broken, acme/m, gpt2"),
+        ("acme/none", 3, "the cache holds acme/broken, acme/m, gpt2"),
         ("acme/m@v2", 3, "it holds main, refs/pr/1, v1"),
-        ("acme/broken", 1, "links to a file that is not there"),
+        ("acme/broken", 1, "leads to a file that does not exist"),
         ("a/b/c", 2, "name of a repository"),
     ] {
         let repo = format!("--hf-cache={repo}");
@@ -194,29 +196,31 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     assert_eq!(listed["models"][0]["origin"], "fetched", "{listed}");
     assert_eq!(listed["models"][0]["folder"], got["folder"], "{listed}");
 
-    // Again, and by its other name: nothing moves but a ref.
+    // A second get, by another name of the model, writes only a ref.
     let again = receiver.run(&["get", "acme/m@v1", "--hf-cache", "--cache-dir", text(&to)]);
     assert!(
-        again.stdout.contains("all of it was on this machine"),
+        again
+            .stdout
+            .contains("all content was already on this machine"),
         "{again:#?}"
     );
     assert_eq!(layout(&repo), expected(&["v1"]));
     assert_eq!(get("acme/m", "--hf-cache").json()["bytes_moved"], 0);
     assert_eq!(layout(&repo), expected(&["main", "v1"]));
 
-    // The store knows where it is, and deletes nothing there.
+    // The store knows the cache's files, and deletes none of them.
     receiver.json(&["verify", model]);
     receiver.json(&["gc"]);
     assert_eq!(layout(&repo), expected(&["main", "v1"]));
 
-    // An id needs a repository.
+    // A get by id needs a repository.
     let nameless = get(model, "--hf-cache");
     assert_eq!(nameless.code(), Some(2), "{nameless:#?}");
     let as_other = get(model, "--hf-cache=gpt2@pr/x").json();
     assert_eq!(as_other["bytes_moved"], 0, "{as_other}");
     assert!(to.join("models--gpt2/refs/pr/x").is_file());
 
-    // It is served from there, and what is in a cache is not deleted.
+    // The model is served from the cache, and files in a cache are not deleted.
     drop(first);
     let third = Home::new();
     let _third = third.up(&["--bootstrap", _second.address()]);
@@ -229,7 +233,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
 }
 
 #[test]
-fn what_is_in_the_way_in_a_cache_is_left_there() {
+fn files_in_the_way_in_a_cache_are_left_alone() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let model = provider.beside("m");
@@ -246,19 +250,21 @@ fn what_is_in_the_way_in_a_cache_is_left_there() {
     assert_eq!(finished.code(), Some(7), "{finished:#?}");
     assert!(finished.stderr.contains(sha256), "{finished:#?}");
     assert_eq!(fs::read(&blob).unwrap(), vec![8; 300_000]);
-    // The right content is taken for what it is, and moved by nobody.
+    // Content that is right already is recognized, and no file is moved.
     fs::write(&blob, vec![7; 300_000]).unwrap();
     let inode = fs::metadata(&blob).unwrap().ino();
     let finished = receiver.run(&get);
     assert!(
-        finished.stdout.contains("all of it was on this machine"),
+        finished
+            .stdout
+            .contains("all content was already on this machine"),
         "{finished:#?}"
     );
     assert_eq!(fs::metadata(&blob).unwrap().ino(), inode);
 }
 
 #[test]
-fn a_cache_that_cannot_be_written_is_named() {
+fn an_error_names_a_cache_that_cannot_be_written() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let model = provider.beside("m");
@@ -266,7 +272,7 @@ fn a_cache_that_cannot_be_written_is_named() {
     let added = provider.json(&["add", text(&model)]);
     let cache = receiver.beside("hub");
     fs::create_dir(&cache).unwrap();
-    // The node runs where the folder is a disk that is mounted for reading.
+    // On the receiver, the cache is on a disk that is mounted read-only.
     let _second = receiver.up_on_disk(&cache, "ro");
     let ticket = added["ticket"].as_str().unwrap();
     let into = ["--hf-cache=acme/m", "--cache-dir", text(&cache)];
@@ -282,7 +288,7 @@ fn a_cache_that_cannot_be_written_is_named() {
     drop(first);
 }
 
-/// Has huggingface_hub load a model from a cache, with no network.
+/// Loads a model from a cache with huggingface_hub, without network.
 fn load_offline(cache: &Path, repo: &str, revision: &str) -> Value {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/python/load_offline.py");
     let mut python = python();
@@ -297,7 +303,7 @@ fn load_offline(cache: &Path, repo: &str, revision: &str) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// Bytes that the files below a folder take on disk.
+/// Returns the bytes that the files below a folder take on disk.
 fn on_disk(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).unwrap().map(|entry| {
         let path = entry.unwrap().path();
@@ -324,7 +330,7 @@ fn leftovers(repo: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came() {
+fn a_killed_get_into_a_cache_resumes_and_huggingface_hub_loads_the_model() {
     let provider = Home::new();
     let daemon = provider.up(&[]);
     let added = provider.json(&["add", text(&real_model()), "--name", "sbert/minilm"]);
@@ -379,7 +385,7 @@ fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came
         assert_eq!(loaded["files"][path], file["sha256"], "{path}");
     }
 
-    // Killed when all was in the cache and the store did not know: it finds it there.
+    // Killed when everything was in the cache but not in the store: the content is found there.
     up.stop(Signal::TERM);
     let other = Home::new();
     let _up = other.up(&[]);
@@ -387,7 +393,7 @@ fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came
     assert_eq!(got["bytes_moved"], 0, "{got}");
     assert_eq!(other.json(&["ls"])["models"][0]["complete"], true);
 
-    // What huggingface_hub itself has downloaded is used, under the commit that it knows.
+    // Content that huggingface_hub itself has downloaded is used, under its commit.
     let hub = other.beside("hub");
     let repo = hub.join("models--sbert--minilm");
     for file in files {
@@ -406,7 +412,7 @@ fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came
     assert_eq!(got["bytes_moved"], 0, "{got}");
     assert_eq!(layout(&repo), before);
     assert!(got["folder"].as_str().unwrap().ends_with(COMMIT), "{got}");
-    // Without its weights, they alone are fetched.
+    // If only the weights are missing, only they are fetched.
     let fourth = Home::new();
     let _fourth = fourth.up(&[]);
     let weights = repo

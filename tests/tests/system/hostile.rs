@@ -1,4 +1,4 @@
-//! Peers and files that mean harm.
+//! Malicious peers and files.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use weft_net::{Network, StreamProtocol};
 use weft_proto::wire::{Manifest, ManifestFile};
 use weft_tests::{Home, bare_network};
 
-/// A node that serves these bytes as a manifest, without looking at them as an honest one would.
+/// A node that serves any bytes as a manifest, without the checks of an honest node.
 struct Liar {
     network: Network,
     _folder: tempfile::TempDir,
@@ -121,18 +121,18 @@ async fn a_link_in_the_target_folder_is_not_followed() {
     let victim = Home::new();
     let _up = victim.up(&[]);
     let target = victim.beside("target");
-    let elsewhere = victim.beside("elsewhere");
+    let outside = victim.beside("outside");
     fs::create_dir(&target).unwrap();
-    fs::create_dir(&elsewhere).unwrap();
-    std::os::unix::fs::symlink(&elsewhere, target.join("sub")).unwrap();
-    std::os::unix::fs::symlink(elsewhere.join("file"), target.join("top")).unwrap();
+    fs::create_dir(&outside).unwrap();
+    std::os::unix::fs::symlink(&outside, target.join("sub")).unwrap();
+    std::os::unix::fs::symlink(outside.join("file"), target.join("top")).unwrap();
     for path in ["sub/x", "top"] {
         let ticket = liar.ticket(&manifest(vec![file(path)])).await;
         let to = target.to_str().unwrap();
         let finished = victim.run(&["get", &ticket, "--to", to]);
         assert_eq!(finished.code(), Some(7), "{path}: {finished:#?}");
     }
-    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
 }
 
 #[test]

@@ -4,7 +4,8 @@ use std::process::{Command, Stdio};
 
 use weft_tests::{Daemon, Home, real_model, same_files};
 
-/// A network of its own, with a pair of interfaces so that multicast has somewhere to go; then the program.
+/// Creates a network with a pair of interfaces, so that multicast packets have a destination, and then runs the
+/// program.
 const NETWORK: &str = "ip link set lo up && ip link add lan0 type veth peer name lan1 && \
      ip addr add 10.77.0.1/24 dev lan0 && ip link set lan0 up && ip link set lan1 up && \
      exec \"$@\"";
@@ -24,7 +25,7 @@ fn nodes_on_one_network_find_each_other_and_move_a_model() {
     let (one, two) = (Home::new(), Home::new());
     let mut network = Command::new("unshare");
     network.args(["--map-root-user", "--net", "sh", "-c", NETWORK, "sh"]);
-    // No --listen either: what a user types.
+    // No `--listen` either, as a user would type it.
     let first = Daemon::wait_for(wrapped(network, &one.command(&["--json", "up"])));
     let mut enter = Command::new("nsenter");
     let pid = first.pid().to_string();
@@ -41,7 +42,7 @@ fn nodes_on_one_network_find_each_other_and_move_a_model() {
         let all = daemon.info["addresses"].as_array().unwrap();
         all.iter().any(|a| a.as_str().unwrap().starts_with(address))
     };
-    // One has the port of the house, the other a free one.
+    // One node has the default port, the other a free one.
     for address in [
         "/ip4/10.77.0.1/tcp/9338/",
         "/ip4/10.77.0.1/udp/9338/quic-v1/",

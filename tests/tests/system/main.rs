@@ -1,5 +1,5 @@
-//! The `weft` program as users and other programs start it, on loopback or in network and mount namespaces of a test's
-//! own. A module that also has nodes in this process is here if it starts the program as well.
+//! The program `weft` as users and other programs start it, on loopback or in network and mount namespaces of a test. A
+//! module that also has nodes in this process is here if it starts the program as well.
 //!
 //! Each module is one subject. All of them are one program, because each program links all of Weft once more. Tests
 //! that measure times are in `timed`.

@@ -1,4 +1,4 @@
-//! Parts of models at the command line: selected tensors, and files that are read.
+//! Parts of models at the command line: selected tensors, and reading files.
 
 use std::{fs, process::Command};
 

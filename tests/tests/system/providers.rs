@@ -1,4 +1,4 @@
-//! Who has what: all of a model, or some of its shard groups.
+//! Providers of all of a model, or of some of its shard groups.
 
 use std::{
     fs, thread,
@@ -10,7 +10,7 @@ use weft_tests::{Home, same_files};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Asks until it is so.
+/// Repeats a check until it has a result.
 fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let begin = Instant::now();
     loop {
@@ -28,7 +28,7 @@ fn providers(home: &Home, target: &str) -> Vec<Value> {
 }
 
 #[test]
-fn parts_of_a_model_are_found_and_fetched_from_whoever_has_them() {
+fn parts_of_a_model_are_found_and_fetched_from_their_providers() {
     let (hub, whole, part, getter) = (Home::new(), Home::new(), Home::new(), Home::new());
     let hub_up = hub.up(&[]);
     let bootstrap = ["--bootstrap", hub_up.address()];
@@ -41,7 +41,7 @@ fn parts_of_a_model_are_found_and_fetched_from_whoever_has_them() {
     let added = whole.json(&["add", model.to_str().unwrap(), "--name", "lab/parts"]);
     let id = added["model"]["id"].as_str().unwrap().to_owned();
 
-    // Another fetches it, and loses half of it.
+    // Another node fetches the model, and loses half of it.
     let copy = part.beside("copy");
     let part_up = part.up(&bootstrap);
     let got = part.json(&["get", "lab/parts", "--to", copy.to_str().unwrap()]);
@@ -64,16 +64,16 @@ fn parts_of_a_model_are_found_and_fetched_from_whoever_has_them() {
     let listed = getter.run(&["providers", &id]);
     assert!(listed.stdout.contains("4 shard groups"), "{listed:?}");
 
-    // The part alone: it is fetched from there, and the rest once somebody has it.
+    // Only the partial provider is left. Its part is fetched from there, and the rest once another node has it.
     drop(whole_up);
     let target = getter.beside("fetched");
     let get = getter.start(&["--json", "get", &id, "--to", target.to_str().unwrap()]);
-    until("what there is has come", || {
+    until("the available part has arrived", || {
         let here = getter.json(&["ls"])["models"][0]["bytes_here"].as_u64();
         (here >= Some(4 * 300_000)).then_some(())
     });
-    // It tells others so, before it has the rest.
-    let own_part = until("the part that has come is announced", || {
+    // The getter advertises its part before it has the rest.
+    let own_part = until("the part that has arrived is advertised", || {
         let found = providers(&hub, &id);
         found
             .into_iter()
@@ -90,9 +90,9 @@ fn parts_of_a_model_are_found_and_fetched_from_whoever_has_them() {
         .find(|one| one["peer_id"] == part_up.peer_id());
     assert_eq!(from_part.unwrap()["bytes"], 4 * 300_000);
 
-    // What has been removed is taken back, and what nobody has is said.
+    // A removed model is withdrawn, and a model without providers is reported as such.
     getter.json(&["rm", &id]);
-    until("it is found there no more", || {
+    until("the removed model is no longer found there", || {
         let found = providers(&hub, &id);
         let of_getter = |one: &&Value| one["peer_id"] == own_part["peer_id"];
         found.iter().find(of_getter).is_none().then_some(())

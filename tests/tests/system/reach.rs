@@ -1,4 +1,4 @@
-//! Nodes that know little: what they find out through the mesh.
+//! Nodes that know few addresses and learn the rest through the mesh.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ fn relays_and_peers_are_found_through_the_mesh() {
     let _one = one.up(&bootstrap);
     let other = two.up(&bootstrap);
 
-    // Only the first one was named, and not as a relay.
+    // Only the first relay was given, and not as a relay.
     let begin = Instant::now();
     let mut relays = vec![first_relay.peer_id(), second_relay.peer_id()];
     relays.sort_unstable();
@@ -40,7 +40,7 @@ fn relays_and_peers_are_found_through_the_mesh() {
         "{relay}"
     );
 
-    // Nobody has told where the other one is, but itself, in the DHT, soon after it came.
+    // No address of the other node was given. The node itself publishes its address in the DHT soon after its start.
     let begin = Instant::now();
     loop {
         let finished = one.run(&["--json", "connect", other.peer_id()]);
@@ -59,11 +59,11 @@ fn relays_and_peers_are_found_through_the_mesh() {
 }
 
 #[test]
-fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist() {
+fn a_wrong_bootstrap_address_is_named_and_no_command_reports_a_missing_name() {
     let (there, alone, none) = (Home::new(), Home::new(), Home::new());
     let other = there.up(&[]);
     let (at, peer) = other.address().rsplit_once('/').unwrap();
-    // The address of a node that is up, with the id of another.
+    // The address of a running node, with the id of another.
     let stranger = none.up(&[]);
     let wrong = format!("{at}/{}", stranger.peer_id());
     let up = alone.up(&["--bootstrap", &wrong]);
@@ -87,7 +87,7 @@ fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist()
     assert_eq!(known["bootstrap"][0]["address"], wrong);
     let advice = known["advice"].to_string();
     assert!(advice.contains(&wrong) && advice.contains(peer), "{advice}");
-    // Nobody was asked, so nobody knows.
+    // No node was asked, so the answer is not known.
     let to = alone.beside("to");
     let id = "0".repeat(64);
     for command in [
@@ -103,7 +103,7 @@ fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist()
         let finished = alone.run(command);
         assert_eq!(finished.code(), Some(4), "{command:?}: {finished:?}");
         let said = &finished.stderr;
-        assert!(said.contains("connected to nobody"), "{command:?}: {said}");
+        assert!(said.contains("connected to no peer"), "{command:?}: {said}");
         assert!(
             said.contains(&wrong) && said.contains(error),
             "{command:?}: {said}"
@@ -118,7 +118,7 @@ fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist()
         1,
         "{log}"
     );
-    // One that is connected hears that there is no such name.
+    // A connected node reports that there is no such name.
     let _up = alone.up(&["--bootstrap", other.address()]);
     let begin = Instant::now();
     while alone.json(&["status"])["bootstrap"][0]["connected"] != true {
@@ -128,8 +128,8 @@ fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist()
     let finished = alone.run(&["get", "me/x", "--to", to.to_str().unwrap()]);
     assert_eq!(finished.code(), Some(3), "{finished:?}");
     let said = &finished.stderr;
-    assert!(said.contains("nobody publishes the name me/x"), "{said}");
-    assert!(!said.contains("connected to nobody"), "{said}");
+    assert!(said.contains("no peer publishes the name me/x"), "{said}");
+    assert!(!said.contains("connected to no peer"), "{said}");
     let finished = alone.run(&["--json", "get", "me/x", "--to", to.to_str().unwrap()]);
     assert_eq!(finished.json()["error"]["reason"], "NO_SUCH_NAME");
 }

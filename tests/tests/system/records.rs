@@ -15,14 +15,14 @@ fn values(answer: &Value) -> Vec<String> {
     values
 }
 
-/// Until a key reads like this.
+/// Waits until a key has these values.
 fn reads(home: &Home, key: &str, wanted: &[&str]) {
     let begin = Instant::now();
     loop {
         let finished = home.run(&["--json", "record", "get", key]);
         let found = match finished.code() {
             Some(0) => values(&finished.json()),
-            // It has asked: one that is connected to nobody exits with 4.
+            // The node has looked them up: a node without peers exits with 4.
             Some(3) => Vec::new(),
             other => panic!("{other:?}: {finished:#?}"),
         };
@@ -34,17 +34,17 @@ fn reads(home: &Home, key: &str, wanted: &[&str]) {
     }
 }
 
-/// Until it knows another that keeps records.
+/// Waits until the node knows another that keeps records.
 fn meets(home: &Home) {
     let begin = Instant::now();
     while home.json(&["status"])["dht_nodes"].as_u64().unwrap() == 0 {
-        assert!(begin.elapsed() < PATIENCE, "they do not meet");
+        assert!(begin.elapsed() < PATIENCE, "the nodes do not meet");
         std::thread::park_timeout(Duration::from_millis(20));
     }
 }
 
 #[test]
-fn records_are_stated_read_taken_back_and_end() {
+fn records_are_published_read_withdrawn_and_expire() {
     let (one, other) = (Home::new(), Home::new());
     let (up, other_up) = (one.up(&[]), other.up(&[]));
     one.json(&["connect", other_up.address()]);
@@ -64,7 +64,7 @@ fn records_are_stated_read_taken_back_and_end() {
     let mut watch = other.start(&["--json", "record", "watch", "w", "--count", "3"]);
     watch.wait_for_line(r#""watching""#);
     one.json(&["record", "put", "w", "1"]);
-    // Each look-up sees only what is there by then.
+    // Each lookup sees only the records that exist at that moment.
     watch.wait_for_line(r#""joined""#);
     one.json(&["record", "put", "w", "2"]);
     watch.wait_for_line(r#""changed""#);
@@ -85,7 +85,7 @@ fn records_are_stated_read_taken_back_and_end() {
     reads(&other, "brief", &["x"]);
     reads(&other, "brief", &[]);
 
-    // What a terminal would obey is shown.
+    // Control characters are shown in escaped form.
     one.json(&["record", "put", "t", "a\u{1b}[2J"]);
     let shown = one.run(&["record", "get", "t"]);
     assert!(shown.stdout.contains("a\\u{1b}[2J"), "{shown:#?}");
@@ -98,7 +98,7 @@ fn records_are_stated_read_taken_back_and_end() {
         (&["put", "k", "v", "--ttl", "soon"], 2, "10m"),
         (&["put", "k", "v", "--ttl", "49h"], 1, "48 hours"),
         (&["put", "k", "v", "--ttl", "0"], 1, "one second"),
-        (&["get", "nothing"], 3, "nobody states anything"),
+        (&["get", "nothing"], 3, "no record under"),
         (&["rm", "nothing"], 3, "record ls"),
     ] {
         let failed = one.run(&[&["record"], arguments].concat());
@@ -108,7 +108,7 @@ fn records_are_stated_read_taken_back_and_end() {
 }
 
 #[test]
-fn what_was_acknowledged_survives_kill_9_of_all() {
+fn acknowledged_records_survive_kill_9_of_all_nodes() {
     let (one, other) = (Home::new(), Home::new());
     let (up, other_up) = (one.up(&[]), other.up(&[]));
     one.json(&["connect", other_up.address()]);
@@ -119,7 +119,8 @@ fn what_was_acknowledged_survives_kill_9_of_all() {
     }
     up.kill();
     reads(&other, "k7", &["v"]);
-    // What others had it keep is written after a second, in a transaction that waits for the disk, and nothing says when.
+    // Records of other publishers are written after a second, in a transaction that waits for the disk. Nothing reports
+    // the end.
     std::thread::sleep(Duration::from_secs(5));
     other_up.kill();
     let again = one.up(&[]);

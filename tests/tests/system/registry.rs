@@ -8,7 +8,7 @@ use weft_tests::{Home, content::tiny_model};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Until a registry lists these names.
+/// Waits until a registry lists these names.
 fn lists(home: &Home, id: &str, wanted: &[&str]) {
     let begin = Instant::now();
     loop {
@@ -72,7 +72,7 @@ fn a_registry_is_made_followed_filled_and_left() {
     let got = owner.json(&["get", "acme/tiny", "--to", to.to_str().unwrap()]);
     assert_eq!(got["publisher"], publisher_up.peer_id());
 
-    // Mistakes say what to do.
+    // Error messages say what to do.
     let stranger = publisher.run(&["registry", "publishers", &id, "--add", &lets]);
     assert_eq!(stranger.code(), Some(1), "{stranger:#?}");
     for says in [
@@ -106,7 +106,7 @@ fn a_registry_is_made_followed_filled_and_left() {
         (
             vec!["registry", "publishers", &id, "--add", "nobody"],
             2,
-            "no PeerId",
+            "not a PeerId",
         ),
         (
             vec![
@@ -136,7 +136,7 @@ fn a_registry_is_made_followed_filled_and_left() {
     let denied = publisher.run(&["doc", "rm", &id]);
     assert!(denied.stderr.contains("registry unfollow"), "{denied:#?}");
 
-    // The owner publishes as well; after a kill all of it is there.
+    // The owner publishes as well. After a kill everything is still there.
     let itself = up.peer_id().to_owned();
     let publishers = owner.json(&["registry", "publishers", &id, "--add", &itself]);
     assert_eq!(publishers["publishers"].as_array().unwrap().len(), 2);
@@ -160,7 +160,7 @@ fn a_registry_is_made_followed_filled_and_left() {
 }
 
 #[test]
-fn a_name_that_a_registry_reserves_for_another_is_warned_of_when_it_is_added() {
+fn adding_a_name_that_a_registry_reserves_for_another_prints_a_warning() {
     let (owner, publisher) = (Home::new(), Home::new());
     let (_up, publisher_up) = (owner.up(&[]), publisher.up(&[]));
     let lets = format!("{}=acme/*", publisher_up.peer_id());
@@ -182,39 +182,36 @@ fn a_name_that_a_registry_reserves_for_another_is_warned_of_when_it_is_added() {
     for says in [id, "reserves the name acme/mine", publisher_up.peer_id()] {
         assert!(shown.stderr.contains(says), "{shown:#?}");
     }
-    // Another name is nobody's.
+    // Another name is not reserved.
     let shown = owner.run(&["add", &folder, "--name", "mine/mine"]);
     assert!(!shown.stderr.contains("reserves"), "{shown:#?}");
 }
 
 #[test]
-fn following_a_registry_that_nobody_has_says_so_at_once_and_what_to_do_at_the_end() {
+fn following_an_unreachable_registry_reports_it_at_once_and_says_what_to_do() {
     let (one, other) = (Home::new(), Home::new());
     let (_up, other_up) = (one.up(&[]), other.up(&[]));
     let unknown = "ab".repeat(32);
     let alone = one.run(&["registry", "follow", &unknown, "--wait", "0"]);
     assert_eq!(alone.code(), Some(0), "{alone:#?}");
-    assert!(alone.stderr.contains("connected to nobody"), "{alone:#?}");
+    assert!(alone.stderr.contains("connected to no peer"), "{alone:#?}");
     one.json(&["connect", other_up.address()]);
-    // Nothing but what is said at once tells that it is waited for: it is stopped long before the wait is over.
+    // Only the first message shows that the command waits: it is stopped long before the wait is over.
     let mut follow = one.start(&["registry", "follow", &unknown, "--wait", "1h"]);
-    follow.wait_for_error("looking for a node that has the registry");
+    follow.wait_for_error("looking for a node with the registry");
     follow.signal(Signal::INT);
     follow.finish();
     let followed = one.run(&["registry", "follow", &unknown, "--wait", "1s"]);
     assert_eq!(followed.code(), Some(0), "{followed:#?}");
-    assert!(
-        followed.stdout.contains("nothing is here yet"),
-        "{followed:#?}"
-    );
+    assert!(followed.stdout.contains("not arrived yet"), "{followed:#?}");
     for says in ["weft registry ls", "weft registry unfollow", &unknown] {
         assert!(followed.stderr.contains(says), "{followed:#?}");
     }
     assert!(
-        !followed.stderr.contains("connected to nobody"),
+        !followed.stderr.contains("connected to no peer"),
         "{followed:#?}"
     );
-    // It is followed for good.
+    // The registry is followed from now on.
     let followed = &one.json(&["registry", "ls"])["registries"][0];
     assert_eq!(
         (&followed["id"], &followed["arrived"]),

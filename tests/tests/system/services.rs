@@ -16,7 +16,7 @@ fn services_by_name_at_the_command_line() {
     assert_eq!(none["peers"].as_array().map(Vec::len), Some(0));
     let failed = calling.run(&["call", "example.echo.v1.Echo", "Say"]);
     assert_eq!(failed.code(), Some(4), "{failed:?}");
-    assert!(failed.stderr.contains("nobody offers"), "{failed:?}");
+    assert!(failed.stderr.contains("no peer offers"), "{failed:?}");
 
     let service = EchoService::start(&serving);
     let begin = Instant::now();
@@ -25,7 +25,7 @@ fn services_by_name_at_the_command_line() {
         if found["peers"].as_array().is_some_and(|p| !p.is_empty()) {
             break found;
         }
-        assert!(begin.elapsed() < PATIENCE, "it is not found");
+        assert!(begin.elapsed() < PATIENCE, "the service is not found");
         std::thread::park_timeout(Duration::from_millis(50));
     };
     assert_eq!(found["peers"][0]["peer_id"], up.peer_id());
@@ -55,13 +55,13 @@ fn services_by_name_at_the_command_line() {
     assert_eq!(std::fs::read(saved.join("0-0.bin")).unwrap(), [1, 2, 3, 4]);
     for (arguments, code, says) in [
         (&["--label", "x"][..], 2, "NAME=VALUE"),
-        (&["--label", "model=other"], 4, "nobody offers"),
+        (&["--label", "model=other"], 4, "no peer offers"),
         (&["--attach", "U8:2y2:x"], 2, "2x3"),
         (&["--attach", "/no/such"], 1, "/no/such"),
         (
             &["--attach", &format!("F32:2x2:{}", file.display())],
             2,
-            "is not 4 bytes",
+            "has 4 bytes",
         ),
     ] {
         let failed = calling.run(&[&say[..], arguments].concat());
@@ -70,7 +70,7 @@ fn services_by_name_at_the_command_line() {
     }
     let failed = calling.run(&["call", up.address(), "Say", "--label", "a=b"]);
     assert_eq!(failed.code(), Some(2), "{failed:?}");
-    // The program ends: nobody offers it any more.
+    // The program ends, so the service is no longer offered.
     drop(service);
     let begin = Instant::now();
     loop {
@@ -78,7 +78,7 @@ fn services_by_name_at_the_command_line() {
         if found["peers"].as_array().is_some_and(Vec::is_empty) {
             break;
         }
-        assert!(begin.elapsed() < PATIENCE, "it is still found");
+        assert!(begin.elapsed() < PATIENCE, "the service is still found");
         std::thread::park_timeout(Duration::from_millis(50));
     }
 }

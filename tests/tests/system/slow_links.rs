@@ -1,4 +1,4 @@
-//! Slow links, few descriptors, bad disks: what is slow or damaged in part still delivers the rest.
+//! Slow links, few file descriptors, bad disks: if one part is slow or damaged, the rest still arrives.
 
 use std::{
     fs,
@@ -12,8 +12,8 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use weft_tests::{Home, same_files};
 
-/// Makes two networks and the link between them, of the rate `$1` in each direction, and says the process id of the
-/// receivers' one. The link's queue takes 20 kB, as a home router's does, and TCP takes loss for a full queue.
+/// Creates two networks and a link between them, with the rate `$1` in each direction, and prints the process id of the
+/// receivers' network. The link's queue holds 20 kB, as a home router's does, and TCP takes loss for a full queue.
 const MAKE_NETWORKS: &str = r#"
 set -e
 echo reno > /proc/sys/net/ipv4/tcp_congestion_control
@@ -83,7 +83,7 @@ impl Drop for Slow {
     }
 }
 
-/// Has `into` run `command`.
+/// Lets `into` run `command`.
 fn copy_into(command: &Command, into: &mut Command) {
     into.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
@@ -105,7 +105,7 @@ const LOOPBACK: [&str; 5] = [
     "/ip4/127.0.0.1/tcp/0",
 ];
 
-/// Bytes that do not compress.
+/// Returns incompressible bytes.
 fn random_bytes(size: usize) -> Vec<u8> {
     let mut bytes = vec![0; size];
     let mut random = fs::File::open("/dev/urandom").unwrap();
@@ -123,7 +123,7 @@ fn spoil(path: &Path, offset: usize) {
     file.set_modified(modified).unwrap();
 }
 
-/// Nodes that fetch `size` bytes at once from a publisher behind a slow link.
+/// Lets this many nodes fetch `size` bytes at the same time from a publisher behind a slow link.
 fn share(rate: &str, receivers: usize, size: usize) {
     let slow = Slow::new(rate);
     let publisher = Home::new();
@@ -152,7 +152,7 @@ fn share(rate: &str, receivers: usize, size: usize) {
             let model = &model;
             scope.spawn(move || {
                 let to = home.beside("to");
-                // It takes as long as it takes: nothing here counts the minutes.
+                // There is no time limit, because the transfer may take minutes.
                 let mut get = home.command(&["get", ticket, "--to", to.to_str().unwrap()]);
                 let got = get.output().unwrap();
                 assert!(got.status.success(), "{got:#?}");
@@ -185,7 +185,7 @@ fn twelve_receivers_behind_256_kbit_a_second_all_get_2_megabytes() {
 }
 
 #[test]
-fn a_node_with_few_descriptors_gets_many_files_and_only_goes_slower() {
+fn a_node_with_few_file_descriptors_fetches_many_files_only_slower() {
     let (publisher, receiver) = (Home::new(), Home::new());
     let model = publisher.beside("model");
     fs::create_dir(&model).unwrap();
@@ -209,7 +209,7 @@ fn a_node_with_few_descriptors_gets_many_files_and_only_goes_slower() {
 }
 
 #[test]
-fn a_pipe_in_the_place_of_a_file_keeps_neither_status_nor_other_models_waiting() {
+fn a_pipe_in_place_of_a_file_blocks_neither_status_nor_other_models() {
     let home = Home::new();
     let _up = home.up(&[]);
     for name in ["good", "bad"] {
@@ -246,7 +246,7 @@ fn a_pipe_in_the_place_of_a_file_keeps_neither_status_nor_other_models_waiting()
 }
 
 #[test]
-fn what_was_read_and_is_damaged_is_fetched_again() {
+fn damaged_content_is_fetched_again_when_it_is_read() {
     let (publisher, reader) = (Home::new(), Home::new());
     let model = publisher.beside("model");
     fs::create_dir(&model).unwrap();
@@ -254,7 +254,7 @@ fn what_was_read_and_is_damaged_is_fetched_again() {
     let publisher_up = publisher.up(&[]);
     publisher.json(&["add", model.to_str().unwrap(), "--name", "lab/read"]);
     let _reader_up = reader.up(&["--bootstrap", publisher_up.address()]);
-    // A part, and later the whole.
+    // First a part, later the whole file.
     for length in ["1000000", "3000000"] {
         let cat = ["cat", "lab/read", "w.bin", "--length", length];
         let first = reader.run(&cat);

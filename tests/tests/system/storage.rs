@@ -1,4 +1,4 @@
-//! What a node keeps on its disk: tags, collection, the quota, and repair of what is damaged.
+//! A node's disk: tags, garbage collection, the quota, and repair of damaged content.
 
 use std::{
     fs::{self, FileTimes},
@@ -11,7 +11,7 @@ use std::{
 use serde_json::Value;
 use weft_tests::{Home, Random, same_files};
 
-/// A model of one file of so many bytes, and its id.
+/// Adds a model of one file with this many bytes, and returns its ticket.
 fn publish(home: &Home, name: &str, seed: u64, bytes: usize) -> String {
     let folder = home.beside(name);
     fs::create_dir_all(&folder).unwrap();
@@ -26,7 +26,7 @@ fn id(got: &Value) -> String {
     got["model"]["id"].as_str().unwrap().to_owned()
 }
 
-/// Flips a bit and keeps the time, as a disk does.
+/// Flips a bit and keeps the time, as a disk fault does.
 fn flip(path: &Path, offset: u64) {
     let file = fs::File::options()
         .read(true)
@@ -42,7 +42,7 @@ fn flip(path: &Path, offset: u64) {
 }
 
 #[test]
-fn verify_without_a_model_reads_what_cat_left_and_the_next_cat_repairs_it() {
+fn verify_without_a_model_reads_content_left_by_cat_and_the_next_cat_repairs_it() {
     let (provider, reader) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let _second = reader.up(&["--bootstrap", first.address()]);
@@ -50,7 +50,7 @@ fn verify_without_a_model_reads_what_cat_left_and_the_next_cat_repairs_it() {
     let cat = ["cat", &ticket, "weights.bin"];
     let read = reader.run(&cat);
     assert_eq!(read.code(), Some(0), "{read:#?}");
-    // The file of what `cat` has read gets its name within a moment.
+    // A file that `cat` has read gets its name within a moment.
     let verify_one = || {
         let begun = Instant::now();
         loop {
@@ -75,7 +75,7 @@ fn verify_without_a_model_reads_what_cat_left_and_the_next_cat_repairs_it() {
     assert_eq!(verified["damaged_bytes"], 64 << 10);
     assert_eq!(
         verified["problems"], 0,
-        "what is damaged no longer counts as here"
+        "damaged content no longer counts as present"
     );
     let again = reader.run(&cat);
     assert_eq!(again.code(), Some(0), "{again:#?}");
@@ -101,7 +101,7 @@ fn a_flipped_bit_is_found_never_served_and_repaired() {
     assert_eq!(sound["files"][0]["state"], "ok");
 
     flip(&to.join("weights.bin"), 1_000_000);
-    // Nobody gets it from there.
+    // No node can fetch the model from there.
     let shown = receiver.json(&["show", &id]);
     let third = Home::new();
     let third_up = third.up(&[]);
@@ -128,9 +128,9 @@ fn a_flipped_bit_is_found_never_served_and_repaired() {
     same_files(&provider.beside("model"), &to);
     assert_eq!(receiver.json(&["ls"])["models"][0]["complete"], true);
 
-    // Without anybody who has it, damage stays, and the same command repairs it later.
+    // Without a provider, the damage stays, and the same command repairs it later.
     flip(&to.join("weights.bin"), 10);
-    // The third may have got the part that is damaged now.
+    // The third node may have fetched the part that is damaged now.
     drop((first, third_up));
     let finished = receiver.run(&["--json", "verify"]);
     assert_eq!(finished.code(), Some(9), "{finished:#?}");
@@ -142,7 +142,7 @@ fn a_flipped_bit_is_found_never_served_and_repaired() {
     receiver.json(&["get", &id, "--to", to.to_str().unwrap()]);
     same_files(&provider.beside("model"), &to);
 
-    // What was added in place is the user's.
+    // Files that were added in place are the user's.
     flip(&provider.beside("model").join("weights.bin"), 10);
     let before = fs::read(provider.beside("model").join("weights.bin")).unwrap();
     let finished = provider.run(&["verify"]);
@@ -155,7 +155,7 @@ fn a_flipped_bit_is_found_never_served_and_repaired() {
 }
 
 #[test]
-fn a_tag_keeps_a_model_until_it_is_removed() {
+fn a_tag_pins_a_model_until_the_tag_is_removed() {
     let home = Home::new();
     let up = home.up(&[]);
     publish(&home, "model", 1, 100_000);
@@ -182,7 +182,7 @@ fn a_tag_keeps_a_model_until_it_is_removed() {
 }
 
 #[test]
-fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
+fn the_least_recently_used_model_is_evicted_and_tagged_models_stay() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let up = receiver.up(&["--quota", "3M"]);
@@ -208,7 +208,7 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
     assert!(!models.join("b").exists());
     assert!(models.join("a/weights.bin").exists());
 
-    // Kept across a restart; and what cannot be let in leaves everything as it is.
+    // Tags are kept across a restart. A model that does not fit leaves everything as it is.
     receiver.json(&["tag", "add", "too", &id(&third.json())]);
     drop(up);
     let _up = receiver.up(&[]);
@@ -217,14 +217,14 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
     let error = &refused.json()["error"];
     assert_eq!(error["reason"], "QUOTA_EXCEEDED", "{error}");
     assert!(models.join("c/weights.bin").exists());
-    // Nor does a reader take more than there is room for.
+    // A reader does not take more than there is room for, either.
     let read = receiver.run(&["--json", "cat", &tickets[3], "weights.bin"]);
     assert_eq!(read.code(), Some(8), "{read:#?}");
     assert_eq!(read.stdout, "", "content alone belongs there");
     assert!(read.stderr.contains("QUOTA_EXCEEDED"), "{read:#?}");
     let storage = receiver.json(&["storage"]);
     assert_eq!(storage["counted_bytes"], 2_400_000, "{storage}");
-    // A folder that was chosen elsewhere does not count.
+    // A folder chosen outside the home does not count.
     let elsewhere = receiver.beside("d");
     receiver.json(&["get", &tickets[3], "--to", elsewhere.to_str().unwrap()]);
     let storage = receiver.json(&["storage"]);
@@ -236,7 +236,7 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
 }
 
 #[test]
-fn what_a_crash_or_a_removed_model_leaves_is_collected_and_nothing_else() {
+fn only_leftovers_of_crashes_and_removed_models_are_collected() {
     let (provider, receiver) = (Home::new(), Home::new());
     let _first = provider.up(&[]);
     let ticket = publish(&provider, "model", 1, 1 << 20);

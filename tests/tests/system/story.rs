@@ -1,11 +1,11 @@
-//! The main job with real weights: publish on one node, get by name on another that knows only a third.
+//! The main job with a real model: publish on one node, get by name on another that knows only a third.
 
 use std::fs;
 
 use serde_json::Value;
 use weft_tests::{Home, python, real_model, same_files};
 
-/// The tensors of a file as the safetensors library lists them.
+/// Returns the tensors of a file as the safetensors library lists them.
 fn tensors_by_library(file: &std::path::Path) -> Value {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/python/list_tensors.py");
     let output = python().arg(script).arg(file).output().unwrap();
@@ -38,12 +38,12 @@ fn a_real_model_moves_by_name_between_nodes_that_know_only_a_third() {
     assert_eq!(got["sources"][0]["peer_id"], first.peer_id());
     assert_eq!(got["sources"][0]["path"], "loopback");
 
-    // The same again moves nothing.
+    // A second get transfers nothing.
     let again = receiver.json(&["get", "sbert/minilm", "--to", to]);
     assert_eq!(again["bytes_moved"], 0);
     assert_eq!(again["bytes_reused"], got["model"]["size"]);
 
-    // Files and tensors as others list them.
+    // Files and tensors match the lists of other programs.
     let shown = receiver.json(&["show", "sbert/minilm", "--tensors"]);
     let weights = shown["files"]
         .as_array()
@@ -56,7 +56,7 @@ fn a_real_model_moves_by_name_between_nodes_that_know_only_a_third() {
     assert_eq!(weights["sha256"], library["sha256"]);
     assert!(library["tensors"].as_array().unwrap().len() > 100);
 
-    // The receiver is a provider now: a fourth gets it by id when the publisher is gone.
+    // The receiver is a provider now: a fourth node gets the model by id when the publisher is gone.
     drop(first);
     let fourth = Home::new();
     let _up = fourth.up(&["--bootstrap", third.address()]);
@@ -65,7 +65,7 @@ fn a_real_model_moves_by_name_between_nodes_that_know_only_a_third() {
     assert_eq!(got["sources"][0]["peer_id"], second.peer_id());
     same_files(&model, &target);
 
-    // And by ticket, with no mesh at all.
+    // The model is also fetched by ticket, without a mesh.
     let fifth = Home::new();
     let _up = fifth.up(&[]);
     let target = fifth.beside("by-ticket");
@@ -81,7 +81,7 @@ fn a_real_model_moves_by_name_between_nodes_that_know_only_a_third() {
     assert_eq!(status["peer_id"], second.peer_id());
     assert_eq!(status["model_count"], 1);
 
-    // What `rm --files` deletes is what `get` wrote, and never what was added.
+    // `rm --files` deletes the files that `get` wrote, and never files that were added.
     let target = receiver.beside("minilm");
     fs::write(target.join("mine.txt"), "notes").unwrap();
     let removed = receiver.json(&["rm", "sbert/minilm", "--files"]);
@@ -96,7 +96,7 @@ fn a_real_model_moves_by_name_between_nodes_that_know_only_a_third() {
 }
 
 #[test]
-fn a_name_that_is_withdrawn_is_unknown_and_a_new_revision_takes_over() {
+fn a_withdrawn_name_is_unknown_and_a_new_revision_replaces_the_old_one() {
     let (publisher, receiver) = (Home::new(), Home::new());
     let first = publisher.up(&[]);
     let _second = receiver.up(&["--bootstrap", first.address()]);

@@ -10,22 +10,22 @@ use std::{
 
 use weft_tests::{Daemon, Home, alone};
 
-/// Processor time that a process has used.
+/// Returns the CPU time that a process has used.
 fn processor_time(pid: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    // Its name, in parentheses, may hold spaces.
+    // The name, in parentheses, may contain spaces.
     let (_, fields) = stat.rsplit_once(')').unwrap();
     let fields: Vec<_> = fields.split_whitespace().collect();
     let ticks: u64 = [11, 12]
         .iter()
         .map(|&at| fields[at].parse::<u64>().unwrap())
         .sum();
-    // A hundred a second, on every system that Linux runs on.
+    // A hundred ticks a second, on every system that Linux runs on.
     Duration::from_millis(ticks * 10)
 }
 
 #[test]
-fn idle_connections_to_the_api_lock_nobody_out_though_files_are_few() {
+fn idle_connections_to_the_api_lock_no_client_out_with_few_file_descriptors() {
     let _alone = alone();
     let home = Home::new();
     let up = home.command(&[
@@ -63,7 +63,7 @@ fn idle_connections_to_the_api_lock_nobody_out_though_files_are_few() {
     let used = processor_time(daemon.pid()) - before.1;
     let passed = before.0.elapsed();
     assert!(used < passed / 2, "{used:?} of {passed:?}");
-    // Over the network too: descriptors are left for peers.
+    // Descriptors are also left for peers on the network.
     drop(TcpStream::connect(("127.0.0.1", daemon.port())).unwrap());
     drop(idle);
 }

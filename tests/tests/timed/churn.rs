@@ -1,8 +1,8 @@
-//! A mesh in which nodes come and go, stopped in order or killed: look-ups stay fast, and calls by a service's name
+//! A mesh in which nodes join and leave, stopped in order or killed. Lookups stay fast, and calls by a service's name
 //! find a live provider.
 //!
-//! `tests/nightly churn` plays it for five minutes (`CHURN_SECONDS`), where no `get` may take over two seconds. In the
-//! usual run it is short, and the bound on a single `get` is wider, because the machine may be busy with other tests.
+//! `tests/nightly churn` runs this for five minutes (`CHURN_SECONDS`), where no `get` may take over two seconds. The
+//! usual run is short, and its limit for a single `get` is higher, because the machine may be busy with other tests.
 
 use std::{
     env, fs,
@@ -12,7 +12,7 @@ use std::{
 use rustix::process::Signal;
 use weft_tests::{Daemon, EchoService, Home, alone};
 
-/// TCP and QUIC, as by default: a dial over QUIC to a node that is gone gets no answer at all.
+/// TCP and QUIC, as by default. A dial over QUIC to a node that is gone gets no answer at all.
 fn up(home: &Home, bootstrap: Option<&Daemon>) -> Daemon {
     let mut arguments = vec![
         "--no-port-mapping",
@@ -27,7 +27,7 @@ fn up(home: &Home, bootstrap: Option<&Daemon>) -> Daemon {
     home.up(&arguments)
 }
 
-/// Returns the time that a command takes; it must end with this code.
+/// Runs a command, which must exit with this code, and returns its time.
 fn timed(home: &Home, arguments: &[&str], code: i32) -> Duration {
     let begin = Instant::now();
     let finished = home.run(arguments);
@@ -43,7 +43,7 @@ fn median(times: &[Duration]) -> Duration {
 }
 
 #[test]
-fn look_ups_stay_fast_while_nodes_come_and_go() {
+fn lookups_stay_fast_while_nodes_join_and_leave() {
     let _alone = alone();
     let nightly = env::var("CHURN_SECONDS").ok();
     let lasts = nightly.as_deref().map_or(12, |s| s.parse().unwrap());
@@ -96,7 +96,7 @@ fn look_ups_stay_fast_while_nodes_come_and_go() {
             "{name}: {} times, median {typical:?}, at most {worst:?}",
             times.len()
         );
-        // A new node may begin with a provider that is gone, and asks another after a second.
+        // The first provider that a new node tries may be gone; after a second it tries another.
         let usual = Duration::from_millis(if name == "first get" { 1500 } else { 1000 });
         assert!(typical < usual, "{name}: {times:?}");
         assert!(worst < most, "{name}: {times:?}");
@@ -104,7 +104,7 @@ fn look_ups_stay_fast_while_nodes_come_and_go() {
 }
 
 #[test]
-fn a_dead_provider_of_a_service_costs_one_failed_try_at_most() {
+fn a_dead_provider_of_a_service_costs_one_failed_call_at_most() {
     let _alone = alone();
     let homes = [Home::new(), Home::new(), Home::new()];
     let calling = Home::new();
@@ -125,7 +125,7 @@ fn a_dead_provider_of_a_service_costs_one_failed_try_at_most() {
     while offered() < 3 {
         assert!(
             begin.elapsed() < Duration::from_secs(60),
-            "they are not found"
+            "the providers are not found"
         );
         std::thread::park_timeout(Duration::from_millis(50));
     }
@@ -145,7 +145,7 @@ fn a_dead_provider_of_a_service_costs_one_failed_try_at_most() {
         drop(service);
         let calls: Vec<_> = (0..12).map(|_| say()).collect();
         println!("{} left: {calls:?}", serving.len());
-        // A call that was under way, or a session that seemed open, may be lost; nothing is after that.
+        // A pending call, or one on a session that seemed open, may be lost; no call after that.
         let failed = calls.iter().filter(|(good, _)| !good).count();
         let slow = calls
             .iter()

@@ -1,4 +1,4 @@
-//! A model from many providers at once: how the rates add up, what slow and vanished ones cost, and that limits hold.
+//! A model from many providers at once: combined rates, the cost of slow and vanished providers, and rate limits.
 
 use std::{
     io::{self, Write},
@@ -12,10 +12,10 @@ use weft_tests::{Proxy, alone, content::opaque_model, node, providers, same_file
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What every provider sends at most, in bytes a second, where the rate matters.
+/// Upload limit of a provider, in bytes a second, if the rate matters.
 const RATE: u64 = 8_000_000;
 
-/// Has each be reached through a proxy that forwards to it at this rate; zero is no limit.
+/// Makes each peer reachable through a proxy that forwards to it at this rate; zero is no limit.
 fn behind_proxies(peers: &mut [(PeerId, Vec<Multiaddr>)], rate: u64) -> Vec<Proxy> {
     let peers = peers.iter_mut().map(|(_, addresses)| {
         let port = addresses[0].iter().find_map(|part| match part {
@@ -36,12 +36,12 @@ async fn get(node: &Node, ticket: Ticket, to: &Path) -> Got {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_byte_comes_once_however_many_provide_and_their_rates_add_up() {
+async fn each_byte_is_transferred_once_and_the_rates_of_providers_add_up() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut rate = None;
     for count in [1, 2, 3, 5] {
-        // Several have more to send, so that they too take seconds, of which beginning and ending are a small part.
+        // Several providers send more, so that they also take seconds and the start and end matter little.
         let size = if count == 1 { 24_000_000 } else { 60_000_000 };
         let place = tempfile::tempdir_in(folder.path()).unwrap();
         let model = opaque_model(place.path().join("model"), "", size);
@@ -53,20 +53,20 @@ async fn every_byte_comes_once_however_many_provide_and_their_rates_add_up() {
         let got = get(&receiver, ticket, &to).await;
         let took = begin.elapsed().as_secs_f64();
         same_files(&model, &to);
-        // What came over all TCP connections, encrypted: content, proofs, handshakes, and what nodes say to each other.
+        // All bytes over TCP connections, encrypted: content, proofs, handshakes, and other messages between nodes.
         let wire: u64 = proxies.iter().map(Proxy::forwarded).sum();
-        // What is taken over from one that is slow for a moment may come from both, also at the same time.
+        // A piece that is taken over from a slow provider may arrive from both, even at the same time.
         let twice = got.bytes_wasted + got.bytes_moved - size as u64;
         let share = (wire - twice) as f64 / size as f64;
-        // Shown also when all is well.
+        // Printed also if the test passes.
         let said = writeln!(
             io::stderr(),
             "{count} providers: {took:.2} s, {share:.4} of the payload on the wire, and {twice} bytes twice"
         );
         said.unwrap();
         assert!((1.0..1.02).contains(&share), "{share}");
-        // One MiB is the most that is asked for at once.
-        assert!(twice <= (count as u64) << 20, "{twice} bytes came twice");
+        // At most 1 MiB is requested at once.
+        assert!(twice <= (count as u64) << 20, "{twice} bytes arrived twice");
         assert_eq!(got.sources.len(), count, "{:?}", got.sources);
         let rate = *rate.get_or_insert(size as f64 / took);
         let alone = size as f64 / rate;
@@ -81,7 +81,7 @@ async fn every_byte_comes_once_however_many_provide_and_their_rates_add_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn receivers_send_to_each_other_what_each_has() {
+async fn receivers_send_each_other_their_content() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let size = 48_000_000;
@@ -122,7 +122,7 @@ async fn receivers_send_to_each_other_what_each_has() {
     for (_, to) in &kept {
         same_files(&model, to);
     }
-    // Each by itself, it would be four.
+    // If each receiver fetched by itself, there would be four copies.
     assert!(copies < 3.2, "{copies}");
     assert!(took < 3.2 * alone + 3.0, "{took}");
 }
@@ -134,7 +134,7 @@ async fn slow_stalled_and_vanished_providers_cost_little() {
     let size = 24_000_000;
     let model = opaque_model(folder.path().join("model"), "", size);
     let (nodes, mut ticket) = providers(folder.path(), &model, 4, RATE).await;
-    // One trickles, one stalls after a while, one vanishes after a while, one is well.
+    // One provider trickles, one stalls after a while, one vanishes after a while, and one is good.
     let proxies = behind_proxies(&mut ticket.peers[..3], RATE);
     let receiver = node(&folder.path().join("receiver"), &[]).await;
     let to = folder.path().join("got");
@@ -161,7 +161,7 @@ async fn slow_stalled_and_vanished_providers_cost_little() {
         "{took:.2} s, one good provider alone {alone:.2}; {:?}",
         got.sources
     );
-    // To wait for one that stalls would cost twenty seconds.
+    // Waiting for a stalled provider would take twenty seconds.
     assert!(took < alone + 15.0, "{took}");
     drop((trickling, stalling));
     for one in nodes {
@@ -170,7 +170,7 @@ async fn slow_stalled_and_vanished_providers_cost_little() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_on_rate_hold_on_both_sides() {
+async fn rate_limits_are_enforced_on_both_sides() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let size = 6_000_000;

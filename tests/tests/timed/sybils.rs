@@ -1,5 +1,5 @@
-//! A hundred identities of one network, all nearer to a key than every honest node: they take what is stored, say that they have it, and know of nobody but
-//! themselves. What honest nodes state under the key is found all the same.
+//! A hundred identities of one network, all nearer to a key than every honest node. They accept records and claim to
+//! store them, and they name only each other. Records that honest nodes publish under the key are found all the same.
 
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
@@ -42,7 +42,7 @@ fn identify(keys: &Keypair) -> identify::Behaviour {
     identify::Behaviour::new(identify::Config::new("/weft/1".to_owned(), keys.public()))
 }
 
-/// A swarm that is there and has dialled these, running by itself.
+/// Starts a swarm that has dialed these peers and runs by itself.
 fn join<B>(links: &Arc<Links>, at: Place, behaviour: B, known: &[Place])
 where
     B: NetworkBehaviour<ToSwarm: Send> + Send,
@@ -69,7 +69,7 @@ where
 fn sybil(keys: &Keypair, others: &[Place]) -> Sybil {
     let local = keys.public().to_peer_id();
     let mut config = kad::Config::new(StreamProtocol::new("/weft/kad/1"));
-    // What is to be stored is acknowledged and dropped, and honest nodes are not remembered.
+    // Records to store are acknowledged and dropped, and honest nodes are not remembered.
     config
         .set_record_filtering(StoreInserts::FilterBoth)
         .set_kbucket_inserts(BucketInserts::Manual)
@@ -86,7 +86,7 @@ fn sybil(keys: &Keypair, others: &[Place]) -> Sybil {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_is_not_taken_by_many_identities_of_one_network() {
+async fn many_identities_of_one_network_do_not_capture_a_key() {
     let _alone = alone();
     let links = Links::new(Duration::from_millis(4));
     let mut honest: Vec<(Dht, Place)> = Vec::new();
@@ -123,7 +123,7 @@ async fn a_key_is_not_taken_by_many_identities_of_one_network() {
     for (keys, at) in keys.iter().zip(&sybils) {
         join(&links, *at, sybil(keys, &sybils), &victims);
     }
-    // Everybody has met: honest nodes most of each other, and the others as far as there is room for them.
+    // Waits until all have met: honest nodes know most of each other, and of the others as many as there is room for.
     let settled = async {
         loop {
             let nodes = honest.iter().map(|(dht, _)| *dht.nodes().borrow());
@@ -138,7 +138,7 @@ async fn a_key_is_not_taken_by_many_identities_of_one_network() {
 
     let begin = Instant::now();
     for (n, (dht, _)) in honest.iter().enumerate().take(5) {
-        // On a machine that is busy with something else a try may end before anybody has answered.
+        // On a busy machine an attempt may end before any node has answered.
         let mut took = 0;
         for _try in 0..10 {
             took = dht.publish(KEY, b"", &[n as u8], HOUR).await.unwrap();
@@ -147,7 +147,7 @@ async fn a_key_is_not_taken_by_many_identities_of_one_network() {
             }
         }
         eprintln!("put {took} {:?}", begin.elapsed());
-        assert!(took >= 15, "only {took} took it");
+        assert!(took >= 15, "only {took} nodes stored it");
     }
     let kept = async {
         let mut kept = 0;
@@ -157,7 +157,7 @@ async fn a_key_is_not_taken_by_many_identities_of_one_network() {
         kept
     };
     let kept = kept.await;
-    assert!(kept >= 12, "only {kept} honest nodes keep it");
+    assert!(kept >= 12, "only {kept} honest nodes keep the record");
     for (dht, _) in &honest[40..] {
         let found = dht.get_some(KEY).await.unwrap();
         assert!(!found.is_empty());

@@ -1,4 +1,4 @@
-//! A peer that sends: what it has and was asked for, its rate, and how far ahead it is asked.
+//! A sending peer in the schedule: what it has, what it was asked for, its rate, and how far ahead it is asked.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -9,26 +9,28 @@ use std::{
 use super::{PIECE, Run};
 use crate::{bitfield::Bitfield, tree::GROUP};
 
-/// Groups in the first runs that are asked of a peer, before its rate is known: 128 KiB, which a link of 256 kbit/s
-/// takes four seconds for.
+/// Groups in the first runs requested from a peer, before its rate is known: 128 KiB, which take four seconds on a link
+/// of 256 kbit/s.
 const FIRST_RUN: u64 = 2;
 
-/// What a peer whose rate is not known yet is asked for ahead, in bytes.
+/// Bytes requested ahead from a peer whose rate is unknown.
 pub(super) const FIRST_WINDOW: u64 = 2 << 20;
 
-/// The most asked of a peer ahead, in bytes: it keeps a path of 1 Gbit/s and 250 ms busy.
+/// The most bytes requested ahead from a peer: enough to keep a path of 1 Gbit/s and 250 ms busy.
 const MAX_WINDOW: u64 = 32 << 20;
 
-/// Beyond two round trips, a peer is asked for what it sends in this time: for the disk and the scheduler at both ends.
+/// Requests cover the bytes that a peer sends in two round trips and this time, which allows for disk and scheduler at
+/// both ends.
 const SLACK: Duration = Duration::from_millis(200);
 
-/// How long a peer that was asked may send nothing before others get its work, at least; four round trips if that is more.
+/// The shortest silence after which a peer's work goes to others; four round trips if that is longer.
 const STALL: Duration = Duration::from_secs(2);
 
-/// A run takes a peer no longer than this, as far as its rate is known: so that a slow one does not hold a piece that others could send at once.
+/// The longest time that a run is to take at the peer's known rate. So a slow peer does not hold a piece that others
+/// could send at once.
 const RUN_TIME: Duration = Duration::from_millis(250);
 
-/// How often a rate is measured.
+/// The interval at which rates are measured.
 const MEASURE: Duration = Duration::from_millis(100);
 
 /// A peer of a schedule.
@@ -37,22 +39,22 @@ pub(super) struct Sender {
     pub(super) has: Has,
     pub(super) relayed: bool,
     pub(super) asked: VecDeque<Run>,
-    /// Bytes asked for and not here.
+    /// Bytes that were requested and have not arrived.
     pub(super) ahead: u64,
     pub(super) rate: Rate,
     pub(super) round_trip: Option<Duration>,
-    /// When it was asked while nothing was on its way; until the answer comes.
+    /// The time of a request made while none was pending; set until its answer arrives.
     pub(super) asked_at: Option<Duration>,
-    /// When it last sent something, or was asked while nothing was on its way.
+    /// The time at which the peer last sent anything, or was asked while no request was pending.
     pub(super) last: Duration,
     pub(super) cancels: Vec<Run>,
-    /// There was nothing that is open and that it has, and neither has changed.
-    pub(super) barren: bool,
-    /// Groups that it could not read, and until when it is not asked for them.
+    /// True if the peer has none of the open groups, and neither its content nor the open groups have changed since.
+    pub(super) exhausted: bool,
+    /// Groups that the peer could not read, each with the time until which it is not asked for them.
     pub(super) unreadable: BTreeMap<(usize, u64), Duration>,
-    /// When the first of them may be asked for again.
+    /// The earliest time in `unreadable`.
     pub(super) unreadable_until: Option<Duration>,
-    /// Pieces in which it could not read something: it is asked for their groups one by one.
+    /// Pieces in which the peer could not read a group: their groups are requested one by one.
     pub(super) fragile: BTreeSet<(usize, u64)>,
 }
 
@@ -62,7 +64,7 @@ pub(super) enum Has {
     Some(BTreeMap<usize, Bitfield>),
 }
 
-/// Bytes a second, smoothed.
+/// A smoothed rate, in bytes a second.
 #[derive(Debug, Default)]
 pub(super) struct Rate {
     pub(super) value: f64,
@@ -111,11 +113,11 @@ impl Sender {
         }
         let time = 2 * self.round_trip.unwrap_or_default() + SLACK;
         let window = (self.rate.value * time.as_secs_f64()) as u64;
-        // At least two runs, so that the next is asked for before the last is here.
+        // At least two runs, so that the second is requested before the first has arrived.
         window.clamp(2 * GROUP * self.longest(), MAX_WINDOW)
     }
 
-    /// Groups in a run that is asked of it, at most.
+    /// Returns the most groups in a run that is requested from the peer.
     pub(super) fn longest(&self) -> u64 {
         match self.rate.value {
             0.0 => FIRST_RUN,
@@ -128,7 +130,7 @@ impl Sender {
         !self.asked.is_empty() && now.saturating_sub(self.last) > patience
     }
 
-    /// Seconds until `bytes` more than what is on its way would be here.
+    /// Returns the seconds until `bytes` more than those already requested would have arrived.
     pub(super) fn time_for(&self, bytes: u64) -> f64 {
         let round_trip = self.round_trip.unwrap_or_default().as_secs_f64();
         (self.ahead + bytes) as f64 / self.rate.value + round_trip

@@ -1,4 +1,4 @@
-//! Swarms in simulation: peers with a rate and a round trip, and a clock of our own.
+//! Simulated swarms: peers with a rate and a round trip, and a simulated clock.
 
 use super::{sender::FIRST_WINDOW, *};
 use crate::tree::GROUP;
@@ -6,15 +6,15 @@ use crate::tree::GROUP;
 const MIB: u64 = 1 << 20;
 const TICK: Duration = Duration::from_millis(5);
 
-/// A peer that answers in order, at a rate, after a round trip.
+/// A simulated peer that answers in order, at a rate, after a round trip.
 struct Sender {
     key: PeerKey,
-    /// Bytes a second at a time.
+    /// The rate in bytes a second, as a function of time.
     rate: Box<dyn Fn(Duration) -> f64>,
     round_trip: Duration,
-    /// When each request reaches it, and what it is.
+    /// Requests, each with the time at which it reaches the peer, and a flag for cancelled ones.
     asked: VecDeque<(Duration, Run, bool)>,
-    /// Bytes that it may have sent of what is first.
+    /// Bytes that the peer may send now of the first answer.
     credit: f64,
     sent: u64,
     wasted: u64,
@@ -55,10 +55,13 @@ impl Simulation {
         key
     }
 
-    /// Runs until everything is here; how long that took.
+    /// Runs until everything has arrived. Returns the seconds that it took.
     fn run(&mut self) -> f64 {
         while self.schedule.needed() > 0 {
-            assert!(self.now < Duration::from_secs(600), "it does not end");
+            assert!(
+                self.now < Duration::from_secs(600),
+                "the transfer does not end"
+            );
             for at in 0..self.senders.len() {
                 self.ask(at);
                 self.send(at);
@@ -77,7 +80,7 @@ impl Simulation {
                     sender.asked.push_back((arrives, run, false));
                 }
                 Next::Cancel(run) => {
-                    // What is being sent is sent to its end.
+                    // An answer that has begun is sent to its end.
                     let later = sender.asked.iter_mut().skip(1);
                     for (_, asked, cancelled) in later {
                         *cancelled |= *asked == run;
@@ -162,7 +165,7 @@ fn a_fast_path_far_away_is_kept_busy() {
 }
 
 #[test]
-fn a_slow_peer_holds_nobody_up_at_the_end() {
+fn a_slow_peer_delays_nothing_at_the_end() {
     let size = 64 * MIB;
     let mut simulation = Simulation::new(size);
     simulation.add(10, |_| 20e6);
@@ -174,14 +177,14 @@ fn a_slow_peer_holds_nobody_up_at_the_end() {
 }
 
 #[test]
-fn what_a_stalled_peer_was_asked_for_goes_to_others() {
+fn requests_to_a_stalled_peer_go_to_others() {
     let size = 64 * MIB;
     let mut simulation = Simulation::new(size);
     simulation.add(10, |_| 20e6);
     let stalls = |now: Duration| if now.as_secs() < 1 { 20e6 } else { 0.0 };
     simulation.add(10, stalls);
     let took = simulation.run();
-    // A second of both, then one alone, which waits for nothing but what has stalled last.
+    // One second with both peers, then one peer alone, which waits only for the requests that stalled last.
     let ideal = 1.0 + (size as f64 - 40e6) / 20e6;
     assert!(took < ideal + 3.0, "{took} of {ideal}");
 }
@@ -202,7 +205,7 @@ fn a_peer_that_comes_back_from_a_stall_is_used_again() {
 }
 
 #[test]
-fn relays_rest_while_a_direct_path_carries_everything() {
+fn relays_are_not_used_while_a_direct_path_carries_everything() {
     let size = 64 * MIB;
     let mut simulation = Simulation::new(size);
     simulation.add(10, |_| 10e6);
@@ -218,7 +221,7 @@ fn relays_rest_while_a_direct_path_carries_everything() {
 }
 
 #[test]
-fn who_has_a_part_is_asked_for_that_part_and_the_rare_first() {
+fn a_peer_with_a_part_is_asked_for_that_part_and_rare_pieces_come_first() {
     let tree = Tree::new(64 * MIB);
     let mut schedule = Schedule::new([tree], 3);
     schedule.want(0, 0..tree.groups());
@@ -232,7 +235,7 @@ fn who_has_a_part_is_asked_for_that_part_and_the_rare_first() {
         asked += bytes_of(&tree, &run.groups);
     }
     assert_eq!(asked, FIRST_WINDOW);
-    // What only the seed has is asked of it first.
+    // Pieces that only the seed has are requested from it first.
     while let Next::Ask(run) = schedule.next(seed, Duration::ZERO) {
         assert!(run.groups.start >= 512, "{run:?}");
     }
@@ -243,7 +246,7 @@ fn who_has_a_part_is_asked_for_that_part_and_the_rare_first() {
 }
 
 #[test]
-fn any_order_of_events_keeps_the_books() {
+fn counters_stay_right_in_any_order_of_events() {
     for seed in 0..200 {
         let mut random = fastrand::Rng::with_seed(seed);
         let trees = [5, 40, 16, 1].map(|groups| Tree::new(groups * GROUP - 7));
@@ -296,7 +299,7 @@ fn any_order_of_events_keeps_the_books() {
                 }
                 8 if !asked.is_empty() && random.u8(..) < 40 => {
                     let run = asked.remove(0);
-                    schedule.has_not(*key, &run);
+                    schedule.lacks(*key, &run);
                 }
                 9 if random.u8(..) < 20 => {
                     schedule.leave(*key);
@@ -307,7 +310,7 @@ fn any_order_of_events_keeps_the_books() {
             let missing: u64 = have.iter().map(|bits| bits.groups() - bits.count()).sum();
             assert_eq!(schedule.needed(), missing, "seed {seed}");
         }
-        // One honest peer with everything ends it.
+        // One honest peer that has everything completes the transfer.
         for (key, _) in peers {
             schedule.leave(key);
         }
@@ -327,21 +330,21 @@ fn any_order_of_events_keeps_the_books() {
 }
 
 #[test]
-fn what_is_urgent_comes_first_and_what_is_here_elsewhere_only_with_its_proofs() {
+fn urgent_groups_come_first_and_local_content_costs_only_its_proofs() {
     let tree = Tree::new(100 * MIB);
     let mut schedule = Schedule::new([tree], 7);
     schedule.want(0, 0..tree.groups());
     let key = schedule.join(false, None);
     schedule.has_all(key);
     let urgent = schedule.urge(0, 805..820);
-    let mut elsewhere = Bitfield::empty(tree.groups());
-    elsewhere.insert_range(808..812);
-    schedule.set_elsewhere(0, elsewhere);
-    // Runs that follow each other are one here.
+    let mut local = Bitfield::empty(tree.groups());
+    local.insert_range(808..812);
+    schedule.set_local(0, local);
+    // Adjacent runs count as one here.
     let mut asked: Vec<(Range<u64>, bool)> = Vec::new();
     while asked.last().is_none_or(|(last, _)| last.end < 832) {
         let Next::Ask(run) = schedule.next(key, Duration::ZERO) else {
-            panic!("there is a window for all that is urgent");
+            panic!("the window has room for all urgent groups");
         };
         match asked.last_mut() {
             Some((last, proofs)) if last.end == run.groups.start && *proofs == run.proofs_only => {
@@ -350,12 +353,12 @@ fn what_is_urgent_comes_first_and_what_is_here_elsewhere_only_with_its_proofs() 
             _ => asked.push((run.groups, run.proofs_only)),
         }
     }
-    // The pieces that hold what is urgent, in order.
+    // The pieces that hold the urgent groups, in order.
     let wanted = [(800..808, false), (808..812, true), (812..832, false)];
     assert_eq!(asked, wanted);
-    schedule.calm(urgent);
+    schedule.end_urgent(urgent);
     assert!(!schedule.is_urged());
-    schedule.not_elsewhere(0, 808..812);
+    schedule.not_local(0, 808..812);
     schedule.lost(key);
     schedule.unwant(0);
     assert_eq!(schedule.needed(), 0);
@@ -363,7 +366,7 @@ fn what_is_urgent_comes_first_and_what_is_here_elsewhere_only_with_its_proofs() 
 }
 
 #[test]
-fn a_group_that_a_peer_cannot_read_costs_only_that_group_and_another_peer_brings_it() {
+fn an_unreadable_group_costs_only_that_group_and_another_peer_sends_it() {
     let tree = Tree::new(4 * MIB);
     let mut schedule = Schedule::new([tree], 3);
     schedule.want(0, 0..tree.groups());
@@ -386,23 +389,23 @@ fn a_group_that_a_peer_cannot_read_costs_only_that_group_and_another_peer_brings
         }
         assert!(now < Duration::from_secs(30), "{} left", schedule.needed());
     }
-    // With its neighbours, and by itself.
+    // Once with its neighbours, and once alone.
     assert_eq!(refused, 2);
     assert_eq!(schedule.next(key, now), Next::Wait);
     let other = schedule.join(false, None);
     schedule.has_all(other);
     let Next::Ask(run) = schedule.next(other, now) else {
-        panic!("another has it");
+        panic!("another peer has the group");
     };
     assert_eq!(run.groups, bad..bad + 1);
     schedule.leave(other);
-    // Once more after a while.
+    // The peer is asked once more after a while.
     let later = now + UNREADABLE;
     assert!(matches!(schedule.next(key, later), Next::Ask(_)));
 }
 
 #[test]
-fn bytes_of_a_group_that_is_not_whole_yet_show_that_its_peer_is_alive() {
+fn bytes_of_an_incomplete_group_show_that_its_peer_is_alive() {
     let tree = Tree::new(MIB);
     let mut schedule = Schedule::new([tree], 3);
     schedule.want(0, 0..tree.groups());
@@ -410,7 +413,7 @@ fn bytes_of_a_group_that_is_not_whole_yet_show_that_its_peer_is_alive() {
     schedule.has_all(slow);
     while let Next::Ask(_) = schedule.next(slow, Duration::ZERO) {}
     schedule.has_all(other);
-    // 2 kB a second: half a minute for a group.
+    // 2 kB a second: half a minute a group.
     for second in 1..30 {
         let now = Duration::from_secs(second);
         schedule.progress(slow, 2000, now);

@@ -1,4 +1,4 @@
-//! Errors of fetching from one provider, and which of them are the provider's fault.
+//! Errors of fetching from one provider; some of them are the provider's fault.
 
 use std::io;
 
@@ -7,43 +7,43 @@ use weft_proto::frame::FrameError;
 use super::wire::{QUEUED, SLOWEST};
 use crate::{Hash, StoreError, arrivals::Arrivals, tree::Mismatch};
 
-/// Why one provider could not finish a download. What is verified is kept in every case.
+/// The reason why one provider could not finish a transfer. Verified content is kept in every case.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TransferError {
     /// The stream failed.
     #[error("the connection failed: {0}")]
     Frame(#[from] FrameError),
-    /// Nothing came for so many seconds.
-    #[error("it sent nothing for {0} s")]
+    /// Nothing arrived for this many seconds.
+    #[error("the provider sent nothing for {0} s")]
     Stalled(u64),
     /// A chunk group took too long.
-    #[error("it took more than {} s for 64 KiB", SLOWEST.as_secs())]
+    #[error("the provider took more than {} s for 64 KiB", SLOWEST.as_secs())]
     TooSlow,
-    /// Its queue is too long.
-    #[error("it kept a request in its queue for {} s; other providers may be free", QUEUED.as_secs())]
+    /// The provider's queue is too long.
+    #[error("the provider kept a request in its queue for {} s; other providers may be free", QUEUED.as_secs())]
     Queued,
-    /// It sent nothing for a while, and another waited for its place.
-    #[error("it sent nothing of what is missing, and another took its place")]
+    /// The provider sent nothing for a while, and another provider was waiting to replace it.
+    #[error("the provider sent nothing of the missing content, and another one replaced it")]
     Replaced,
-    /// The provider does not have what it announced.
-    #[error("it does not have {0}")]
+    /// The provider does not have a blob that it said it had.
+    #[error("the provider does not have {0}")]
     Missing(Hash),
-    /// The provider has it and cannot read it: its disk fails, or the content is damaged.
-    #[error("it cannot read its copy of {0}")]
+    /// The provider has the blob and cannot read it: its disk fails, or the content is damaged.
+    #[error("the provider cannot read its copy of {0}")]
     Unreadable(Hash),
     /// The provider sent wrong bytes. It must not be asked again.
-    #[error("it sent wrong bytes for {hash}: {source}")]
+    #[error("the provider sent wrong bytes for {hash}: {source}")]
     Corrupt {
         /// The blob.
         hash: Hash,
-        /// Where.
+        /// The first group that did not match.
         source: Mismatch,
     },
     /// The provider broke the protocol. It must not be asked again.
-    #[error("it broke the protocol: {0}")]
+    #[error("the provider broke the protocol: {0}")]
     Protocol(&'static str),
-    /// This side failed; another provider will not help.
+    /// This node failed; another provider will not help.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -53,7 +53,7 @@ impl TransferError {
         Self::Stalled(arrivals.patience().as_secs())
     }
 
-    /// Whether the provider is at fault in a way that chance does not explain.
+    /// Returns true if the provider is at fault in a way that chance does not explain.
     pub fn is_provider_wrong(&self) -> bool {
         matches!(self, Self::Corrupt { .. } | Self::Protocol(_))
             || matches!(

@@ -1,11 +1,12 @@
-//! The receiver's side of a transfer: what is wanted, from many providers at once, onto disk.
+//! The receiver's side of a transfer: fetches wanted content from many providers at once, and writes it to disk.
 //!
-//! [`Transfer`] is the handle; `shared` is its state, `opening` opens part files, `peer` is a provider, `session` is one
-//! stream to a provider, and `wire` the messages on it.
+//! [`Transfer`] is the handle. `shared` is its state, and `opening` opens part files. `peer` is a provider, `session`
+//! is one stream to it, and `wire` has the messages on the stream.
 //!
-//! [`Transfer::run`] opens part files, makes what was written durable once a second, and ends when all is in place. Beside it run any
-//! number of [`Transfer::fetch`], one for each stream to a provider: each asks for what the schedule tells it to, ahead of the answers, checks
-//! each group before it goes to the disk, and keeps what is checked, however it ends.
+//! [`Transfer::run`] opens part files, makes written content durable once a second, and returns when all content is in
+//! place. Beside it run any number of [`Transfer::fetch`], one for each stream to a provider. Each sends the requests
+//! that the schedule chooses, ahead of the answers, and verifies each group before it is written. Verified content is
+//! kept, however a stream ends.
 
 mod error;
 mod opening;
@@ -50,16 +51,16 @@ use crate::{
     tree::Tree,
 };
 
-/// How often verified bytes are made durable: what a crash can cost.
+/// The interval at which verified bytes are made durable: at most what a crash costs.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// A model on its way. Cheap to clone; when the last clone is dropped, what is verified is kept.
+/// A model that is being fetched. Cheap to clone; when the last clone is dropped, verified content is kept.
 #[derive(Debug, Clone)]
 pub struct Transfer {
     shared: Arc<Shared>,
 }
 
-/// While it is held, a part of a file comes before everything else; see [`Transfer::urge`].
+/// Keeps part of a file urgent, so that it is fetched before everything else, until dropped; see [`Transfer::urge`].
 #[derive(Debug)]
 pub struct Urged {
     shared: Weak<Shared>,
@@ -69,12 +70,12 @@ pub struct Urged {
 impl Drop for Urged {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
-            shared.state().schedule.calm(self.key);
+            shared.state().schedule.end_urgent(self.key);
         }
     }
 }
 
-/// While it is held, [`Transfer::run`] waits for what may still be asked for.
+/// Keeps [`Transfer::run`] from returning, because more content may be requested, until dropped.
 #[derive(Debug)]
 pub struct Lingering(Arc<Shared>);
 
@@ -85,7 +86,7 @@ impl Drop for Lingering {
     }
 }
 
-/// How much of a file is here.
+/// The part of a file that is here.
 #[derive(Debug)]
 pub(crate) enum Coming {
     Nothing,
@@ -94,7 +95,7 @@ pub(crate) enum Coming {
 }
 
 impl Transfer {
-    /// Of `manifest`, into `store`. Nothing is wanted yet. `seed` is where choices among equals come from.
+    /// Makes a transfer of `manifest` into `store`; nothing is wanted yet. `seed` determines choices among equals.
     pub fn new(store: &Store, manifest: &Manifest, progress: Arc<Progress>, seed: u64) -> Self {
         let mut blobs = Vec::new();
         let mut paths = Vec::new();
@@ -147,13 +148,13 @@ impl Transfer {
         }
     }
 
-    /// A provider that has nothing, as far as is known: what it has is to be said next.
+    /// Adds a provider that has nothing, as far as is known. The caller then says what it has.
     pub fn join(&self, relayed: bool, round_trip: Option<Duration>) -> Peer {
         let key = self.shared.state().schedule.join(relayed, round_trip);
         Peer::new(&self.shared, key)
     }
 
-    /// Bytes that came from providers until now, of whole chunk groups or not.
+    /// Returns the bytes that have come from providers, in complete chunk groups or not.
     pub fn heard(&self) -> u64 {
         self.shared.heard.load(Ordering::Relaxed)
     }
@@ -163,21 +164,22 @@ impl Transfer {
         self.shared.queued.load(Ordering::Relaxed)
     }
 
-    /// Returns true if this side's own limits hold content back now.
+    /// Returns true if this node's own rate limits delay content now.
     pub fn is_limited(&self) -> bool {
         self.shared.limited.load(Ordering::Relaxed) > 0
     }
 
-    /// Others fetch the same from the same providers: what each has is to differ, so that they can fetch from each other.
+    /// Sets whether other nodes fetch the same content from the same providers. Each node then fetches other pieces
+    /// first, so that they can fetch from each other.
     pub fn set_crowded(&self, crowded: bool) {
-        self.shared.state().schedule.set_crowded(crowded);
+        self.shared.state().schedule.set_contended(crowded);
     }
 
-    /// Sees to it that what `plan` misses arrives, as long as this is polled and providers are fetched from beside it. When it returns `Ok`, all files
-    /// are in place and durable, but for those that [`Plan::finish_copies`] puts in place.
+    /// Fetches what `plan` lacks, while it is polled and [`fetch`](Self::fetch) runs beside it. When it returns `Ok`,
+    /// all files are in place and durable, except those that [`Plan::finish_copies`] puts in place.
     ///
     /// # Errors
-    /// [`StoreError`]: this side failed, and no provider can help. What is verified is kept.
+    /// [`StoreError`]: this node failed, and no provider can help. Verified content is kept.
     pub async fn run(&self, plan: &mut Plan) -> Result<(), StoreError> {
         let shared = &self.shared;
         {
@@ -219,7 +221,7 @@ impl Transfer {
             }
             tokio::select! {
                 () = shared.open_soon.notified() => {}
-                // Either the second is over or somebody asks: both mean "now".
+                // The second is over, or a task asks for it earlier; both mean to settle now.
                 _ = timeout_at(settle_at, shared.settle_soon.notified()) => {
                     settle(shared).await?;
                     settle_at = Instant::now() + SETTLE;
@@ -228,14 +230,15 @@ impl Transfer {
         }
     }
 
-    /// Keeps [`run`](Self::run) from ending when everything is here: more may be asked for.
+    /// Keeps [`run`](Self::run) from returning when everything is here, because more may be requested.
     pub fn linger(&self) -> Lingering {
         self.shared.state().lingering += 1;
         Lingering(Arc::clone(&self.shared))
     }
 
-    /// Has groups of a file, by its place in the manifest, come before everything else, and wants them, if nobody did, into the store's own part of the
-    /// blob. `None` if the file is not in the manifest, or whole here.
+    /// Makes groups of a file urgent, so that they are fetched before everything else. `file` is its index in the
+    /// manifest. Groups that no plan wants are fetched into the store's own part of the blob. `None` if the file is not
+    /// in the manifest, or is complete here.
     pub fn urge(&self, file: usize, groups: Range<u64>) -> Option<Urged> {
         let shared = &self.shared;
         let place = *shared.of_file.get(file)?;
@@ -272,7 +275,7 @@ impl Transfer {
                 Some((_, want)) => want,
                 None => Want {
                     groups: Some(wanted.clone()),
-                    of_reader: true,
+                    for_readers: true,
                     ..Want::whole(hash, tree.size(), shared.store.owned_path(&hash))
                 },
             };
@@ -292,32 +295,32 @@ impl Transfer {
         })
     }
 
-    /// Whether somebody waits for a part of it.
+    /// Returns true if any urgent request is pending.
     pub fn is_urged(&self) -> bool {
         self.shared.state().schedule.is_urged()
     }
 
-    /// Resolves when something is written after the call, once it has been enabled or polled.
+    /// Returns a future that resolves when content is written after this call. It has to be enabled or polled first.
     pub fn written(&self) -> Notified<'_> {
         self.shared.written.notified()
     }
 
-    /// Whether nothing is wanted that is not here.
+    /// Returns true if no wanted content is missing.
     pub fn is_idle(&self) -> bool {
         let state = self.shared.state();
         state.wants.is_empty() && state.schedule.needed() == 0
     }
 
-    /// Lets other transfers go first: while it is held back, this one asks for nothing more.
+    /// Sets whether this transfer is held back in favor of others. While it is, it sends no further requests.
     pub fn hold_back(&self, held: bool) {
         if self.shared.held.swap(held, Ordering::AcqRel) != held {
             self.shared.changed.notify_waiters();
         }
     }
 
-    /// What is here of each blob, by the place of the first file in the manifest that it is the content of.
+    /// Returns what is here of each blob, with the index of the first file in the manifest that has this content.
     pub(crate) fn coming(&self) -> Vec<(usize, Coming)> {
-        // Bitfields are copied when the state is let go of: they may be large, and many ask.
+        // Bitfields are copied after the lock is released: they may be large, and this is called often.
         enum Found {
             Is(Coming),
             Open(Arc<Partial>),
@@ -351,7 +354,7 @@ impl Transfer {
         coming.collect()
     }
 
-    /// Makes durable now what is verified.
+    /// Makes verified content durable now.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -362,7 +365,7 @@ impl Transfer {
     /// Fetches from `peer` over `stream`, within `limits`, until everything is here.
     ///
     /// # Errors
-    /// [`TransferError`]; what is verified is kept, and the peer's work goes to others.
+    /// [`TransferError`]. Verified content is kept, and the peer's requests go to other providers.
     pub async fn fetch<S>(
         &self,
         peer: &Peer,
@@ -376,7 +379,7 @@ impl Transfer {
     }
 }
 
-/// Tells blocking work that outlives its transfer that nobody waits for it any more.
+/// Tells blocking work that outlives its transfer to stop.
 #[derive(Debug)]
 struct StopOnDrop(Arc<AtomicBool>);
 

@@ -1,4 +1,4 @@
-//! Part files are opened in the order of the wants, as many as may be open.
+//! Opens part files in the order of the wants, as many as may be open.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -7,18 +7,18 @@ use tokio::task::spawn_blocking;
 use super::shared::{Open, Shared, State};
 use crate::{StoreError, bitfield::Bitfield, files, plan::Want, store::partial::Partial};
 
-/// A want whose turn it is to be opened.
+/// A want that is being opened.
 struct Turn {
-    /// The place of its blob.
+    /// Index of the blob.
     place: usize,
     want: Want,
-    /// The part file of an earlier want of the same blob, if it is open still.
+    /// The part file of an earlier want of the same blob, if it is still open.
     left: Option<Arc<Partial>>,
 }
 
 /// Opens part files, as many as may be open.
 pub(super) async fn open_some(shared: &Arc<Shared>) -> Result<(), StoreError> {
-    if !shared.state().is_room() {
+    if !shared.state().has_room() {
         return Ok(());
     }
     let shared = Arc::clone(shared);
@@ -35,7 +35,7 @@ pub(super) async fn open_some(shared: &Arc<Shared>) -> Result<(), StoreError> {
 }
 
 impl State {
-    /// Ends the opening of a want, and adds to it what was urged of it meanwhile.
+    /// Ends the opening of a want, and adds the groups that became urgent meanwhile.
     fn end_opening(&mut self, want: &mut Want) {
         if let (Some((_, more)), Some(groups)) = (self.opening.take(), &mut want.groups) {
             groups.extend(&more);
@@ -47,7 +47,7 @@ impl Shared {
     /// Takes the next want, if another part file may be opened.
     fn next_want(&self) -> Option<Turn> {
         let mut state = self.state();
-        if !state.is_room() {
+        if !state.has_room() {
             return None;
         }
         let (place, want) = state.wants.pop_front()?;
@@ -75,10 +75,11 @@ impl Shared {
                 Ok(true)
             }
             Ok(None) => {
-                self.came_otherwise(place, &want);
+                self.mark_complete(place, &want);
                 Ok(true)
             }
-            // Another transfer fetches the same content for another model: this one finds it when that is done.
+            // Another transfer fetches the same content for another model. This transfer finds the content when that
+            // one ends.
             Err(StoreError::Busy(_)) if want.target == self.store.owned_path(&want.hash) => {
                 let mut state = self.state();
                 state.end_opening(&mut want);
@@ -86,7 +87,7 @@ impl Shared {
                 state.wants.push_back((place, want));
                 Ok(false)
             }
-            // There are too few descriptors: when other files are done, there will be more.
+            // There are too few file descriptors. As other files are completed, there will be more.
             Err(StoreError::Io { source, .. })
                 if files::is_out_of_descriptors(&source)
                     && self.state().may_wait_for_descriptors() =>
@@ -104,8 +105,8 @@ impl Shared {
         }
     }
 
-    /// The content of a want has come by another way.
-    fn came_otherwise(&self, place: usize, want: &Want) {
+    /// Records that the content of a want came from another source.
+    fn mark_complete(&self, place: usize, want: &Want) {
         let mut state = self.state();
         state.opening = None;
         state.whole.insert(place as u64);
@@ -115,15 +116,15 @@ impl Shared {
         self.written.notify_waiters();
     }
 
-    /// The part file of a want is open: what it lacks is asked for from now on.
+    /// Records that the part file of a want is open, and adds its missing groups to the schedule.
     fn opened(&self, place: usize, mut want: Want, partial: Arc<Partial>) {
         let have = partial.have();
-        // It may have vanished or grown since the plan counted it.
+        // The part file may have vanished or grown since the plan counted its content.
         let bytes = want.wanted(have.clone()).bytes(&want.tree);
         let done = &self.progress.done;
         done.fetch_add(bytes.saturating_sub(want.had), Ordering::Relaxed);
         done.fetch_sub(want.had.saturating_sub(bytes), Ordering::Relaxed);
-        let planned = match want.of_reader {
+        let planned = match want.for_readers {
             true => Some(Bitfield::empty(want.tree.groups())),
             false => want.groups.clone(),
         };
@@ -137,9 +138,9 @@ impl Shared {
         missing
             .runs()
             .for_each(|run| state.schedule.want(place, run));
-        if let Some(elsewhere) = &want.elsewhere {
-            let groups = elsewhere.groups().clone();
-            state.schedule.set_elsewhere(place, groups);
+        if let Some(local_copies) = &want.local_copies {
+            let groups = local_copies.groups().clone();
+            state.schedule.set_local(place, groups);
         }
         state.without = None;
         state.open.insert(
@@ -148,7 +149,7 @@ impl Shared {
                 partial,
                 wanted: want.groups,
                 planned,
-                elsewhere: want.elsewhere,
+                local_copies: want.local_copies,
             },
         );
         drop(state);

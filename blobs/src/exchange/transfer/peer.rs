@@ -1,4 +1,4 @@
-//! A provider of a transfer: what it has, what came from it, and what it could not read.
+//! A provider of a transfer: what it has, what it has sent, and what it could not read.
 
 use std::{
     fmt,
@@ -13,7 +13,7 @@ use std::{
 use super::shared::Shared;
 use crate::{arrivals::Arrivals, exchange::schedule::PeerKey};
 
-/// A provider of a transfer. Dropping it takes it out, and its work goes to others.
+/// A provider of a transfer. Dropping it removes it from the transfer, and its requests go to other providers.
 #[derive(Debug)]
 pub struct Peer {
     pub(super) shared: Arc<Shared>,
@@ -21,9 +21,9 @@ pub struct Peer {
     pub(super) moved: AtomicU64,
     pub(super) wasted: AtomicU64,
     pub(super) proved: AtomicU64,
-    /// Bytes of whole chunk groups or not, and messages that it is alive.
+    /// Bytes that have arrived, in complete chunk groups or not, and messages that show that the provider is alive.
     pub(super) arrivals: Arrivals,
-    /// It said last that the request waits in its queue.
+    /// True if the provider's last message was that a request waits in its queue.
     pub(super) queued: AtomicBool,
     unreadable: Mutex<Option<Unreadable>>,
 }
@@ -33,9 +33,9 @@ pub struct Peer {
 pub struct Unreadable {
     /// The path in the model.
     pub path: String,
-    /// The bytes of the first chunk group that it could not read.
+    /// The bytes of the first chunk group that the provider could not read.
     pub bytes: Range<u64>,
-    /// The number of further chunk groups that it could not read.
+    /// The number of further chunk groups that the provider could not read.
     pub more: u64,
 }
 
@@ -44,15 +44,15 @@ impl fmt::Display for Unreadable {
         let Self { path, bytes, more } = self;
         write!(
             f,
-            "it cannot read bytes {}..{} of {path}",
+            "the provider cannot read bytes {}..{} of {path}",
             bytes.start, bytes.end
         )?;
         match more {
             0 => Ok(()),
-            1 => write!(f, " and 64 KiB more"),
-            more => write!(f, " and {more} pieces of 64 KiB more"),
+            1 => write!(f, " and one more chunk group of 64 KiB"),
+            more => write!(f, " and {more} more chunk groups of 64 KiB"),
         }?;
-        f.write_str("; `weft verify` there tells what is damaged")
+        f.write_str("; run `weft verify` on the provider to list its damaged content")
     }
 }
 
@@ -77,13 +77,14 @@ impl Peer {
         }
     }
 
-    /// It says that it has everything.
+    /// Records that the provider has everything.
     pub fn has_all(&self) {
         self.shared.state().schedule.has_all(self.key);
         self.shared.changed.notify_waiters();
     }
 
-    /// It says that it has these chunk groups of a file, by its place in the manifest. What is not in the manifest is ignored.
+    /// Records that the provider has these chunk groups of a file, by the file's index in the manifest. A file that is
+    /// not in the manifest is ignored.
     pub fn has(&self, file: usize, groups: Range<u64>) {
         if let Some(blob) = self.shared.of_file.get(file)
             && groups.start < groups.end
@@ -94,28 +95,28 @@ impl Peer {
         }
     }
 
-    /// How it is reached now: through a relay or not, and the round trip, if that is known.
+    /// Records the path to the provider: whether it passes through a relay, and the round trip, if that is known.
     pub fn set_path(&self, relayed: bool, round_trip: Option<Duration>) {
         let mut state = self.shared.state();
         state.schedule.set_path(self.key, relayed, round_trip);
     }
 
-    /// Content bytes that it sent and that were needed.
+    /// Returns the content bytes that the provider sent and that were needed.
     pub fn moved(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
     }
 
-    /// Content bytes that it sent and that had come from others before.
+    /// Returns the content bytes that the provider sent after they had come from other providers.
     pub fn wasted(&self) -> u64 {
         self.wasted.load(Ordering::Relaxed)
     }
 
-    /// Content bytes that it sent, needed or not, or sent the proofs of.
+    /// Returns the content bytes that the provider sent, needed or not, and those for which it sent the proofs.
     pub fn delivered(&self) -> u64 {
         self.moved() + self.wasted() + self.proved.load(Ordering::Relaxed)
     }
 
-    /// Returns the content that the provider could not read when it was asked for it.
+    /// Returns the requested content that the provider could not read.
     pub fn unreadable(&self) -> Option<Unreadable> {
         self.unreadable_now().clone()
     }
@@ -126,17 +127,17 @@ impl Peer {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Returns what has arrived from it: every byte that it sends, and each time that it says that it is alive.
+    /// Returns what has arrived from the provider: every byte, and each message that shows that it is alive.
     pub fn arrivals(&self) -> &Arrivals {
         &self.arrivals
     }
 
-    /// Returns true if the provider said last that it has no turn for this node yet.
+    /// Returns true if the provider's last message was that a request of this node waits in its queue.
     pub fn is_queued(&self) -> bool {
         self.queued.load(Ordering::Relaxed)
     }
 
-    /// Bytes a second that it sends, smoothed; zero while that is not known.
+    /// Returns the provider's rate in bytes a second, smoothed; zero while it is unknown.
     pub fn rate(&self) -> u64 {
         self.shared.state().schedule.rate(self.key) as u64
     }

@@ -1,5 +1,5 @@
-//! One stream to a provider: requests go out ahead of the answers, and each chunk group is checked before it goes to the
-//! disk.
+//! One stream to a provider. Requests are sent ahead of the answers, and each chunk group is verified before it is
+//! written.
 
 use std::{
     collections::VecDeque,
@@ -35,37 +35,36 @@ use crate::{
     tree::{PARENT, Step, Verifier},
 };
 
-/// The interval at which a requester that waits for answers says that it is alive: four times in the minute after which
-/// a provider gives it up.
+/// The interval at which a requester that waits for answers shows that it is alive. Four such messages fit into the
+/// minute of silence after which a provider gives it up.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// The number of no request: a cancellation of it changes nothing, and shows that the requester is alive.
+/// A request number that is never used. Cancelling it changes nothing, and shows that the requester is alive.
 const NO_REQUEST: u64 = u64::MAX;
 
-/// Answers in a row that a provider cannot read what it was asked for, until its stream is given up for a while.
+/// The number of consecutive answers that content cannot be read after which the stream is given up for a while.
 const MAX_UNREADABLE: u32 = 32;
 
-/// The interval at which bytes of a chunk group that is not whole yet are counted: the same as that at which rates are
-/// measured.
+/// The interval at which bytes of an incomplete chunk group are counted: the same as that at which rates are measured.
 const COUNT: Duration = Duration::from_millis(100);
 
-/// How often a provider that has nothing to do looks whether it can take work over from a slower one.
-const LOOK: Duration = Duration::from_millis(100);
+/// The interval at which an idle session checks whether its provider can take over requests from a slower one.
+const POLL: Duration = Duration::from_millis(100);
 
 /// Bytes handed to the writer at a time.
 const SEGMENT: usize = 1 << 20;
 
-/// Segments of one provider that may be on their way to the disk.
+/// The most segments of one provider that may be on their way to the disk.
 const WRITES: usize = 4;
 
-/// What was asked for on a stream and is not answered yet, in order.
+/// Requests on a stream that have not been answered yet, in order.
 #[derive(Debug, Default)]
 struct Asked {
     runs: Mutex<VecDeque<Request>>,
-    /// Something was asked, or nothing will be any more.
+    /// Notified when a request was sent, or none will be sent any more.
     more: Notify,
     ended: AtomicBool,
-    /// The number of requests that are answered.
+    /// The number of requests that were answered.
     answered: AtomicU64,
 }
 
@@ -74,8 +73,8 @@ struct Request {
     number: u64,
     run: Run,
     partial: Arc<Partial>,
-    elsewhere: Option<Arc<Elsewhere>>,
-    /// The provider was told that it is not needed.
+    local_copies: Option<Arc<Elsewhere>>,
+    /// True if the provider was told that the request is cancelled.
     cancelled: bool,
 }
 
@@ -90,7 +89,7 @@ impl Asked {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Marks what is not needed any more; its number.
+    /// Marks the request for `run` as cancelled. Returns its number.
     fn cancel(&self, run: &Run) -> Option<u64> {
         let mut runs = self.runs();
         let request = runs.iter_mut().find(|request| request.run == *run)?;
@@ -98,7 +97,7 @@ impl Asked {
         Some(request.number)
     }
 
-    /// The first that is not answered; `None` when all are and nothing more will be asked.
+    /// Returns the oldest unanswered request; `None` when all are answered and no more will be sent.
     async fn first(&self) -> Option<Request> {
         loop {
             let more = self.more.notified();
@@ -143,13 +142,13 @@ impl Session<'_> {
         both(self.ask(writer), self.receive(reader)).await
     }
 
-    /// Asks for what the schedule says, until everything is here.
+    /// Sends the requests that the schedule chooses, until everything is here.
     async fn ask<S>(&self, mut writer: WriteHalf<S>) -> Result<(), TransferError>
     where
         S: AsyncWrite,
     {
         let result = self.ask_all(&mut writer).await;
-        // Lets the receiver end when the last answer is here, whatever becomes of the farewell.
+        // The receiving side may end once the last answer is here, even if closing the stream fails.
         self.asked.ended.store(true, Ordering::Release);
         self.asked.more.notify_one();
         if result.is_ok()
@@ -158,7 +157,7 @@ impl Session<'_> {
                 Some(Ok(()))
             )
         {
-            tracing::debug!("a stream did not close");
+            tracing::debug!("cannot close a stream to a provider");
         }
         result
     }
@@ -174,7 +173,7 @@ impl Session<'_> {
         loop {
             let changed = self.shared.changed.notified();
             tokio::pin!(changed);
-            // From here on nothing is missed.
+            // From here on, no notification is missed.
             changed.as_mut().enable();
             let (next, opened) = {
                 let mut state = self.shared.state();
@@ -189,11 +188,12 @@ impl Session<'_> {
                     Next::Ask(run) => state.open.get(&run.blob),
                     _ => None,
                 };
-                let opened = open.map(|open| (Arc::clone(&open.partial), open.elsewhere.clone()));
+                let opened =
+                    open.map(|open| (Arc::clone(&open.partial), open.local_copies.clone()));
                 (next, opened)
             };
             match (next, opened) {
-                (Next::Ask(run), Some((partial, elsewhere))) => {
+                (Next::Ask(run), Some((partial, local_copies))) => {
                     let request = BlobRequest {
                         hash: partial.hash().as_bytes().to_vec().into(),
                         size: Some(partial.tree().size()),
@@ -210,7 +210,7 @@ impl Session<'_> {
                         number,
                         run,
                         partial,
-                        elsewhere,
+                        local_copies,
                         cancelled: false,
                     });
                     number += 1;
@@ -219,7 +219,7 @@ impl Session<'_> {
                     flushed = false;
                 }
                 (Next::Ask(run), None) => {
-                    // It was completed meanwhile.
+                    // The file was completed meanwhile.
                     self.shared.state().schedule.cancelled(self.peer.key, &run);
                     tokio::task::yield_now().await;
                 }
@@ -232,7 +232,7 @@ impl Session<'_> {
                     }
                 }
                 (Next::Wait, _) => {
-                    // The provider learns what has arrived, and that nobody has gone away who waits for long.
+                    // Tells the provider what has arrived, and that this node is still waiting.
                     let waits = !self.asked.runs().is_empty() && last.elapsed() >= KEEP_ALIVE;
                     if waits || self.asked.answered() > told {
                         told = self.cancel(writer, NO_REQUEST).await?;
@@ -243,14 +243,15 @@ impl Session<'_> {
                         flush(writer, &self.peer.arrivals).await?;
                         flushed = true;
                     }
-                    // A look now and then: a slower provider's work may have become worth taking over.
-                    let _ = timeout(LOOK, changed).await;
+                    // The timeout makes it check whether work of a slower provider has become worth taking over.
+                    let _ = timeout(POLL, changed).await;
                 }
             }
         }
     }
 
-    /// Cancels a request, or none, and says how many are answered; how many that are.
+    /// Cancels the request with this number, or none for [`NO_REQUEST`], and reports how many requests are answered.
+    /// Returns that count.
     async fn cancel<S>(&self, writer: &mut WriteHalf<S>, number: u64) -> Result<u64, TransferError>
     where
         S: AsyncWrite,
@@ -264,7 +265,7 @@ impl Session<'_> {
         Ok(request.answered)
     }
 
-    /// Counts what has come of content, needed or not; the whole of it, or a part of a chunk group.
+    /// Counts content bytes that have arrived, needed or not, of complete chunk groups or of parts.
     fn count(&self, bytes: &mut u64) {
         let bytes = std::mem::take(bytes);
         if bytes > 0 {
@@ -273,7 +274,7 @@ impl Session<'_> {
         }
     }
 
-    /// Reads bytes of an answer, within the limits if it is `content`.
+    /// Reads bytes of an answer; within the rate limits if they are `content`.
     async fn read<S>(
         &self,
         reader: &mut ReadHalf<S>,
@@ -355,7 +356,7 @@ impl Session<'_> {
             let received =
                 self.receive_run(&mut reader, &request, &mut segment, &mut tally, &mut writer);
             let mut result = received.await;
-            // Also when the rest did not come: what is verified is kept.
+            // Verified content is kept even if the rest did not arrive.
             if segment.groups > 0 {
                 writer.write(&request.partial, segment);
             }
@@ -363,7 +364,7 @@ impl Session<'_> {
             self.asked.answered.fetch_add(1, Ordering::Release);
             if matches!(result, Ok(Received::Cancelled)) && asked.is_none_or(|one| !one.cancelled) {
                 result = Err(TransferError::Protocol(
-                    "it took back what nobody had cancelled",
+                    "it cancelled a request that was not withdrawn",
                 ));
             }
             if matches!(result, Ok(Received::All)) {
@@ -378,14 +379,14 @@ impl Session<'_> {
                         if let (Ok(_), true) = (&result, request.run.proofs_only) {
                             let Run { blob, groups, .. } = &request.run;
                             let wrong = groups.start + verified..groups.end;
-                            state.schedule.not_elsewhere(*blob, wrong);
+                            state.schedule.not_local(*blob, wrong);
                         }
                         state.schedule.done(key, &request.run, verified, came)
                     }
                     Ok(Received::Cancelled) => state.schedule.cancelled(key, &request.run),
                     Ok(Received::Missing) => {
-                        // Who knows what it lacks is asked for the rest.
-                        if state.schedule.has_not(key, &request.run) {
+                        // If the provider had only said what it has in part, it is asked for the rest.
+                        if state.schedule.lacks(key, &request.run) {
                             result = Err(TransferError::Missing(request.partial.hash()));
                         }
                     }
@@ -395,12 +396,12 @@ impl Session<'_> {
                         refused += 1;
                         self.note_unreadable(&request.run);
                         if refused >= MAX_UNREADABLE {
-                            // Not a sector or two: it cannot read anything now.
+                            // So many are not single bad sectors: the provider cannot read anything now.
                             result = Err(TransferError::Unreadable(request.partial.hash()));
                         }
                     }
                 }
-                // The segment may have been written before its groups counted as here.
+                // The segment may have been written before its groups were counted as present.
                 if state.schedule.needed() == 0 && self.shared.writing.load(Ordering::Acquire) == 0
                 {
                     self.shared.settle_soon.notify_one();
@@ -415,7 +416,7 @@ impl Session<'_> {
         writer.finish().await
     }
 
-    /// Remembers what the provider cannot read, once it was asked for it by itself.
+    /// Records a group that the provider cannot read, once it was requested alone.
     fn note_unreadable(&self, run: &Run) {
         if run.groups.end - run.groups.start > 1 {
             return;
@@ -434,7 +435,7 @@ impl Session<'_> {
         }
     }
 
-    /// Receives one answer; `segment` holds what is verified and not yet on its way to the disk.
+    /// Receives one answer. `segment` holds the verified content that is not on its way to the disk yet.
     async fn receive_run<S>(
         &self,
         reader: &mut ReadHalf<S>,
@@ -456,9 +457,11 @@ impl Session<'_> {
             Answer::Waits => return Err(TransferError::Queued),
         };
         if size != tree.size() {
-            return Err(TransferError::Protocol("it answered with another size"));
+            return Err(TransferError::Protocol(
+                "it answered with a different blob size",
+            ));
         }
-        // Another has sent it: this is read all the same, and not written again.
+        // If another provider has sent the content already, it is read from the stream and not written again.
         let needed = self.shared.state().schedule.needs(run);
         let counter = if needed {
             &self.peer.moved
@@ -502,7 +505,7 @@ impl Session<'_> {
                         .progress
                         .moved
                         .fetch_add(bytes, Ordering::Relaxed);
-                    // Also when it is small, on a slow link: a crash costs a second, not a segment.
+                    // The time limit matters for small segments on a slow link: a crash costs a second, not a segment.
                     let due = segment_begun.elapsed() >= SETTLE;
                     if segment.data.len() >= SEGMENT || due {
                         let next = writer.segment(index + 1).await?;
@@ -515,7 +518,8 @@ impl Session<'_> {
         Ok(Received::All)
     }
 
-    /// Receives the parents of a run, and takes its content from where it lies on this machine, as far as it fits them.
+    /// Receives the parents of a run. Takes the content from other blobs on this machine, as far as it matches the
+    /// parents.
     async fn receive_proofs<S>(
         &self,
         reader: &mut ReadHalf<S>,
@@ -533,7 +537,7 @@ impl Session<'_> {
         let end = tree.group_bytes(run.groups.end - 1).end;
         let needed = self.shared.state().schedule.needs(run);
         let data = match needed {
-            true => read_elsewhere(&request.elsewhere, start..end).await,
+            true => read_local_copies(&request.local_copies, start..end).await,
             false => Vec::new(),
         };
         let mut fits = needed;
@@ -555,7 +559,7 @@ impl Session<'_> {
                     let group = data.get(seen..seen + size);
                     seen += size;
                     tally.came += 1;
-                    // What follows one that does not fit is fetched too: a segment has no gaps.
+                    // A segment has no gaps, so all groups after a mismatch are fetched, too.
                     fits = fits && group.is_some_and(|group| verifier.is_group(group));
                     verifier.skip_group();
                     if let (true, Some(group)) = (fits, group) {
@@ -581,34 +585,34 @@ impl Session<'_> {
     }
 }
 
-/// Reads what was found of a run in other blobs, as much as there is of it.
-async fn read_elsewhere(elsewhere: &Option<Arc<Elsewhere>>, bytes: Range<u64>) -> Vec<u8> {
-    let Some(elsewhere) = elsewhere.clone() else {
+/// Reads the content of a run that was found in other blobs; less, or nothing, if not all of it can be read.
+async fn read_local_copies(local_copies: &Option<Arc<Elsewhere>>, bytes: Range<u64>) -> Vec<u8> {
+    let Some(local_copies) = local_copies.clone() else {
         return Vec::new();
     };
     let read = spawn_blocking(move || {
         let mut data = vec![0; (bytes.end - bytes.start) as usize];
-        elsewhere.read(&mut data, bytes.start).map(|()| data)
+        local_copies.read(&mut data, bytes.start).map(|()| data)
     });
     match read.await.expect("reading does not panic") {
         Ok(data) => data,
         Err(error) => {
-            tracing::debug!(%error, "content that is here elsewhere cannot be read");
+            tracing::debug!(%error, "cannot read local content of another blob");
             Vec::new()
         }
     }
 }
 
-/// Chunk groups of one answer.
+/// The number of chunk groups in one answer.
 #[derive(Debug, Clone, Copy, Default)]
 struct Tally {
-    /// Checked, and written or on their way to the disk.
+    /// Verified groups that are written or on their way to the disk.
     verified: u64,
-    /// Received, needed or not.
+    /// Received groups, needed or not.
     came: u64,
 }
 
-/// How an answer ended.
+/// The end of an answer.
 enum Received {
     All,
     Cancelled,
@@ -616,7 +620,7 @@ enum Received {
     Unreadable,
 }
 
-/// Writes on blocking threads, a few at a time, re-using their buffers.
+/// Writes on blocking threads, a few segments at a time, and reuses their buffers.
 struct Writer<'a> {
     writes: VecDeque<JoinHandle<Result<Segment, StoreError>>>,
     spare: Vec<Segment>,
@@ -624,7 +628,7 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// An empty segment; waits for an earlier write if enough are under way.
+    /// Returns an empty segment; waits for an earlier write if enough are under way.
     async fn segment(&mut self, first: u64) -> Result<Segment, StoreError> {
         if self.writes.len() >= WRITES {
             self.join_one().await?;
@@ -651,9 +655,9 @@ impl Writer<'_> {
                 spawn_blocking(move || content.write_back());
             }
             let is_full = partial.is_full();
-            // Before it is settled: whoever hears that it is whole may want to remove it.
+            // Dropped before the file is settled: a caller that learns that it is complete may want to remove it.
             drop(partial);
-            // Make room for more, or come to the end, before the second is over.
+            // Settles before the second is over, to make room for more files, or to end.
             let state = shared.state();
             let full = is_full && state.open.len() >= state.most_open / 2;
             if full || state.schedule.needed() == 0 {
@@ -680,7 +684,7 @@ impl Writer<'_> {
     }
 }
 
-/// What a stream had been asked for goes to others when it ends.
+/// Gives the unanswered requests of a stream to other providers when dropped.
 struct LostOnDrop<'a>(&'a Peer);
 
 impl Drop for LostOnDrop<'_> {
@@ -690,7 +694,8 @@ impl Drop for LostOnDrop<'_> {
     }
 }
 
-/// Runs both until the receiver ends. A sender that fails does not stop it: what is on its way is still worth having.
+/// Runs both until the receiver ends. If the sender fails, the receiver continues, because answers that are on their
+/// way are useful.
 async fn both(
     send: impl Future<Output = Result<(), TransferError>>,
     receive: impl Future<Output = Result<(), TransferError>>,
@@ -705,7 +710,7 @@ async fn both(
     }
 }
 
-/// One more while it is held.
+/// Adds one to a counter until dropped.
 struct Counted<'a>(&'a AtomicUsize);
 
 impl<'a> Counted<'a> {

@@ -1,7 +1,7 @@
-//! The state of a transfer, which its handle, its sessions and the threads that write share.
+//! The state of a transfer, shared by its handle, its sessions and the threads that write.
 //!
-//! [`Shared::settle`] makes durable what was written, gives whole files their names, and has fetched again what an
-//! earlier run left damaged.
+//! [`Shared::settle`] makes written content durable and gives complete files their names. It also requests groups again
+//! that an earlier run left damaged.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -23,39 +23,41 @@ use crate::{
     tree::Tree,
 };
 
-/// The longest time that a transfer waits for a descriptor when none of its own files has one: other transfers may end.
+/// The longest time for which a transfer with no open file waits for a file descriptor. Other transfers may end and
+/// free some.
 const WITHOUT: Duration = Duration::from_secs(60);
 
-/// Part files open at a time; each is two file descriptors. Fewer where the process may have few.
+/// The most part files that are open at a time; each takes two file descriptors. The number is smaller where the
+/// process may have few.
 pub(super) const MAX_OPEN: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) store: Store,
     pub(super) blobs: Vec<Blob>,
-    /// The path of a file of each blob, for messages.
+    /// The path of one file of each blob, for messages.
     pub(super) paths: Vec<Box<str>>,
-    /// By place among the manifest's files: which blob it is.
+    /// The index of the blob of each file, by the file's index in the manifest.
     pub(super) of_file: Vec<usize>,
     pub(super) state: Mutex<State>,
-    /// One settling at a time.
+    /// Held while settling, so that only one thread settles at a time.
     pub(super) settling: Mutex<()>,
     pub(super) settle_soon: Notify,
-    /// There may be something else to ask for, or nothing more at all.
+    /// Notified when there may be another request to send, or when nothing is left to request.
     pub(super) changed: Notify,
-    /// Something is wanted that is to be opened now.
+    /// Notified when a want is to be opened now.
     pub(super) open_soon: Notify,
-    /// Something was written.
+    /// Notified when content was written.
     pub(super) written: Notify,
-    /// Others go first.
+    /// True while this transfer is held back in favor of others.
     pub(super) held: AtomicBool,
-    /// Bytes that came from providers, of whole chunk groups or not.
+    /// Bytes that came from providers, in complete chunk groups or not.
     pub(super) heard: AtomicU64,
     /// The number of times that a provider said that a request waits in its queue.
     pub(super) queued: AtomicU64,
-    /// Streams that wait for this side's own limits.
+    /// The number of streams that wait for this node's own rate limits.
     pub(super) limited: AtomicUsize,
-    /// Segments that are on their way to the disk.
+    /// The number of segments that are on their way to the disk.
     pub(super) writing: AtomicUsize,
     pub(super) progress: Arc<Progress>,
     pub(super) stop: Arc<AtomicBool>,
@@ -71,23 +73,24 @@ pub(super) struct Blob {
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) schedule: Schedule,
-    /// Not yet opened.
+    /// Wants that are not opened yet, each with the index of its blob.
     pub(super) wants: VecDeque<(usize, Want)>,
-    /// Opened and not yet complete, by place among the blobs.
+    /// Part files that are open and not complete yet, by index of the blob.
     pub(super) open: HashMap<usize, Open>,
-    /// Places of blobs that are whole here.
+    /// Blobs that are complete here, by index.
     pub(super) whole: Bitfield,
-    /// The place of the want that is being opened, and what was urged of it meanwhile.
+    /// The blob whose want is being opened, by index, and the groups of it that became urgent meanwhile.
     pub(super) opening: Option<(usize, Bitfield)>,
-    /// Parts of which everything that was wanted is here, by place among the blobs. Answers that are still on their way may hold the file.
+    /// Parts of blobs of which everything that was wanted is here, by index of the blob. Answers that are still on
+    /// their way may keep the part file open.
     pub(super) parts: HashMap<usize, (Arc<Bitfield>, Weak<Partial>)>,
-    /// Those who may still want something.
+    /// The number of [`Lingering`](super::Lingering) handles: users that may still request more.
     pub(super) lingering: usize,
-    /// Everything is here, or nothing is wanted any more.
+    /// True when everything is here, or nothing is wanted any more.
     pub(super) ended: bool,
-    /// Part files that may be open at a time.
+    /// The most part files that may be open at a time.
     pub(super) most_open: usize,
-    /// Since when no part file could be opened for want of a descriptor.
+    /// The time since which no part file could be opened for lack of a file descriptor.
     pub(super) without: Option<Instant>,
 }
 
@@ -95,21 +98,21 @@ pub(super) struct State {
 #[derive(Debug)]
 pub(super) struct Open {
     pub(super) partial: Arc<Partial>,
-    /// The groups that are wanted, if not all.
+    /// The wanted groups; `None` means all.
     pub(super) wanted: Option<Bitfield>,
-    /// Those of them that the plan wants; none where only readers want it.
+    /// The groups that the plan wants, a part of `wanted`; empty if only readers want the blob.
     pub(super) planned: Option<Bitfield>,
-    pub(super) elsewhere: Option<Arc<Elsewhere>>,
+    pub(super) local_copies: Option<Arc<Elsewhere>>,
 }
 
 impl Open {
-    /// Whether all that is wanted of a part is here and durable.
+    /// Returns true if only a part is wanted, and all of that is here and durable.
     pub(super) fn is_over(&self) -> bool {
         let wanted = self.wanted.as_ref();
         wanted.is_some_and(|wanted| self.partial.is_durable(wanted))
     }
 
-    /// Whether only readers wait for what is still to come.
+    /// Returns true if everything that is still missing is wanted by readers only.
     pub(super) fn is_for_readers(&self) -> bool {
         let planned = self.planned.as_ref();
         planned.is_some_and(|planned| self.partial.is_durable(planned))
@@ -117,21 +120,21 @@ impl Open {
 }
 
 impl State {
-    /// Whether all that the plan wants is here.
+    /// Returns true if everything that the plan wants is here.
     pub(super) fn is_complete(&self) -> bool {
-        self.wants.iter().all(|(_, want)| want.of_reader)
+        self.wants.iter().all(|(_, want)| want.for_readers)
             && self.open.values().all(Open::is_for_readers)
     }
 
-    /// Returns true if the transfer may wait for a descriptor: as long as files of this transfer are open, and else for
-    /// a while.
+    /// Returns true if the transfer may wait for a file descriptor: while files of this transfer are open, and else for
+    /// [`WITHOUT`].
     pub(super) fn may_wait_for_descriptors(&mut self) -> bool {
         let since = *self.without.get_or_insert_with(Instant::now);
         !self.open.is_empty() || since.elapsed() < WITHOUT
     }
 
-    /// How many part files may be opened: some more for what somebody waits for.
-    pub(super) fn is_room(&self) -> bool {
+    /// Returns true if another part file may be opened. An urgent want may exceed the limit by a quarter.
+    pub(super) fn has_room(&self) -> bool {
         let most = match self.wants.front() {
             None => 0,
             Some((_, want)) if want.urgent => self.most_open + self.most_open.div_ceil(4),
@@ -152,7 +155,7 @@ impl Shared {
         self.begun.elapsed()
     }
 
-    /// Makes durable what was written since the last time, and completes whole files. Blocks.
+    /// Makes durable what was written since the last call, and completes files that are whole. Blocks.
     pub(super) fn settle(&self) -> Result<(), StoreError> {
         let _one = self
             .settling
@@ -168,8 +171,8 @@ impl Shared {
             .into_iter()
             .filter(|partial| partial.take_dirty())
             .collect();
-        // The content that an earlier run left of a file is read before the file gets its name. Reading it may take a
-        // while, and the other files do not wait for it.
+        // Content that an earlier run left in a file is read before the file gets its name. Reading may take a while,
+        // so the other files are settled first.
         let stopped = self.stop.load(Ordering::Acquire);
         let (whole, rest): (Vec<_>, Vec<_>) = dirty
             .iter()
@@ -203,7 +206,7 @@ impl Shared {
             }
             let over = open.is_over();
             if over {
-                // What was asked for again while it was on its way to the disk, too.
+                // This includes groups that were requested again while the content was on its way to the disk.
                 schedule.unwant(*place);
                 let left = Arc::downgrade(&open.partial);
                 parts.insert(*place, (Arc::new(open.partial.have()), left));
@@ -213,8 +216,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Reads what an earlier run left of a file that is whole now, and gives the file its name; what is not as it
-    /// should be is wanted again. Blocks.
+    /// Reads the content that an earlier run left in a file that is whole now, and gives the file its name. Damaged
+    /// groups are requested again. Blocks.
     fn reread(&self, partial: &Arc<Partial>) -> Result<(), StoreError> {
         let (progress, tree) = (&self.progress, partial.tree());
         progress.reread.store(0, Ordering::Relaxed);
@@ -230,7 +233,7 @@ impl Shared {
         self.store.settle(std::slice::from_ref(partial))
     }
 
-    /// Has groups fetched again that were here and are damaged, as far as they are wanted.
+    /// Requests groups again that were here and are damaged, as far as they are wanted.
     fn want_again(&self, partial: &Arc<Partial>, lost: Bitfield) {
         let mut state = self.state();
         let State { schedule, open, .. } = &mut *state;
@@ -254,7 +257,7 @@ impl Shared {
         self.changed.notify_waiters();
     }
 
-    /// The part file of a want; `None` if it is the store's own and whole by now. Blocks.
+    /// Opens the part file of a want; `None` if it is the store's own file and complete by now. Blocks.
     pub(super) fn open_part(&self, want: &Want) -> Result<Option<Arc<Partial>>, StoreError> {
         let owned = want.target == self.store.owned_path(&want.hash);
         if owned
@@ -266,8 +269,8 @@ impl Shared {
         open(&self.store, want, &self.stop).map(Some)
     }
 
-    /// Lets go of part files; what was written is made durable beside.
-    fn let_go(store: &Store, open: Vec<Arc<Partial>>) {
+    /// Closes part files. Their written content is made durable in the background.
+    fn close_all(store: &Store, open: Vec<Arc<Partial>>) {
         let dirty: Vec<_> = open.into_iter().filter(|one| one.take_dirty()).collect();
         if dirty.is_empty() {
             return;
@@ -275,7 +278,7 @@ impl Shared {
         let store = store.clone();
         let settle = move || {
             if let Err(error) = store.settle(&dirty) {
-                tracing::warn!(%error, "the last second of a stopped transfer is not kept");
+                tracing::warn!(%error, "cannot save the last second of a stopped transfer");
             }
         };
         match tokio::runtime::Handle::try_current() {
@@ -284,7 +287,7 @@ impl Shared {
         }
     }
 
-    /// The part files that are open.
+    /// Returns the open part files.
     fn open(&self) -> Vec<Arc<Partial>> {
         let state = self.state();
         let open = state.open.values();
@@ -294,7 +297,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        Self::let_go(&self.store, self.open());
+        Self::close_all(&self.store, self.open());
     }
 }
 

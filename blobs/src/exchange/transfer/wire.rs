@@ -1,4 +1,4 @@
-//! Messages on a stream to a provider, with the times that they may take; and a manifest, which one stream brings whole.
+//! Messages on a stream to a provider, with their time limits; and fetching a manifest, for which one stream is enough.
 
 use std::{io, time::Duration};
 
@@ -20,20 +20,20 @@ use crate::{
     tree::{PARENT, Step, Tree, Verifier},
 };
 
-/// Bytes that have to come within the time that a provider may be silent, which is 20 s or more: three a second. Any
-/// link that is of use brings more, also shared by a hundred streams; a provider that sends a byte a second keeps
-/// nobody.
+/// The fewest bytes that have to arrive in the time that a provider may be silent, which is 20 s or more: three bytes a
+/// second. Any usable link brings more, even shared by a hundred streams. A provider that sends one byte a second does
+/// not hold up a receiver.
 const LEAST: usize = 64;
 
-/// The longest time that a chunk group may take, however many of its bytes come: 110 bytes a second, which is the share
+/// The longest time for a chunk group, however many of its bytes have arrived. It means 110 bytes a second: the share
 /// of one of eight streams on a link of 7 kbit/s. This limit bounds what a provider gains by sending a byte now and
 /// then.
 pub(super) const SLOWEST: Duration = Duration::from_secs(600);
 
-/// The longest time that a provider may keep a request in its queue, however often it says that it is alive.
+/// The longest time for which a provider may keep a request in its queue, however often it shows that it is alive.
 pub const QUEUED: Duration = Duration::from_secs(600);
 
-/// Fetches a whole manifest over `stream`, checked against its id; adds what has come of it to `arrivals`.
+/// Fetches a whole manifest over `stream`, and checks it against its id. Adds the bytes that arrive to `arrivals`.
 ///
 /// # Errors
 /// [`TransferError`].
@@ -63,7 +63,7 @@ where
     let tree = Tree::new(size);
     let mut verifier = Verifier::new(tree, id, 0..tree.groups());
     let corrupt = |source| TransferError::Corrupt { hash: id, source };
-    // Grows only by what is verified, whatever size was claimed.
+    // The buffer grows only with verified content, whatever size the provider claims.
     let mut bytes = Vec::new();
     while let Some(step) = verifier.step() {
         match step {
@@ -80,9 +80,9 @@ where
             }
         }
     }
-    // The manifest is here and checked: a provider that fails to hear the end changes nothing.
+    // The manifest is here and verified, so a failure to close the stream does not matter.
     if !matches!(arrivals.within(writer.shutdown()).await, Some(Ok(()))) {
-        tracing::debug!("a stream did not close");
+        tracing::debug!("cannot close a stream to a provider");
     }
     Ok(bytes)
 }
@@ -115,15 +115,15 @@ where
     Ok(())
 }
 
-/// The head of an answer.
+/// The header of an answer.
 pub(super) enum Answer {
-    /// The slice follows, of a blob of this size.
+    /// The slice follows; its blob has this size.
     Size(u64),
     Cancelled,
     Missing,
-    /// It has found what it has to be damaged, or cannot read it.
+    /// The provider found its copy damaged, or cannot read it.
     Unreadable,
-    /// The answer comes later.
+    /// The request waits in the provider's queue; the answer follows later.
     Waits,
 }
 
@@ -174,7 +174,7 @@ where
     Ok(())
 }
 
-/// Tells a slow link from a provider that only trickles.
+/// Distinguishes a slow link from a provider that sends very little.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     bytes: usize,
@@ -182,7 +182,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// Counts bytes and how long was waited for them; time that this node's own limits take is not among it.
+    /// Counts bytes, and the time waited for them. Delays by this node's own rate limits are not included.
     pub(super) fn came(
         &mut self,
         bytes: usize,
@@ -201,8 +201,8 @@ impl Pace {
     }
 }
 
-/// Reads at least one byte, within the time that the provider may be silent and what is `left` of [`SLOWEST`]; counts
-/// the bytes.
+/// Reads at least one byte, within the time that the provider may be silent and within `left`, the rest of [`SLOWEST`].
+/// Counts the bytes.
 pub(super) async fn read_some<S>(
     reader: &mut ReadHalf<S>,
     buffer: &mut [u8],

@@ -1,4 +1,4 @@
-//! Files of chosen tensors.
+//! Tests of files made from chosen tensors.
 
 use std::io::{Read, Seek};
 
@@ -17,7 +17,7 @@ fn file_of(path: &str, size: u64, tensors: Vec<Tensor>) -> manifest::File {
     }
 }
 
-/// A safetensors file with this JSON and data, and the manifest's entry for it.
+/// Returns a safetensors file with this JSON and data, and its manifest entry.
 fn indexed(json: &str, data: &[u8]) -> (Vec<u8>, manifest::File) {
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(json.as_bytes());
@@ -60,8 +60,12 @@ fn head<'a>(bytes: &'a [u8], file: &manifest::File) -> &'a [u8] {
     &bytes[..header_range(file).end as usize]
 }
 
-const JSON: &str = r#"{"__metadata__":{"format":"pt","a":"é\n"},"b":{"dtype":"F32","shape":[2,1],"data_offsets":[4,12]},
-        "a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"c\u0001":{"dtype":"U8","shape":[3],"data_offsets":[12,15]}}   "#;
+const JSON: &str = concat!(
+    r#"{"__metadata__":{"format":"pt","a":"é\n"},"b":{"dtype":"F32","shape":[2,1],"data_offsets":[4,12]},"#,
+    "\n        ",
+    r#""a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"c\u0001":{"dtype":"U8","shape":[3],"#,
+    r#""data_offsets":[12,15]}}   "#
+);
 
 #[test]
 fn a_result_has_the_chosen_tensors_packed_in_order_with_the_metadata() {
@@ -72,7 +76,10 @@ fn a_result_has_the_chosen_tensors_packed_in_order_with_the_metadata() {
     let json = std::str::from_utf8(&plan.header()[8..]).unwrap();
     assert_eq!(
         json.trim_end(),
-        "{\"__metadata__\":{\"a\":\"é\\n\",\"format\":\"pt\"},\"a\":{\"dtype\":\"BF16\",\"shape\":[2],\"data_offsets\":[0,4]},\"c\\u0001\":{\"dtype\":\"U8\",\"shape\":[3],\"data_offsets\":[4,7]}}"
+        concat!(
+            r#"{"__metadata__":{"a":"é\n","format":"pt"},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"#,
+            r#""c\u0001":{"dtype":"U8","shape":[3],"data_offsets":[4,7]}}"#
+        )
     );
     let start = header_range(&file).end;
     assert_eq!(
@@ -98,8 +105,11 @@ fn a_result_has_the_chosen_tensors_packed_in_order_with_the_metadata() {
 }
 
 #[test]
-fn a_tensor_of_a_type_that_is_not_known_yet_is_taken_as_it_is() {
-    let json = r#"{"a":{"dtype":"F4_E3M0","shape":[16],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[1],"data_offsets":[8,9]}}"#;
+fn a_tensor_of_an_unknown_type_is_copied_unchanged() {
+    let json = concat!(
+        r#"{"a":{"dtype":"F4_E3M0","shape":[16],"data_offsets":[0,8]},"#,
+        r#""b":{"dtype":"U8","shape":[1],"data_offsets":[8,9]}}"#
+    );
     let (bytes, file) = indexed(json, &[7; 9]);
     let planned = plan(&file, &[0], head(&bytes, &file)).unwrap();
     let header = std::str::from_utf8(&planned.header()[8..]).unwrap();
@@ -107,7 +117,7 @@ fn a_tensor_of_a_type_that_is_not_known_yet_is_taken_as_it_is() {
         header.trim_end(),
         r#"{"a":{"dtype":"F4_E3M0","shape":[16],"data_offsets":[0,8]}}"#
     );
-    // The manifest may not say otherwise of it than the file.
+    // The manifest must give the same type as the file.
     let mut other = file.clone();
     other.tensors[0].dtype = "F4_E3M1".to_owned();
     assert!(matches!(
@@ -118,7 +128,10 @@ fn a_tensor_of_a_type_that_is_not_known_yet_is_taken_as_it_is() {
 
 #[test]
 fn neighbours_in_the_source_are_one_copy_of_many_pieces() {
-    let json = r#"{"a":{"dtype":"U8","shape":[2097153],"data_offsets":[0,2097153]},"b":{"dtype":"U8","shape":[1048577],"data_offsets":[2097153,3145730]}}"#;
+    let json = concat!(
+        r#"{"a":{"dtype":"U8","shape":[2097153],"data_offsets":[0,2097153]},"#,
+        r#""b":{"dtype":"U8","shape":[1048577],"data_offsets":[2097153,3145730]}}"#
+    );
     let data: Vec<u8> = (0..3_145_730_u32).map(|i| (i * 31 / 7) as u8).collect();
     let (bytes, file) = indexed(json, &data);
     let plan = plan(&file, &[0, 1], head(&bytes, &file)).unwrap();
@@ -199,7 +212,7 @@ fn tensor(name: &str, dtype: &str, shape: &[u64], range: Range<u64>) -> Tensor {
 }
 
 #[test]
-fn of_gguf_plain_types_stay_and_quantised_ones_are_bytes_that_say_what_they_were() {
+fn plain_gguf_types_are_kept_and_quantised_ones_become_bytes_with_their_type_in_the_metadata() {
     let source: Vec<u8> = (0..400_u32).map(|i| i as u8).collect();
     let file = file_of(
         "m.gguf",
@@ -258,8 +271,8 @@ fn a_header_and_a_manifest_that_disagree_are_refused() {
     for (change, expected) in [
         ((|t| t.dtype = "I32".to_owned()) as fn(&mut Tensor), "type"),
         (|t| t.shape = vec![1, 2], "shape"),
-        (|t| t.start += 1, "place"),
-        (|t| t.end += 1, "place"),
+        (|t| t.start += 1, "offset"),
+        (|t| t.end += 1, "offset"),
     ] {
         assert!(
             matches!(changed(change), Err(E::Differs { what, .. }) if what == expected),
@@ -325,7 +338,7 @@ fn tensors_that_share_bytes_are_refused() {
     }
 }
 
-/// Plans from a header of this JSON and a manifest that lists one tensor `a` of four bytes behind it.
+/// Plans with a header of this JSON, and a manifest that lists one tensor `a` of four bytes after the header.
 fn hostile(json: &[u8]) -> Result<Plan, ExtractError> {
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.extend_from_slice(json);
@@ -373,7 +386,7 @@ fn malformed_headers_are_errors() {
     }
     assert!(matches!(
         hostile(br#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,18446744073709551615]}}"#),
-        Err(ExtractError::Differs { what: "place", .. })
+        Err(ExtractError::Differs { what: "offset", .. })
     ));
     assert!(matches!(hostile(b"{}"), Err(ExtractError::Missing(_))));
     assert!(
@@ -383,7 +396,7 @@ fn malformed_headers_are_errors() {
 }
 
 #[test]
-fn no_change_of_a_header_makes_planning_panic() {
+fn mutated_headers_never_make_planning_panic() {
     let mut random = Random(2);
     let data = [7; 15];
     let (bytes, file) = indexed(JSON, &data);
@@ -406,7 +419,7 @@ fn no_change_of_a_header_makes_planning_panic() {
 }
 
 #[test]
-fn a_source_that_fails_ends_the_writing() {
+fn an_error_of_the_source_ends_the_writing() {
     let (bytes, file) = indexed(JSON, &[0; 15]);
     let plan = plan(&file, &[0], head(&bytes, &file)).unwrap();
     let result = plan.write(

@@ -1,30 +1,31 @@
 //! The header of a GGUF file.
 //!
-//! `GGUF`, a version, the numbers of tensors and of metadata pairs; the pairs, each a key, a type and a value; an entry a tensor;
-//! padding up to the alignment; then the tensors' bytes, each at an offset from there. Integers are little-endian, strings have
-//! a length of eight bytes (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
+//! A GGUF file begins with `GGUF`, a version, and the numbers of tensors and metadata pairs. The pairs follow, each a
+//! key, a type and a value; then one entry for each tensor, and padding up to the alignment. The tensors' bytes follow,
+//! each at an offset from that point. Integers are little-endian; strings are preceded by a length of eight bytes
+//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
 //!
-//! Of the metadata only the alignment matters here. Vocabularies make the rest megabytes: it is skipped, by reads of [`BUFFER`]
-//! bytes, and nothing is allocated for it.
+//! Of the metadata, only the alignment matters here. The rest may be megabytes of vocabulary. It is skipped with reads
+//! of [`BUFFER`] bytes, and nothing is allocated for it.
 
 use std::{collections::BTreeSet, fs::File, os::unix::fs::FileExt};
 
-use super::{HeaderError, TensorInfo, in_order};
+use super::{HeaderError, TensorInfo, sorted_and_checked};
 use crate::manifest::{MAX_TENSOR_NAME, MAX_TENSORS};
 
-/// The longest header read, in bytes. Vocabularies of a quarter of a million words take some 10 MB.
+/// The longest header read, in bytes. A vocabulary of a quarter of a million words takes some 10 MB.
 const MAX_HEADER: u64 = 256 * 1024 * 1024;
 
 /// Bytes read at a time.
 const BUFFER: u64 = 64 * 1024;
 
-/// Arrays within arrays that are skipped; more are refused, since each level is a call on the stack. Real files have one level.
+/// The deepest nesting of arrays that is skipped; each level is a call on the stack. Real files have one level.
 const MAX_DEPTH: usize = 4;
 
-/// The most dimensions of a tensor. Programs that read GGUF know four; the format has no limit.
+/// The most dimensions of a tensor. Programs that read GGUF support four; the format has no limit.
 const MAX_DIMENSIONS: u32 = 8;
 
-/// The alignment of a file that does not say.
+/// The alignment of a file that does not specify one.
 const DEFAULT_ALIGNMENT: u64 = 32;
 
 const ALIGNMENT_KEY: &[u8] = b"general.alignment";
@@ -38,14 +39,14 @@ const STRING: u32 = 8;
 /// The metadata type of an array.
 const ARRAY: u32 = 9;
 
-/// The least bytes of a metadata pair: an empty key's length, a type, a value.
+/// The smallest metadata pair, in bytes: the length of an empty key, a type, a value.
 const MIN_PAIR: u64 = 8 + 4 + 1;
 
-/// The least bytes of a tensor's entry: an empty name's length, the number of dimensions, a type, an offset.
+/// The smallest tensor entry, in bytes: the length of an empty name, the number of dimensions, a type, an offset.
 const MIN_TENSOR: u64 = 8 + 4 + 4 + 8;
 
-/// The types of ggml: number, name, elements a block, bytes a block (`enum ggml_type` in `ggml.h`, blocks in `ggml-common.h`). The
-/// numbers that are missing belonged to types that were removed.
+/// The ggml types: number, name, elements per block, bytes per block (`enum ggml_type` in `ggml.h`, blocks in
+/// `ggml-common.h`). Missing numbers belonged to types that were removed.
 const TYPES: [(u32, &str, u64, u64); 35] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
@@ -84,7 +85,7 @@ const TYPES: [(u32, &str, u64, u64); 35] = [
     (42, "Q2_0", 64, 18),
 ];
 
-/// The tensors of the GGUF `file` of `size` bytes.
+/// Reads the tensors of the GGUF `file` of `size` bytes.
 pub(super) fn read(file: &File, size: u64) -> Result<Vec<TensorInfo>, HeaderError> {
     let mut reader = Reader::new(file, size);
     if reader.array()? != *b"GGUF" {
@@ -103,23 +104,23 @@ pub(super) fn read(file: &File, size: u64) -> Result<Vec<TensorInfo>, HeaderErro
     let pairs = reader.count(MIN_PAIR)?;
     let alignment = metadata(&mut reader, pairs)?;
     reader.require(tensors.saturating_mul(MIN_TENSOR))?;
-    // Grows by what is there, not by what is claimed.
+    // The list grows with the entries present, not with the claimed number.
     let mut entries = Vec::new();
     for _ in 0..tensors {
         entries.push(Entry::read(&mut reader)?);
     }
     let data_start = reader.position().next_multiple_of(alignment);
-    // A file of metadata alone need not be padded.
+    // A file with only metadata need not be padded.
     if tensors > 0 && data_start > size {
         return Err(HeaderError::Truncated {
             size,
             header_end: data_start,
         });
     }
-    place(entries, data_start, size)
+    byte_ranges(entries, data_start, size)
 }
 
-/// Skips the metadata; returns the alignment.
+/// Skips the metadata, and returns the alignment.
 fn metadata(reader: &mut Reader<'_>, pairs: u64) -> Result<u64, HeaderError> {
     let mut alignment = None;
     for _ in 0..pairs {
@@ -136,21 +137,21 @@ fn metadata(reader: &mut Reader<'_>, pairs: u64) -> Result<u64, HeaderError> {
             continue;
         }
         if kind != UINT32 {
-            return Err(reader.refuse("general.alignment is no uint32"));
+            return Err(reader.refuse("general.alignment is not a uint32"));
         }
         let value = reader.u32()?;
         if !value.is_power_of_two() {
-            return Err(reader.refuse("general.alignment is no power of two"));
+            return Err(reader.refuse("general.alignment is not a power of two"));
         }
-        // Programs would differ in which one they take.
+        // Readers would differ in which of two values they use.
         if alignment.replace(u64::from(value)).is_some() {
-            return Err(reader.refuse("general.alignment is there twice"));
+            return Err(reader.refuse("general.alignment occurs twice"));
         }
     }
     Ok(alignment.unwrap_or(DEFAULT_ALIGNMENT))
 }
 
-/// The bytes of a metadata value whose length follows from its type.
+/// Returns the size of a metadata value, in bytes, if its type determines it.
 fn fixed_size(kind: u32) -> Option<u64> {
     match kind {
         // uint8, int8, bool
@@ -173,10 +174,10 @@ fn skip_value(reader: &mut Reader<'_>, kind: u32, depth: usize) -> Result<(), He
         }
         ARRAY => {
             if depth == MAX_DEPTH {
-                return Err(reader.refuse("arrays are nested over 4 deep"));
+                return Err(reader.refuse("arrays are nested more than 4 levels deep"));
             }
             let kind = reader.u32()?;
-            // A string has a length at least; an array has a type as well.
+            // A string has at least a length; an array also has a type.
             let least = match (fixed_size(kind), kind) {
                 (Some(size), _) => {
                     let elements = reader.u64()?;
@@ -184,7 +185,9 @@ fn skip_value(reader: &mut Reader<'_>, kind: u32, depth: usize) -> Result<(), He
                 }
                 (None, STRING) => 8,
                 (None, ARRAY) => 12,
-                (None, _) => return Err(reader.refuse("an array's elements have an unknown type")),
+                (None, _) => {
+                    return Err(reader.refuse("the elements of an array have an unknown type"));
+                }
             };
             for _ in 0..reader.count(least)? {
                 skip_value(reader, kind, depth + 1)?;
@@ -201,9 +204,9 @@ fn skip_value(reader: &mut Reader<'_>, kind: u32, depth: usize) -> Result<(), He
 struct Entry {
     name: String,
     kind: u32,
-    /// Outermost first.
+    /// Dimensions, outermost first.
     shape: Vec<u64>,
-    /// From the beginning of the data.
+    /// Offset from the beginning of the data, in bytes.
     offset: u64,
 }
 
@@ -211,7 +214,7 @@ impl Entry {
     fn read(reader: &mut Reader<'_>) -> Result<Self, HeaderError> {
         let length = reader.u64()?;
         if length > MAX_TENSOR_NAME as u64 {
-            return Err(reader.refuse("a tensor's name is over 1024 bytes"));
+            return Err(reader.refuse("a tensor's name is longer than 1024 bytes"));
         }
         let name = String::from_utf8(reader.bytes(length)?)
             .map_err(|_| reader.refuse("a tensor's name is not UTF-8"))?;
@@ -219,7 +222,7 @@ impl Entry {
         if dimensions > MAX_DIMENSIONS {
             return Err(HeaderError::tensor(&name, "it has more than 8 dimensions"));
         }
-        // Innermost first in the file.
+        // The file has the innermost dimension first.
         let mut shape = (0..dimensions)
             .map(|_| reader.u64())
             .collect::<Result<Vec<_>, _>>()?;
@@ -232,7 +235,7 @@ impl Entry {
         })
     }
 
-    /// The number of elements, if it is one.
+    /// Returns the number of elements; `None` if it overflows.
     fn elements(&self) -> Option<u64> {
         if self.shape.contains(&0) {
             return Some(0);
@@ -240,12 +243,12 @@ impl Entry {
         self.shape.iter().try_fold(1, |n: u64, m| n.checked_mul(*m))
     }
 
-    /// A block does not go on in the next row.
+    /// Returns true if each row is a whole number of blocks.
     fn has_whole_rows(&self, block: u64) -> bool {
         self.shape.last().unwrap_or(&1).is_multiple_of(block)
     }
 
-    /// The length in bytes of elements in blocks, of which rows have a whole number.
+    /// Returns the length of the elements, in bytes. Rows must be whole numbers of blocks.
     fn length(&self, elements: u64, block: u64, bytes: u64) -> Result<u64, HeaderError> {
         (elements / block)
             .checked_mul(bytes)
@@ -253,11 +256,11 @@ impl Entry {
     }
 }
 
-/// The element type of a number, where the file is of one mind with it.
+/// An entry of [`TYPES`].
 type Known = (u32, &'static str, u64, u64);
 
-/// The types that are known here and whose lengths the offsets of this file contradict: a fork of ggml has given the
-/// numbers another meaning.
+/// Returns the known types whose lengths contradict the offsets in this file: a fork of ggml uses these numbers for
+/// other types.
 fn contradicted(entries: &[Entry], offsets: &[u64]) -> BTreeSet<u32> {
     let wrong = entries.iter().filter(|entry| {
         let (Some(known), Some(elements)) = (known(entry.kind), entry.elements()) else {
@@ -271,7 +274,7 @@ fn contradicted(entries: &[Entry], offsets: &[u64]) -> BTreeSet<u32> {
             return true;
         }
         let length = entry.length(elements, block, bytes);
-        let room = following(offsets, entry.offset).map(|next| next - entry.offset);
+        let room = next_offset(offsets, entry.offset).map(|next| next - entry.offset);
         matches!((length, room), (Ok(length), Some(room)) if length > room)
     });
     wrong.map(|entry| entry.kind).collect()
@@ -281,15 +284,19 @@ fn known(kind: u32) -> Option<Known> {
     TYPES.into_iter().find(|(known, ..)| *known == kind)
 }
 
-/// The first of the sorted `offsets` after `offset`.
-fn following(offsets: &[u64], offset: u64) -> Option<u64> {
+/// Returns the first of the sorted `offsets` that is greater than `offset`.
+fn next_offset(offsets: &[u64], offset: u64) -> Option<u64> {
     let next = offsets.partition_point(|other| *other <= offset);
     offsets.get(next).copied()
 }
 
-/// Places tensors within the file. One of a type that is not known, or whose type means something else in this file,
-/// has all up to the next one, or to the end.
-fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorInfo>, HeaderError> {
+/// Determines the byte ranges of the tensors. A tensor of an unknown type, or of a type that means something else in
+/// this file, ends where the next tensor begins, or at the end of the file.
+fn byte_ranges(
+    entries: Vec<Entry>,
+    data_start: u64,
+    size: u64,
+) -> Result<Vec<TensorInfo>, HeaderError> {
     let mut offsets: Vec<u64> = entries.iter().map(|entry| entry.offset).collect();
     offsets.sort_unstable();
     let contradicted = contradicted(&entries, &offsets);
@@ -306,7 +313,7 @@ fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorIn
             } else if elements == 0 {
                 start
             } else {
-                match following(&offsets, entry.offset) {
+                match next_offset(&offsets, entry.offset) {
                     Some(next) => data_start.checked_add(next).ok_or_else(overflow)?,
                     None => size,
                 }
@@ -323,17 +330,17 @@ fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorIn
             })
         })
         .collect::<Result<_, HeaderError>>()?;
-    in_order(tensors, size)
+    sorted_and_checked(tensors, size)
 }
 
-/// Reads a header from its beginning on, within the file and [`MAX_HEADER`].
+/// Reads a header from its beginning, within the file and [`MAX_HEADER`].
 struct Reader<'a> {
     file: &'a File,
     size: u64,
     buffer: Vec<u8>,
-    /// What of the buffer is read.
+    /// Number of bytes of the buffer that were read.
     used: usize,
-    /// Where in the file the buffer ends.
+    /// Offset in the file at which the buffer ends.
     buffered: u64,
 }
 
@@ -359,7 +366,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Checks that `n` bytes more can be part of the header.
+    /// Checks that `n` more bytes can be part of the header.
     fn require(&self, n: u64) -> Result<(), HeaderError> {
         let end = self.position().saturating_add(n);
         if end > self.size {
@@ -396,7 +403,7 @@ impl<'a> Reader<'a> {
             if self.used == self.buffer.len() {
                 let size = BUFFER.min(self.size - self.buffered);
                 self.buffer.resize(size as usize, 0);
-                // Nothing is used of a buffer that was not filled.
+                // If filling the buffer fails, none of it is used.
                 self.used = self.buffer.len();
                 self.file.read_exact_at(&mut self.buffer, self.buffered)?;
                 self.used = 0;
@@ -425,14 +432,14 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// A number of things that take at least `least` bytes each.
+    /// Reads the number of elements that take at least `least` bytes each.
     fn count(&mut self, least: u64) -> Result<u64, HeaderError> {
         let count = self.u64()?;
         self.require(count.saturating_mul(least))?;
         Ok(count)
     }
 
-    /// `n` bytes, which the caller has bounded.
+    /// Reads `n` bytes; the caller has bounded `n`.
     fn bytes(&mut self, n: u64) -> Result<Vec<u8>, HeaderError> {
         self.require(n)?;
         let mut bytes = vec![0; n as usize];
@@ -468,7 +475,7 @@ mod tests {
         [&kind.to_le_bytes()[..], &count.to_le_bytes(), elements].concat()
     }
 
-    /// `shape` is innermost first, as in the file.
+    /// Encodes a tensor entry. `shape` is innermost first, as in the file.
     fn tensor(name: &str, shape: &[u64], kind: u32, offset: u64) -> Vec<u8> {
         let mut bytes = string(name);
         bytes.extend((shape.len() as u32).to_le_bytes());
@@ -494,7 +501,7 @@ mod tests {
             self
         }
 
-        /// The file, and where its data begins.
+        /// Returns the file, and the offset at which its data begins.
         fn bytes(&self) -> (Vec<u8>, u64) {
             let mut bytes = b"GGUF".to_vec();
             bytes.extend(self.version.to_le_bytes());
@@ -518,7 +525,7 @@ mod tests {
         read(&file, bytes.len() as u64)
     }
 
-    /// Metadata of every type.
+    /// Adds metadata of every type.
     fn rich(gguf: Gguf) -> Gguf {
         let words = [string("a"), string(""), string("word")].concat();
         let nested = array(
@@ -588,7 +595,7 @@ mod tests {
     }
 
     #[test]
-    fn the_alignment_of_the_file_counts() {
+    fn the_alignment_given_in_the_file_is_used() {
         let alignment = |value: u32| pair("general.alignment", 4, &value.to_le_bytes());
         for value in [1, 8, 64, 4096] {
             let mut gguf = Gguf::new(4, vec![tensor("a", &[4], 24, 0)]).with(alignment(value));
@@ -666,8 +673,8 @@ mod tests {
     }
 
     #[test]
-    fn a_type_whose_length_the_offsets_contradict_means_something_else_in_that_file() {
-        // 39 is MXFP4 here, 17 bytes for 32 elements; a fork has used it for two bits an element.
+    fn a_type_whose_length_contradicts_the_offsets_counts_as_unknown() {
+        // 39 is MXFP4 here, with 17 bytes for 32 elements; a fork uses 39 for a type of two bits per element.
         let fork = vec![
             tensor("a", &[256], 39, 0),
             tensor("b", &[256], 39, 64),
@@ -681,14 +688,14 @@ mod tests {
             .collect();
         let expected = [("ggml-39", 0..64), ("ggml-39", 64..128), ("F32", 128..160)];
         assert_eq!(listed, expected);
-        // Rows that are no whole number of blocks.
+        // The rows are not whole numbers of blocks.
         let (bytes, start) = Gguf::new(64, vec![tensor("a", &[33], 2, 0)]).bytes();
         let tensors = parse(&bytes).unwrap();
         assert_eq!((&*tensors[0].dtype, tensors[0].end), ("ggml-2", start + 64));
     }
 
     #[test]
-    fn other_formats_versions_and_byte_orders_are_named() {
+    fn other_formats_versions_and_byte_orders_are_reported() {
         let good = Gguf::new(4, vec![tensor("a", &[4], 24, 0)]);
         let (bytes, _) = good.bytes();
         let with_version = |version: [u8; 4]| {
@@ -717,7 +724,7 @@ mod tests {
         }
         let huge = u64::MAX.to_le_bytes();
         let one = || vec![tensor("a", &[4], 24, 0)];
-        // Counts and lengths that no file could hold.
+        // Counts and lengths that exceed any file.
         let mut pairs = Gguf::new(4, one()).bytes().0;
         pairs[16..24].copy_from_slice(&huge);
         assert!(matches!(parse(&pairs), Err(HeaderError::Truncated { .. })));
@@ -760,7 +767,7 @@ mod tests {
             // a product that overflows, in elements and in bytes
             vec![tensor("a", &[1 << 32, 1 << 32, 1 << 32], 24, 0)],
             vec![tensor("a", &[1 << 62], 0, 0)],
-            // at the same place, the same name, a name that is too long, too many dimensions
+            // overlapping, the same name, a name that is too long, too many dimensions
             vec![tensor("a", &[40], 24, 0), tensor("b", &[4], 24, 0)],
             vec![tensor("a", &[4], 24, 0), tensor("a", &[4], 24, 32)],
             vec![tensor(&long, &[4], 24, 0)],

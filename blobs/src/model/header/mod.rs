@@ -1,7 +1,7 @@
-//! The headers of files of weights: which tensor is where.
+//! Headers of weight files: the names, types, shapes and byte ranges of tensors.
 //!
-//! The modules `safetensors` and `gguf` know a format each. What a header says is checked here against the rules that a
-//! manifest's receiver has for tensors, so that a file that is read can be published.
+//! The modules `safetensors` and `gguf` implement one format each. Headers are checked against the same rules for
+//! tensors as manifests, so that a file that can be read can be published.
 
 mod gguf;
 mod safetensors;
@@ -12,7 +12,7 @@ pub(crate) use self::safetensors::MAX_HEADER as MAX_SAFETENSORS_HEADER;
 pub use self::safetensors::{SafetensorsHeader, parse as parse_safetensors};
 use crate::manifest;
 
-/// A format whose header is read.
+/// A format whose header can be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
@@ -22,12 +22,12 @@ pub enum Format {
     Gguf,
 }
 
-/// A tensor as its file's header describes it.
+/// A tensor as described in the header of its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Element type as the file spells it; a number of GGUF that is not known here is `ggml-` and the number.
+    /// Element type as spelled in the file; an unknown GGUF type is `ggml-` followed by its number.
     pub dtype: String,
     /// Dimensions, outermost first.
     pub shape: Vec<u64>,
@@ -37,71 +37,72 @@ pub struct TensorInfo {
     pub end: u64,
 }
 
-/// Why a file is not of the format that its name says.
+/// The reason why a file does not have the format that its name says.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HeaderError {
-    /// It is too short to hold the header it announces.
+    /// The file is too short for the header it announces.
     #[error(
-        "the file has {size} bytes and its header would reach to {header_end}: it is truncated or of another format"
+        "the file has {size} bytes but its header ends at byte {header_end}: the file is truncated or has another \
+         format"
     )]
     Truncated {
-        /// The file's size in bytes.
+        /// Size of the file, in bytes.
         size: u64,
-        /// Where the header ends, as far as it was read.
+        /// Offset at which the header ends, as far as it was read.
         header_end: u64,
     },
-    /// The bytes at hand end before the header does.
-    #[error("the header ends at {header_end}; {present} bytes are here")]
+    /// The given bytes end before the header does.
+    #[error("the header ends at byte {header_end}, but only {present} bytes are available")]
     Incomplete {
-        /// Bytes at hand.
+        /// Number of bytes given.
         present: u64,
-        /// Where the header ends.
+        /// Offset at which the header ends.
         header_end: u64,
     },
-    /// The header is longer than its format allows, or than any real one.
+    /// The header is longer than its format allows, or than any real header.
     #[error("the header claims {length} bytes; the limit is {limit}")]
     TooLong {
-        /// Its length in bytes, as far as it was read.
+        /// Length of the header in bytes, as far as it was read.
         length: u64,
-        /// The limit.
+        /// The limit, in bytes.
         limit: u64,
     },
-    /// It describes more tensors than a manifest holds.
+    /// The header describes more tensors than a manifest may list.
     #[error("the header claims {0} tensors; the limit is {limit}", limit = manifest::MAX_TENSORS)]
     TooMany(u64),
-    /// A safetensors header is not the JSON that the format asks for.
+    /// A safetensors header is not valid JSON of the format.
     #[error("the header is malformed: {0}")]
     Malformed(#[from] serde_json::Error),
-    /// It does not begin as a GGUF file does.
-    #[error("it does not begin with the letters GGUF")]
+    /// The file does not begin as a GGUF file does.
+    #[error("the file does not begin with the letters GGUF")]
     Magic,
-    /// A GGUF file for machines of the other byte order.
-    #[error("it is big-endian; only little-endian files are read")]
+    /// A GGUF file in big-endian byte order.
+    #[error("the file is big-endian; only little-endian files are supported")]
     BigEndian,
-    /// A GGUF file of a version that is not read.
-    #[error("it is of version {0}; versions 2 and 3 are read")]
+    /// A GGUF file of an unsupported version.
+    #[error("the file has version {0}; only versions 2 and 3 are supported")]
     Version(u32),
     /// A field of a GGUF header breaks a rule of the format.
     #[error("the header is malformed at byte {at}: {reason}")]
     Field {
-        /// Where the field ends in the file.
+        /// Offset in the file at which the field ends.
         at: u64,
-        /// What is wrong.
+        /// The broken rule.
         reason: &'static str,
     },
     /// A tensor breaks a rule of the format or of manifests.
-    #[error("the tensor {name:?} is refused: {reason}")]
+    #[error("the tensor {name:?} is invalid: {reason}")]
     Tensor {
-        /// Its name, cut at 200 characters.
+        /// Name of the tensor, cut after 200 characters.
         name: String,
-        /// What is wrong.
+        /// The broken rule.
         reason: &'static str,
     },
-    /// A safetensors file whose tensors do not fill it exactly.
-    #[error("the header describes {described} bytes of tensors and the file holds {present}")]
+    /// The tensors of a safetensors file do not fill the file exactly.
+    #[error("the header describes {described} bytes of tensors, but the file holds {present}")]
     Length {
-        /// Bytes that the header's tensors take.
+        /// Bytes of the tensors that the header describes.
         described: u64,
         /// Bytes after the header.
         present: u64,
@@ -121,7 +122,7 @@ impl HeaderError {
 }
 
 impl Format {
-    /// The format that a file's name says it has.
+    /// Returns the format that a file's name indicates.
     pub fn of(path: &str) -> Option<Self> {
         if path.ends_with(".safetensors") {
             Some(Self::Safetensors)
@@ -132,11 +133,11 @@ impl Format {
         }
     }
 
-    /// The tensors of `file`, which is of this format and has `size` bytes: by start, then name; they do not overlap, and their names
-    /// are unique.
+    /// Reads the tensors of `file`, which has this format and `size` bytes. They are sorted by start, then name; they
+    /// do not overlap, and their names are unique.
     ///
-    /// Memory is bounded by the header's length, at most 100 MB for safetensors and 256 MiB for GGUF, of which only the names and
-    /// shapes of tensors are kept. The file's own position is neither used nor moved.
+    /// Memory is bounded by the length of the header, at most 100 MB for safetensors. Of a GGUF header of at most 256
+    /// MiB, only the names and shapes of tensors are kept. The file's own position is neither used nor moved.
     ///
     /// # Errors
     /// [`HeaderError`].
@@ -157,8 +158,11 @@ impl fmt::Display for Format {
     }
 }
 
-/// Sorts `tensors` and checks them by the rules for a manifest's file of `size` bytes.
-fn in_order(mut tensors: Vec<TensorInfo>, size: u64) -> Result<Vec<TensorInfo>, HeaderError> {
+/// Sorts `tensors` and checks them against the rules for a manifest's file of `size` bytes.
+fn sorted_and_checked(
+    mut tensors: Vec<TensorInfo>,
+    size: u64,
+) -> Result<Vec<TensorInfo>, HeaderError> {
     tensors.sort_by(|a, b| (a.start, &a.name).cmp(&(b.start, &b.name)));
     let placed = tensors
         .iter()

@@ -1,8 +1,9 @@
 //! The header of a safetensors file.
 //!
-//! Eight bytes of little-endian length, a JSON object, then the tensors' bytes without gaps. The object has an entry a tensor, and
-//! `__metadata__`, a map of strings (<https://github.com/huggingface/safetensors#format>). Entries are taken one by one as they are
-//! parsed, so that a hostile header makes nothing that is many times its own size.
+//! A safetensors file begins with a little-endian length of eight bytes and a JSON object. The tensors' bytes follow
+//! without gaps. The object has one entry for each tensor, and `__metadata__`, a map of strings
+//! (<https://github.com/huggingface/safetensors#format>). Entries are parsed one by one, so that a hostile header
+//! cannot cause allocations of many times its own size.
 
 use std::{collections::BTreeMap, fmt, fs::File, os::unix::fs::FileExt};
 
@@ -14,36 +15,36 @@ use serde::{
     },
 };
 
-use super::{HeaderError, TensorInfo, in_order};
+use super::{HeaderError, TensorInfo, sorted_and_checked};
 use crate::manifest::{MAX_DIMENSIONS, MAX_TENSORS};
 
-/// The longest JSON read, in bytes: the format's own limit.
+/// The longest JSON read, in bytes: the limit of the format.
 pub(crate) const MAX_HEADER: u64 = 100_000_000;
 
-/// The longest name of an element type, in bytes. The longest that is known has eleven.
+/// The longest name of an element type, in bytes. The longest known name has eleven.
 const MAX_DTYPE: usize = 64;
 
-/// Bytes of the length that the file begins with.
+/// Size of the length field at the beginning of the file, in bytes.
 const LENGTH: u64 = 8;
 
-/// What the header of a safetensors file says.
+/// The parsed header of a safetensors file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SafetensorsHeader {
-    /// The tensors, by start, then name; byte ranges are within the file.
+    /// The tensors, by start, then name; byte ranges are relative to the file.
     pub tensors: Vec<TensorInfo>,
     /// The `__metadata__` map; empty if there is none.
     pub metadata: BTreeMap<String, String>,
-    /// Where the header ends and the tensors' bytes begin: 8 and the length of the JSON with its padding.
+    /// Offset at which the header ends and the tensors' bytes begin: 8 plus the length of the JSON with its padding.
     pub data_start: u64,
 }
 
-/// Reads the header of a safetensors file of `size` bytes from the file's first bytes, its length field included. Bytes after the
-/// header are ignored.
+/// Parses the header of a safetensors file of `size` bytes. `header` is the beginning of the file, including the length
+/// field. Bytes after the header are ignored.
 ///
 /// # Errors
-/// [`HeaderError::Incomplete`] if `header` ends too early, with the number of bytes that are needed; others if the file is no safetensors
-/// file, or its tensors do not fill `size` bytes.
+/// [`HeaderError::Incomplete`] if `header` ends too early, with the number of bytes needed. Other errors if the file is
+/// not a safetensors file, or its tensors do not fill `size` bytes.
 pub fn parse(header: &[u8], size: u64) -> Result<SafetensorsHeader, HeaderError> {
     let incomplete = |header_end| HeaderError::Incomplete {
         present: header.len() as u64,
@@ -61,22 +62,22 @@ pub fn parse(header: &[u8], size: u64) -> Result<SafetensorsHeader, HeaderError>
         .get(..(data_start - LENGTH) as usize)
         .ok_or_else(|| incomplete(data_start))?;
     let Entries { tensors, metadata } = serde_json::from_slice(json)?;
-    let tensors = place(tensors, data_start, size)?;
+    let tensors = byte_ranges(tensors, data_start, size)?;
     Ok(SafetensorsHeader {
-        tensors: in_order(tensors, size)?,
+        tensors: sorted_and_checked(tensors, size)?,
         metadata,
         data_start,
     })
 }
 
-/// The header of the safetensors `file` of `size` bytes.
+/// Reads the header of the safetensors `file` of `size` bytes.
 pub(super) fn read(file: &File, size: u64) -> Result<SafetensorsHeader, HeaderError> {
     if size < LENGTH {
         return Err(truncated(size, LENGTH));
     }
     let mut length = [0; LENGTH as usize];
     file.read_exact_at(&mut length, 0)?;
-    // No more than the file holds, and than the format allows.
+    // Bounded by the size of the file and the limit of the format.
     let mut header = vec![0; data_start(length, size)? as usize];
     file.read_exact_at(&mut header, 0)?;
     parse(&header, size)
@@ -86,7 +87,7 @@ fn truncated(size: u64, header_end: u64) -> HeaderError {
     HeaderError::Truncated { size, header_end }
 }
 
-/// Where the header ends whose length field is `length`.
+/// Returns the offset at which a header with this length field ends.
 fn data_start(length: [u8; LENGTH as usize], size: u64) -> Result<u64, HeaderError> {
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER {
@@ -102,8 +103,9 @@ fn data_start(length: [u8; LENGTH as usize], size: u64) -> Result<u64, HeaderErr
     Ok(data_start)
 }
 
-/// Places tensors within the file: each is as long as its shape says and begins where another ends, and the last ends with the file.
-fn place(
+/// Determines the byte ranges of the tensors. Each range matches the tensor's shape and begins where another one ends,
+/// and the last ends with the file.
+fn byte_ranges(
     mut entries: Vec<(String, Entry)>,
     data_start: u64,
     size: u64,
@@ -114,14 +116,14 @@ fn place(
         let refuse = |reason| Err(HeaderError::tensor(name, reason));
         let (start, end) = entry.data_offsets;
         if start != at || end < start {
-            return refuse("it does not begin where the one before it ends");
+            return refuse("its data does not begin where the data of the previous tensor ends");
         }
         let elements = entry
             .shape
             .0
             .iter()
             .try_fold(1, |n: u64, m| n.checked_mul(*m));
-        // The size of a type that is not known yet is what the header says that it is.
+        // For an unknown type, the size given in the header is used.
         if let Some(bits) = entry.dtype.bits() {
             match elements.and_then(|n| n.checked_mul(bits)) {
                 None => return refuse("its size overflows"),
@@ -163,12 +165,11 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-/// An element type as the file spells it. It need not be one that is known: where such tensors lie follows from the
-/// offsets.
+/// An element type as spelled in the file. It may be unknown: the offsets alone give the range of such a tensor.
 struct TypeName(String);
 
 impl TypeName {
-    /// Bits an element; `None` for a type that is not known here.
+    /// Returns the bits per element; `None` for an unknown type.
     fn bits(&self) -> Option<u64> {
         let name: StrDeserializer<'_, de::value::Error> = self.0.as_str().into_deserializer();
         let known = Dtype::deserialize(name).ok()?;
@@ -182,7 +183,7 @@ impl<'de> Deserialize<'de> for TypeName {
         if name.len() > MAX_DTYPE {
             return Err(D::Error::invalid_length(
                 name.len(),
-                &"the name of a type, at most 64 bytes",
+                &"the name of a type of at most 64 bytes",
             ));
         }
         Ok(Self(name))
@@ -212,7 +213,9 @@ impl<'de> Deserialize<'de> for Entries {
                             return Err(A::Error::duplicate_field(METADATA));
                         }
                     } else if tensors.len() == MAX_TENSORS {
-                        return Err(A::Error::custom(format_args!("over {MAX_TENSORS} tensors")));
+                        return Err(A::Error::custom(format_args!(
+                            "more than {MAX_TENSORS} tensors"
+                        )));
                     } else {
                         tensors.push((name, map.next_value()?));
                     }
@@ -272,7 +275,7 @@ mod tests {
         parse_bytes(&file(header, data))
     }
 
-    /// From a file and from memory, which agree.
+    /// Parses from a file and from memory, and asserts that both agree.
     fn parse_bytes(bytes: &[u8]) -> Result<Vec<TensorInfo>, HeaderError> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
@@ -285,7 +288,10 @@ mod tests {
 
     #[test]
     fn tensors_are_listed_with_ranges_within_the_file() {
-        let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2,2],"data_offsets":[4,20]},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#;
+        let header = concat!(
+            r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2,2],"data_offsets":[4,20]},"#,
+            r#""a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#
+        );
         let start = 8 + header.len() as u64;
         let tensors = parse(header, 20).unwrap();
         assert_eq!(tensors.len(), 2);
@@ -304,14 +310,19 @@ mod tests {
 
     #[test]
     fn empty_tensors_may_lie_where_others_begin() {
-        let header = r#"{"z":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]},"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"y":{"dtype":"F32","shape":[0],"data_offsets":[4,4]},"s":{"dtype":"U8","shape":[],"data_offsets":[4,5]}}"#;
+        let header = concat!(
+            r#"{"z":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]},"#,
+            r#""a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"#,
+            r#""y":{"dtype":"F32","shape":[0],"data_offsets":[4,4]},"#,
+            r#""s":{"dtype":"U8","shape":[],"data_offsets":[4,5]}}"#
+        );
         let tensors = parse(header, 5).unwrap();
         let names: Vec<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["a", "z", "s", "y"]);
     }
 
     #[test]
-    fn tensors_of_a_type_that_is_not_known_yet_lie_where_the_offsets_say() {
+    fn the_offsets_give_the_ranges_of_tensors_of_unknown_types() {
         for (dtype, shape) in [
             ("F4_E3M0", "[16]"),
             ("float32", "[2]"),
@@ -320,20 +331,28 @@ mod tests {
             ("", "[]"),
         ] {
             let header = format!(
-                r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,8]}},"x":{{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}}}"#
+                concat!(
+                    r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,8]}},"#,
+                    r#""x":{{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}}}"#
+                ),
+                dtype = dtype,
+                shape = shape
             );
             let tensors = parse(&header, 12).unwrap();
             assert_eq!(tensors[0].dtype, dtype);
             assert_eq!(tensors[0].end - tensors[0].start, 8);
-            // They fill the file all the same.
+            // The tensors must still fill the file.
             assert!(parse(&header, 13).is_err() && parse(&header, 11).is_err());
         }
     }
 
     #[test]
-    fn a_header_in_memory_is_read_with_its_metadata_and_says_how_much_is_missing() {
+    fn a_header_in_memory_is_read_with_its_metadata_and_a_short_one_reports_the_bytes_needed() {
         let bytes = file(
-            r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"format":"pt","b":"c"}}   "#,
+            concat!(
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+                r#""__metadata__":{"format":"pt","b":"c"}}   "#
+            ),
             8,
         );
         let size = bytes.len() as u64;
@@ -403,8 +422,11 @@ mod tests {
         assert!(matches!(parse(whole, 9), Err(HeaderError::Length { .. })));
         let long = "n".repeat(1025);
         for bad in [
-            // ranges that overlap, leave a hole, run backwards, or do not match the shape
-            r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+            // ranges that overlap, leave a gap, run backwards, or do not match the shape
+            concat!(
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+                r#""b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#
+            ),
             r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
             r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#,
             r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#,
@@ -412,8 +434,11 @@ mod tests {
             // a shape whose product overflows
             r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,8]}}"#,
             r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}}"#,
-            // a name twice, and one that no manifest takes
-            r#"{"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"I8","shape":[4],"data_offsets":[4,8]}}"#,
+            // a name that occurs twice, and one that no manifest allows
+            concat!(
+                r#"{"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},"#,
+                r#""a":{"dtype":"I8","shape":[4],"data_offsets":[4,8]}}"#
+            ),
             &format!(r#"{{"{long}":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}}}"#),
         ] {
             assert!(
@@ -426,7 +451,10 @@ mod tests {
     #[test]
     fn mutated_and_truncated_headers_never_panic() {
         let bytes = file(
-            r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2,2],"data_offsets":[4,20]},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#,
+            concat!(
+                r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2,2],"data_offsets":[4,20]},"#,
+                r#""a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#
+            ),
             20,
         );
         for at in 0..bytes.len() {

@@ -1,4 +1,4 @@
-//! Finding the files of a folder: which are taken, which are left out, where links may lead.
+//! Walks a folder: decides which files are included, which are left out, and which links are followed.
 
 use std::{
     collections::BTreeMap,
@@ -16,34 +16,33 @@ use crate::{
     path::{MAX_PATH, OWN_PREFIX, PathError},
 };
 
-/// Hidden files that belong to a repository of a model: those that Git reads.
+/// Hidden files that belong to a model repository: those that Git reads.
 const KNOWN_HIDDEN: [&str; 4] = [".gitattributes", ".gitignore", ".gitkeep", ".gitmodules"];
 
-/// Files that systems leave in folders: of Finder and of Windows' Explorer.
-pub(crate) const OF_THE_SYSTEM: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
+/// Files that operating systems leave in folders: those of the macOS Finder and the Windows Explorer.
+const SYSTEM_FILES: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
 
-/// The folder that macOS adds to archives, for the attributes of the files in them.
+/// The folder that macOS adds to archives for the attributes of their files.
 const MACOSX: &str = "__MACOSX";
 
-/// The prefix that macOS gives to the name of a file that holds the attributes of another file, if the file system has
-/// no attributes.
+/// Prefix of files in which macOS stores the attributes of another file, on file systems without attributes.
 const APPLE_DOUBLE: &str = "._";
 
-/// Returns the reason for which a file or folder of this name is left out, whatever the rules.
+/// Returns the reason why a file or folder of this name is always left out, whatever the rules.
 pub(crate) fn litter(name: &str) -> Option<&'static str> {
     if name.starts_with(APPLE_DOUBLE) {
-        Some("macOS keeps another file's attributes in it")
-    } else if OF_THE_SYSTEM.contains(&name) || name == MACOSX {
-        Some("the system's own, and not part of a model")
+        Some("macOS stores another file's attributes in it")
+    } else if SYSTEM_FILES.contains(&name) || name == MACOSX {
+        Some("it belongs to the operating system and not to the model")
     } else {
         None
     }
 }
 
-/// A file that was found.
+/// A file found in the folder.
 #[derive(Debug)]
-pub(super) struct Place {
-    /// The path of the file, without links.
+pub(super) struct FoundFile {
+    /// Path of the file, without links.
     pub(super) path: PathBuf,
     pub(super) seen: Sighting,
 }
@@ -53,16 +52,16 @@ pub(super) struct Walker<'a> {
     root: &'a Path,
     rules: &'a Rules,
     progress: &'a Progress,
-    /// Folders that links may lead into, without links: the root, and others that go with it.
+    /// Folders that links may lead into, without links: the root, and folders that belong to it.
     within: Vec<PathBuf>,
     /// The files, by path in the manifest.
-    pub(super) found: BTreeMap<String, Place>,
+    pub(super) found: BTreeMap<String, FoundFile>,
     pub(super) skipped: Notes,
     pub(super) followed: Notes,
-    /// Of what is left out, that which the person meant to publish.
+    /// The left-out files that the user probably meant to publish.
     pub(super) faults: Vec<String>,
     pub(super) refused: Vec<PathError>,
-    /// The folders on the way here, without links: a link to one of them has no end.
+    /// The folders above the current one, without links. A link to one of them would not end.
     above: Vec<PathBuf>,
     folders: usize,
 }
@@ -71,7 +70,7 @@ impl<'a> Walker<'a> {
     pub(super) fn new(root: &'a Path, rules: &'a Rules, progress: &'a Progress) -> Self {
         let mut within = vec![root.to_owned()];
         within.extend(rules.within.iter().cloned());
-        within.extend(of_hub_snapshot(root));
+        within.extend(hub_snapshot_folders(root));
         Self {
             root,
             rules,
@@ -87,7 +86,7 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// Takes one file alone.
+    /// Adds a single file.
     pub(super) fn only(&mut self, name: &OsStr, path: &Path) -> Result<(), IndexError> {
         match self.name("", name) {
             Some(name) => self.file(path.to_owned(), name),
@@ -100,8 +99,7 @@ impl<'a> Walker<'a> {
         self.folder(root, "")
     }
 
-    /// Walks through the folder at `at`, a path without links. `relative` is the path of the folder in the manifest;
-    /// empty for the root.
+    /// Walks the folder at `at`, a path without links. `relative` is its path in the manifest; empty for the root.
     fn folder(&mut self, at: &Path, relative: &str) -> Result<(), IndexError> {
         self.folders += 1;
         if self.folders > MAX_FILES {
@@ -144,7 +142,7 @@ impl<'a> Walker<'a> {
             }
         };
         let name = entry.file_name();
-        // One that is left out need not have a name that others can hold.
+        // The name of a file that is left out need not be portable.
         if let Some(reason) = self.left_out(&name.to_string_lossy(), kind.is_dir()) {
             self.skip(&join(folder, &name.to_string_lossy()), reason);
             return Ok(());
@@ -164,8 +162,8 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// Takes in a link by its target. A link into the folder counts as its target; a link out of the folder is left out
-    /// unless the rules say otherwise.
+    /// Handles a link by its target. A link to a file in the folder counts as a file with the target's content. A link
+    /// out of the folder is left out unless the rules allow it.
     fn link(&mut self, path: &Path, relative: String) -> Result<(), IndexError> {
         let target = match path.canonicalize() {
             Ok(target) => target,
@@ -174,7 +172,7 @@ impl<'a> Walker<'a> {
                 let to = to.display();
                 let reason = match error.kind() {
                     io::ErrorKind::NotFound => {
-                        format!("a link to {to}, which is not there")
+                        format!("a link to {to}, which does not exist")
                     }
                     _ => format!("a link to {to}, which cannot be followed: {error}"),
                 };
@@ -186,20 +184,23 @@ impl<'a> Walker<'a> {
         let outside = !self.within.iter().any(|folder| target.starts_with(folder));
         if outside && !follow {
             let reason = format!(
-                "a link out of the folder, to {}; --follow-links includes it",
+                "a link to {}, outside the folder; --follow-links includes it",
                 target.display()
             );
             self.skip(&relative, &reason);
             return Ok(());
         }
         if !follow && self.leads_to_left_out(&target) {
-            let reason = "a link to what is left out; --follow-links includes it";
+            let reason = "a link to a file or folder that is left out; --follow-links includes it";
             self.skip(&relative, reason);
             return Ok(());
         }
         if target.is_dir() {
             if self.above.iter().any(|above| above.starts_with(&target)) {
-                self.skip(&relative, "a link to a folder that holds the link itself");
+                self.skip(
+                    &relative,
+                    "a link to a folder that contains the link itself",
+                );
                 return Ok(());
             }
             if !follow {
@@ -229,9 +230,9 @@ impl<'a> Walker<'a> {
         match fs::symlink_metadata(&path) {
             Ok(metadata) if metadata.is_file() => {
                 let seen = Sighting::of(&metadata);
-                self.found.insert(relative, Place { path, seen });
+                self.found.insert(relative, FoundFile { path, seen });
             }
-            // It was a file a moment ago.
+            // The path was a file a moment ago.
             Ok(_) => return Err(IndexError::Changed(path)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(IndexError::Changed(path));
@@ -241,17 +242,17 @@ impl<'a> Walker<'a> {
         Ok(())
     }
 
-    /// The path in the manifest of `name` in `folder`; `None`, and a refusal, if it cannot be one.
+    /// Returns the manifest path of `name` in `folder`. If the name cannot be one, notes that and returns `None`.
     fn name(&mut self, folder: &str, name: &OsStr) -> Option<String> {
-        let shown = join(folder, &name.to_string_lossy());
+        let path = join(folder, &name.to_string_lossy());
         let reason = match name.to_str() {
             None => "its name is not UTF-8",
-            // Below it is none that could be shorter.
-            Some(_) if shown.len() > MAX_PATH => "it is longer than 1024 bytes",
-            Some(_) => return Some(shown),
+            // Paths below it would be longer still.
+            Some(_) if path.len() > MAX_PATH => "its path is longer than 1024 bytes",
+            Some(_) => return Some(path),
         };
         self.refused.push(PathError {
-            path: shown,
+            path,
             reason,
             other: None,
         });
@@ -260,9 +261,9 @@ impl<'a> Walker<'a> {
 
     fn left_out(&self, name: &str, is_folder: bool) -> Option<&'static str> {
         if name.starts_with(OWN_PREFIX) {
-            Some("a file of an unfinished transfer")
+            Some("it belongs to an unfinished transfer")
         } else if is_folder && NOT_PART_OF_A_MODEL.contains(&name) {
-            Some("a tool's own folder")
+            Some("it is a tool's own folder")
         } else if let Some(reason) = litter(name) {
             Some(reason)
         } else if name.starts_with('.') && !self.rules.hidden && !KNOWN_HIDDEN.contains(&name) {
@@ -272,7 +273,7 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// Returns true if a link's target in the root would be left out by its own name.
+    /// Returns true if the target of a link is in the root and would itself be left out.
     fn leads_to_left_out(&self, target: &Path) -> bool {
         let Ok(inside) = target.strip_prefix(self.root) else {
             return false;
@@ -314,9 +315,9 @@ fn join(folder: &str, name: &str) -> String {
     }
 }
 
-/// The folders that the links of a snapshot in a cache of huggingface_hub lead to, if `root` is one: its repository's
-/// blobs, and those that several repositories share.
-fn of_hub_snapshot(root: &Path) -> Vec<PathBuf> {
+/// Returns the folders that links of a snapshot in a Hugging Face cache lead to: the blobs of its repository, and those
+/// that several repositories share. Returns nothing if `root` is not a snapshot.
+fn hub_snapshot_folders(root: &Path) -> Vec<PathBuf> {
     let is = |folder: Option<&Path>, name: &dyn Fn(&str) -> bool| {
         let folder = folder?;
         name(folder.file_name()?.to_str()?).then(|| folder.to_owned())

@@ -1,4 +1,4 @@
-//! Patterns: the grammar, and matching against a slow model of it.
+//! Tests of patterns: the grammar, and comparison with a slow reference matcher.
 
 use std::time::{Duration, Instant};
 
@@ -57,7 +57,7 @@ fn a_pattern_without_special_characters_matches_only_itself() {
 }
 
 #[test]
-fn without_a_slash_a_file_is_found_in_any_folder_and_with_one_where_it_says() {
+fn a_pattern_without_a_slash_matches_in_any_folder_and_one_with_a_slash_only_at_its_path() {
     paths(
         "*.json",
         &["config.json", "a/b/config.json", ".json"],
@@ -87,7 +87,7 @@ fn without_a_slash_a_file_is_found_in_any_folder_and_with_one_where_it_says() {
 }
 
 #[test]
-fn no_wildcard_of_a_path_takes_a_slash_but_two_stars() {
+fn only_two_stars_match_a_slash_in_a_path() {
     paths("a/?", &["a/b"], &["a//", "a/b/c"]);
     paths("a?b/c", &["axb/c"], &["a/b/c"]);
     paths("a[!x]b/c", &["ayb/c"], &["a/b/c", "axb/c"]);
@@ -99,7 +99,7 @@ fn no_wildcard_of_a_path_takes_a_slash_but_two_stars() {
 }
 
 #[test]
-fn numbers_are_in_the_range_and_written_one_way() {
+fn ranges_match_their_numbers_in_one_spelling() {
     let pattern = pattern("model.layers.{0..11}.*");
     for layer in 0..200 {
         assert_eq!(
@@ -131,7 +131,7 @@ fn numbers_are_in_the_range_and_written_one_way() {
 }
 
 #[test]
-fn every_small_range_holds_exactly_its_numbers() {
+fn small_ranges_match_exactly_their_numbers() {
     let mut random = Random(1);
     for _ in 0..300 {
         let (a, b) = (random.below(1200), random.below(1200));
@@ -169,7 +169,7 @@ fn classes_alternatives_and_escapes() {
 }
 
 #[test]
-fn bad_patterns_are_refused_with_place_and_reason() {
+fn bad_patterns_are_refused_with_position_and_reason() {
     use PatternReason::*;
     for (source, at, reason) in [
         ("", 0, Empty),
@@ -205,7 +205,7 @@ fn bad_patterns_are_refused_with_place_and_reason() {
     let error = "a{".parse::<Pattern>().unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the pattern \"a{\" is refused at byte 1: this `{` is never closed; write `\\{` for the character"
+        "invalid pattern \"a{\" at byte 1: this `{` is never closed; write `\\{` for the character"
     );
 }
 
@@ -230,13 +230,13 @@ fn hostile_patterns_and_names_take_milliseconds() {
         "{*,{*,{*,{*,*a}b}c}d}".repeat(20),
         "?*".repeat(300),
     ] {
-        // A class: a letter that the name does not end in would be missed before the first step.
+        // A class: with a literal letter, the suffix check would reject the name before the first step.
         let pattern = pattern(&(source.clone() + "[b]"));
         assert!(pattern.prefix.is_empty() && pattern.suffix.is_empty());
         let began = Instant::now();
         assert!(!pattern.matches_tensor(&name));
         assert!(!pattern.matches_path(&name));
-        // A machine that is busy with other things is slow; an exponential match would take longer than the universe has.
+        // Generous, for a busy machine; an exponential match would take longer than the age of the universe.
         assert!(began.elapsed() < Duration::from_secs(2), "{source}");
     }
 }
@@ -258,7 +258,7 @@ fn no_text_makes_parsing_or_matching_panic() {
     assert!(accepted > 1000);
 }
 
-/// All texts that braces without ranges stand for.
+/// Returns all texts that a pattern with braces and without ranges stands for.
 fn expand(source: &str) -> Vec<String> {
     let Some(open) = source.find('{') else {
         return vec![source.to_owned()];
@@ -284,7 +284,7 @@ fn expand(source: &str) -> Vec<String> {
         .collect()
 }
 
-/// Matches by trying one way after another; `/` ends a star if `path`.
+/// Matches by backtracking. With `path`, a star does not match `/`.
 fn slow(pattern: &[u8], text: &[u8], path: bool) -> bool {
     match pattern {
         [] => text.is_empty(),
@@ -303,7 +303,7 @@ fn slow(pattern: &[u8], text: &[u8], path: bool) -> bool {
 }
 
 #[test]
-fn matches_are_those_of_a_matcher_that_tries_all_ways() {
+fn matches_equal_those_of_a_backtracking_matcher() {
     let mut random = Random(3);
     let (mut tried, mut matched) = (0, 0);
     while tried < 20_000 {

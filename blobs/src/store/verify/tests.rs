@@ -1,4 +1,4 @@
-//! Verification: what it finds damaged, and what it repairs.
+//! Tests of verification: the damage it finds, and the repairs it makes.
 
 use std::{fs::FileTimes, os::unix::fs::FileExt};
 
@@ -8,7 +8,7 @@ use crate::{
     tree::GROUP,
 };
 
-/// Flips a bit and keeps the time, as a disk does.
+/// Flips a bit and keeps the file's time, as a failing disk does.
 fn flip(path: &Path, offset: u64) {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let modified = file.metadata().unwrap().modified().unwrap();
@@ -30,7 +30,7 @@ fn verify(store: &Store, repair: bool) -> Vec<Checked> {
 }
 
 #[test]
-fn a_copy_in_a_folder_that_the_model_left_may_go() {
+fn a_copy_in_a_folder_that_the_model_left_may_be_missing() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 4))]);
@@ -46,17 +46,17 @@ fn a_copy_in_a_folder_that_the_model_left_may_go() {
     assert_eq!(conditions(), [Condition::Good]);
     fs::remove_file(now.join("a")).unwrap();
     assert!(conditions().contains(&Condition::Missing));
-    // Where it lives it is missed, whatever there is elsewhere.
+    // In the model's own folder a missing file is reported, whatever copies there are.
     origin.fetch(&store, &left);
     origin.expect(&store, &now);
     assert!(conditions().contains(&Condition::Missing));
 }
 
 #[test]
-fn all_that_is_held_is_verified_also_what_was_only_read_of_a_model() {
+fn all_held_content_is_verified_including_content_of_models_that_were_only_read() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
-    // One model is held; of two others something was read, and of one of these the manifest is not known.
+    // One model is held. Of two others some content was read, and the manifest of one of these is not known.
     let held = Origin::new(&[("a", &content(1, 5)), ("again", &content(1, 5))]);
     let read = Origin::new(&[("b", &content(2, 20)), ("c", &content(3, 20))]);
     let other = Origin::new(&[("d", &content(4, 6))]);
@@ -74,7 +74,7 @@ fn all_that_is_held_is_verified_also_what_was_only_read_of_a_model() {
         (found.len(), bytes(&found)),
         (5, (5 + 5 + 20 + 10 + 6) * GROUP)
     );
-    // With a model, only that.
+    // With a model given, only that model is verified.
     let models = store.models().unwrap();
     let of_model = store.verify(Some(&models), true, &Progress::default());
     assert_eq!(of_model.unwrap().len(), 2);
@@ -95,9 +95,9 @@ fn all_that_is_held_is_verified_also_what_was_only_read_of_a_model() {
         (read.id(), "c".to_owned(), Action::Cleared, GROUP)
     );
     assert_eq!(told(of(d)), (d, d.to_string(), Action::Reopened, GROUP));
-    // Missing files are told, and not counted as read.
+    // Missing files are reported, and not counted as read.
     assert_eq!((found.len(), bytes(&found)), (5, (5 + 20 + 10 + 6) * GROUP));
-    // A reader that goes on fetches the damaged groups.
+    // A reader that continues fetches the damaged groups.
     for (origin, hash) in [(&read, b), (&read, c), (&other, d)] {
         origin.bring(&store, &hash, &store.owned_path(&hash), u64::MAX);
         assert!(store.whole(&hash).unwrap().is_some());
@@ -105,14 +105,14 @@ fn all_that_is_held_is_verified_also_what_was_only_read_of_a_model() {
     let found = verify(&store, true);
     let good = found.iter().filter(|one| one.condition == Condition::Good);
     assert_eq!(good.count(), 4);
-    // No model lacks what nobody holds.
+    // No model lacks content that nobody holds.
     fs::remove_file(store.owned_path(&b)).unwrap();
     fs::write(store.owned_path(&c), "other content").unwrap();
     assert_eq!(verify(&store, true).len(), 3);
 }
 
 #[test]
-fn a_flipped_bit_is_found_and_only_its_group_is_to_be_fetched_again() {
+fn a_flipped_bit_is_found_and_only_its_group_is_fetched_again() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 40)), ("b", &content(2, 3))]);
@@ -126,7 +126,7 @@ fn a_flipped_bit_is_found_and_only_its_group_is_to_be_fetched_again() {
     );
     flip(&root.join("a"), 17 * GROUP + 5);
     flip(&root.join("a"), 39 * GROUP);
-    // It is never given out.
+    // It is never served.
     let whole = store.whole(&a).unwrap().unwrap();
     whole.read_groups(17..18).unwrap_err();
     let damaged = vec![17 * GROUP..18 * GROUP, 39 * GROUP..40 * GROUP];
@@ -148,7 +148,7 @@ fn a_flipped_bit_is_found_and_only_its_group_is_to_be_fetched_again() {
     assert_eq!(sources.len(), 1);
     assert!(sources[0].has(18..39) && !sources[0].has(17..18));
     sources[0].read_groups(18..39).unwrap();
-    // And what is fetched makes it whole.
+    // Fetching the missing groups completes the file.
     drop(sources);
     origin.bring(&store, &a, &root.join("a"), u64::MAX);
     assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 40));
@@ -160,7 +160,7 @@ fn a_flipped_bit_is_found_and_only_its_group_is_to_be_fetched_again() {
 }
 
 #[test]
-fn a_file_that_was_only_touched_is_read_and_stays_what_it_was() {
+fn a_file_that_was_only_touched_is_read_and_stays_known() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 5))]);
@@ -175,20 +175,20 @@ fn a_file_that_was_only_touched_is_read_and_stays_what_it_was() {
     assert!(store.whole(&origin.hash("a")).unwrap().is_none());
     assert_eq!(verify(&store, false)[0].condition, Condition::Good);
     assert!(store.whole(&origin.hash("a")).unwrap().is_some());
-    // Other content of the same size is told.
+    // Other content of the same size is reported.
     flip(&root.join("a"), 7);
     fs::write(root.join("a"), content(2, 5)).unwrap();
     assert_eq!(verify(&store, true)[0].condition, Condition::Changed);
     fs::write(root.join("a"), content(1, 5)).unwrap();
     assert_eq!(verify(&store, true)[0].condition, Condition::Good);
-    // It is still one that a transfer wrote.
+    // The file still counts as written by a transfer.
     assert_eq!(store.remove(&origin.id(), true).unwrap().files_deleted, 1);
-    // The folder was there before, and so it stays.
+    // The folder was not created for the model, so it stays.
     assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
 }
 
 #[test]
-fn a_file_of_the_users_is_told_of_and_never_touched() {
+fn a_damaged_file_of_the_user_is_reported_and_never_changed() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let folder = home.path().join("mine");
@@ -202,12 +202,12 @@ fn a_file_of_the_users_is_told_of_and_never_touched() {
     assert_eq!(fs::read(&path).unwrap(), before);
     let manifest = store.manifest(&id).unwrap().unwrap();
     let hash = manifest.files()[0].blake3;
-    // The groups that are right are still provided.
+    // The good groups are still served.
     assert!(store.whole(&hash).unwrap().is_none());
     let have = store.sources(&hash).unwrap()[0].have();
     assert!(!have.has(3));
     assert_eq!(have.count(), have.groups() - 1);
-    // Right again, as from a backup with its times: it is used again.
+    // Correct again, for example restored from a backup with its times: it is used again.
     flip(&path, 3 * GROUP);
     assert_eq!(verify(&store, true)[0].condition, Condition::Good);
     assert!(store.whole(&hash).unwrap().is_some());
@@ -218,7 +218,7 @@ fn a_file_of_the_users_is_told_of_and_never_touched() {
 }
 
 #[test]
-fn a_tree_that_is_lost_or_damaged_is_rebuilt() {
+fn a_lost_or_damaged_outboard_is_built_again() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let id = add(&store, &home.path().join("mine"), &content(1, 9));
@@ -243,7 +243,7 @@ fn a_tree_that_is_lost_or_damaged_is_rebuilt() {
 }
 
 #[test]
-fn damage_to_a_part_counts_as_missing() {
+fn damaged_groups_of_a_part_file_count_as_missing() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 20))]);
@@ -254,7 +254,7 @@ fn damage_to_a_part_counts_as_missing() {
     origin.bring(&store, &b, &store.owned_path(&b), 20);
     let part = part_path(&root.join("a"), &a);
     flip(&part, 4 * GROUP);
-    // Beyond what is had, nothing matters.
+    // Damage outside the held groups does not matter.
     flip(&part, 15 * GROUP);
     flip(&store.owned_path(&b), 7 * GROUP);
     let found = verify(&store, false);
@@ -276,14 +276,14 @@ fn damage_to_a_part_counts_as_missing() {
 }
 
 #[test]
-fn a_crash_while_a_file_becomes_a_part_loses_no_more_than_its_bad_groups() {
+fn a_crash_while_a_file_becomes_a_part_file_loses_only_its_damaged_groups() {
     let [home, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let origin = Origin::new(&[("a", &content(1, 20))]);
     let a = origin.hash("a");
     let tree = Tree::new(20 * GROUP);
     let mut good = Bitfield::full(20);
     good.remove_range(4..5);
-    // After the first commit: the file is where it was.
+    // After the first commit: the file is unchanged.
     let (store, root) = (self::store(&home), home.path().join("to"));
     origin.fetch(&store, &root);
     flip(&root.join("a"), 4 * GROUP);
@@ -298,7 +298,7 @@ fn a_crash_while_a_file_becomes_a_part_loses_no_more_than_its_bad_groups() {
     let store = self::store(&home);
     assert_eq!(verify(&store, true)[0].action, Action::Reopened);
     assert_eq!(store.sources(&a).unwrap()[0].have().count(), 19);
-    // After the rename: the row speaks of a file that is gone.
+    // After the rename: the row lists a file that is gone.
     let (store, root) = (self::store(&other), other.path().join("to"));
     origin.fetch(&store, &root);
     let part = part_path(&root.join("a"), &a);
@@ -325,7 +325,7 @@ fn a_crash_while_a_file_becomes_a_part_loses_no_more_than_its_bad_groups() {
 }
 
 #[test]
-fn a_deleted_file_is_missing_although_some_of_it_has_come_again() {
+fn a_deleted_file_is_missing_even_if_some_of_it_has_arrived_again() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 20))]);
@@ -344,7 +344,7 @@ fn a_deleted_file_is_missing_although_some_of_it_has_come_again() {
 }
 
 #[test]
-fn it_stops_when_told() {
+fn verification_stops_when_it_is_cancelled() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     add(&store, &home.path().join("mine"), &content(1, 9));

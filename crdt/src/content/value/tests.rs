@@ -1,4 +1,4 @@
-//! Values, paths and edits against Automerge documents.
+//! Values, paths and edits on Automerge documents.
 
 use serde_json::json;
 
@@ -32,7 +32,7 @@ fn pointers_are_read_and_written() {
 }
 
 #[test]
-fn values_come_back_as_they_were_put() {
+fn values_are_read_as_they_were_written() {
     let value =
         json!({"a": [1, 2.5, {"b": null}], "t": "text", "u": u64::MAX, "n": -1, "f": false});
     let put = Edit::Put(path("/x"), value.clone());
@@ -40,7 +40,7 @@ fn values_come_back_as_they_were_put() {
 }
 
 #[test]
-fn edits_change_what_their_path_names() {
+fn edits_change_the_value_at_their_path() {
     let list = Edit::Put(path("/l"), json!([1, 2, 3]));
     let edits = [
         list,
@@ -55,7 +55,7 @@ fn edits_change_what_their_path_names() {
 }
 
 #[test]
-fn edits_that_do_not_fit_say_why() {
+fn edits_that_do_not_fit_return_the_reason() {
     let wrong = |edit: Edit| {
         let base = Edit::Put(path("/m"), json!({"l": [1], "n": 1}));
         edited(&[base, edit]).unwrap_err()
@@ -99,7 +99,7 @@ fn edits_that_do_not_fit_say_why() {
 }
 
 #[test]
-fn a_difference_becomes_edits_that_make_it() {
+fn a_difference_becomes_edits_that_reproduce_it() {
     let mut doc = Automerge::new();
     let mut tx = doc.transaction();
     apply(

@@ -1,4 +1,4 @@
-//! Which documents two peers both hold, and which of these differ: roots, buckets, listings and interest.
+//! Determines which documents two peers share, and which of these differ: roots, buckets, listings and interest.
 
 use std::collections::BTreeSet;
 
@@ -15,14 +15,14 @@ use crate::{
     },
 };
 
-/// A document's entry in a listing: its id, and the beginning of its digest.
+/// Size of a document's entry in a listing: its id, and the first bytes of its digest.
 const ENTRY: usize = 32 + 8;
 
 fn short(digest: &Digest) -> &[u8] {
     &digest.0[..8]
 }
 
-/// The entries of a listing.
+/// Encodes the entries of a listing.
 fn entries(listed: &[(DocumentId, Digest)]) -> Bytes {
     let mut entries = Vec::with_capacity(listed.len() * ENTRY);
     for (id, digest) in listed {
@@ -33,7 +33,8 @@ fn entries(listed: &[(DocumentId, Digest)]) -> Bytes {
 }
 
 impl Replica {
-    /// Documents that a peer may read, with their digests; `shared`: only those it is known to hold as well.
+    /// Returns the documents that a peer may read, with their digests. If `shared` is set, only those that it is known
+    /// to hold.
     pub(super) fn readable(&mut self, peer: &Key, shared: bool) -> Vec<(DocumentId, Digest)> {
         self.refresh_digests();
         let of_peer = self.peers.get(peer).map(|peer| &peer.shared);
@@ -68,7 +69,7 @@ impl Replica {
 
     pub(super) fn on_root(&mut self, peer: Key, root: &wire::Root) -> Result<(), TakeError> {
         let documents = self.readable(&peer, root.shared);
-        // It may not know yet that it is to read no longer what it has.
+        // The peer may not know yet that it may no longer read a document that it has.
         let is_withheld = |held: &Held| held.is_decided() && !held.may_read(&peer);
         if documents.is_empty() && !self.held.values().any(is_withheld) {
             return Ok(());
@@ -90,8 +91,8 @@ impl Replica {
             );
         }
         if self.key > peer && !root.shared {
-            // It answers with its buckets, if it has not heard ours: either side may have begun anew without the
-            // other's knowing.
+            // The peer answers with its buckets, if it has not received this node's. Either side may have restarted
+            // without the other's knowledge.
             let now = self.now;
             let known = self.peers.get_mut(&peer);
             let recently = known.is_none_or(|known| {
@@ -119,7 +120,7 @@ impl Replica {
         theirs: &wire::Buckets,
     ) -> Result<(), TakeError> {
         if theirs.digests.len() != 256 * 8 {
-            return Err(Refusal::Malformed("buckets of a wrong length").into());
+            return Err(Refusal::Malformed("the buckets have a wrong length").into());
         }
         let documents = self.readable(&peer, theirs.shared);
         let ours = self.buckets(&documents);
@@ -130,9 +131,9 @@ impl Replica {
             .filter(|(_, (ours, theirs))| ours[..] != **theirs)
             .map(|(first, _)| first)
             .collect();
-        // An empty bucket there has nothing in common with ours.
+        // An empty bucket of the peer shares no document with this node's bucket.
         let nothing = |first: usize| theirs.digests[first * 8..][..8] == [0; 8];
-        // Unless the peer wrote a document, or was named for one: it may have heard of a decision that we have not.
+        // Except if the peer wrote a document or was named for it: it may know of a decision that this node lacks.
         let is_of = |id: &DocumentId| self.held.get(id).is_some_and(|held| held.names(&peer));
         let (listed, same): (Vec<_>, Vec<_>) = documents
             .into_iter()
@@ -166,7 +167,7 @@ impl Replica {
         if !listing.entries.len().is_multiple_of(ENTRY)
             || listing.entries.len() > MAX_LISTED * ENTRY
         {
-            return Err(Refusal::Malformed("a listing of a wrong length").into());
+            return Err(Refusal::Malformed("a listing has a wrong length").into());
         }
         if listing.equal.len() == 32 {
             let is_equal =
@@ -208,8 +209,8 @@ impl Replica {
             self.shut_out(peer, id, false)?;
         }
         if listing.answer {
-            // Documents that differ, that the peer owns or is named in, and that it does not list: the peer may not let
-            // us read them any more.
+            // Documents that differ, that the peer owns or is named in, and that it does not list: the peer may no
+            // longer allow this node to read them.
             let is_equal = |id: &DocumentId| {
                 let bit = usize::from(id.0[0]);
                 let bits = listing.equal.get(bit / 8);
@@ -244,8 +245,12 @@ impl Replica {
         Ok(())
     }
 
-    /// Tells all peers which documents are held from now on, or no longer.
-    pub(in crate::replica) fn say_interest(&mut self, holds: &[DocumentId], drops: &[DocumentId]) {
+    /// Tells all peers which documents this node holds from now on, or no longer holds.
+    pub(in crate::replica) fn announce_interest(
+        &mut self,
+        holds: &[DocumentId],
+        drops: &[DocumentId],
+    ) {
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
             let may: Vec<_> = holds
@@ -278,7 +283,7 @@ impl Replica {
         let wrong =
             |bytes: &Bytes| !bytes.len().is_multiple_of(32) || bytes.len() > MAX_LISTED * 32;
         if wrong(&interest.holds) || wrong(&interest.drops) {
-            return Err(Refusal::Malformed("an interest of a wrong length").into());
+            return Err(Refusal::Malformed("an interest has a wrong length").into());
         }
         let ids = |bytes: &Bytes| {
             bytes

@@ -1,4 +1,4 @@
-//! Pieces of a document for a peer that wants them, and for a file.
+//! Sends pieces of a document to a peer that wants them, or to a file.
 
 use bytes::Bytes;
 use prost::Message;
@@ -9,7 +9,7 @@ use crate::{
     document::{Document, saved},
     id::{DocumentId, Key, SessionId},
     log::{
-        causal::Place,
+        causal::Position,
         envelope::Header,
         epoch::{Head, Heads, read_heads},
     },
@@ -21,7 +21,7 @@ use crate::{
 impl Replica {
     pub(super) fn on_want(&mut self, peer: Key, want: &wire::Want) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&want.document) else {
-            return Err(Refusal::Malformed("a want of no document").into());
+            return Err(Refusal::Malformed("a want names no document").into());
         };
         let may_read = self.held.get(&id).is_some_and(|held| held.may_read(&peer));
         let is_shut_out = |known: &Peer| known.shut_out.contains_key(&id);
@@ -42,7 +42,7 @@ impl Replica {
         let give = match given {
             Ok(give) => give,
             Err(error) => {
-                self.suspect(id, &error);
+                self.mark_unreadable(id, &error);
                 return Err(error.into());
             }
         };
@@ -52,7 +52,8 @@ impl Replica {
         Ok(())
     }
 
-    /// A piece of what is wanted; with decisions that begin the content anew, the new content only `with_base`.
+    /// Returns the next piece of the wanted data. With a compaction among the decisions, the new content is included
+    /// only if `with_base` is set.
     fn give(
         &mut self,
         id: DocumentId,
@@ -84,7 +85,7 @@ impl Replica {
         Ok(Some(piece.give))
     }
 
-    /// Everything of a document, in pieces.
+    /// Returns all of a document, in pieces.
     pub(in crate::replica) fn give_all(
         &mut self,
         id: DocumentId,
@@ -103,8 +104,8 @@ impl Replica {
             .keys()
             .map(|session| Bytes::copy_from_slice(&session.0))
             .collect();
-        let (epochs, beginning) = (document.epochs.count(), document.epochs.beginning());
-        let base = beginning.map_or(0, |epoch| epoch.says.base.len() as u64);
+        let (epochs, compaction) = (document.epochs.count(), document.epochs.compaction());
+        let base = compaction.map_or(0, |epoch| epoch.terms.base.len() as u64);
         let mut want = wire::Want {
             document: Bytes::copy_from_slice(&id.0),
             genesis: true,
@@ -112,7 +113,8 @@ impl Replica {
             forks,
             ..wire::Want::default()
         };
-        let beginning = beginning.map(|epoch| (epoch.number, Bytes::copy_from_slice(&epoch.id.0)));
+        let compaction =
+            compaction.map(|epoch| (epoch.number, Bytes::copy_from_slice(&epoch.id.0)));
         while want.genesis
             || want.epochs > 0
             || !want.base.is_empty()
@@ -122,12 +124,12 @@ impl Replica {
             let Some(mut give) = self.give(id, &want, &heads, true)? else {
                 return Ok(pieces);
             };
-            // Set below, in all but the last.
+            // Set below, in all pieces but the last.
             give.more = false;
             want.genesis = false;
             if want.epochs > 0 {
                 want.epochs += give.epochs.len() as u64;
-                if let Some((number, id)) = &beginning
+                if let Some((number, id)) = &compaction
                     && give.base.is_empty()
                     && (want.epochs - give.epochs.len() as u64..want.epochs).contains(number)
                 {
@@ -171,7 +173,7 @@ impl Replica {
             }
             pieces.push(give);
         }
-        // So that a file that was cut between two parts is known to be.
+        // Lets an import detect a file that was cut between two pieces.
         if let Some((_, before)) = pieces.split_last_mut() {
             for piece in before {
                 piece.more = true;
@@ -181,10 +183,10 @@ impl Replica {
     }
 }
 
-/// A piece that is being put together.
+/// A piece that is being assembled.
 struct Piece {
     give: wire::Give,
-    /// Bytes of a piece, and how many of them are left.
+    /// The size of a piece in bytes, and the number of bytes left.
     size: usize,
     room: usize,
 }
@@ -201,7 +203,7 @@ impl Piece {
         }
     }
 
-    /// Takes room for an item; with none left, the item is of the next piece, and false is returned.
+    /// Reserves room for an item. If there is none, the item belongs to the next piece, and false is returned.
     fn spend(&mut self, bytes: usize) -> bool {
         let fits = self.room > 0;
         self.room = self.room.saturating_sub(bytes);
@@ -209,7 +211,7 @@ impl Piece {
         fits
     }
 
-    /// Adds epochs, and the base of the last new beginning.
+    /// Adds epochs, and the base of the last compaction.
     fn add_decisions(
         &mut self,
         document: &Document,
@@ -217,8 +219,8 @@ impl Piece {
         want: &wire::Want,
         with_base: bool,
     ) -> Result<(), StoreError> {
-        let beginning = document.epochs.beginning();
-        let mut base = beginning
+        let compaction = document.epochs.compaction();
+        let mut base = compaction
             .filter(|epoch| epoch.id.0[..] == want.base[..])
             .map(|epoch| (epoch, want.base_from));
         if want.epochs > 0 {
@@ -227,8 +229,8 @@ impl Piece {
                     break;
                 }
                 self.give.epochs.push(epoch.wire.clone());
-                if want.base.is_empty() && beginning.is_some_and(|last| last.id == epoch.id) {
-                    // Of no use without its base, which the receiver would ask for next.
+                if want.base.is_empty() && compaction.is_some_and(|last| last.id == epoch.id) {
+                    // The epoch is of no use without its base, which the receiver would request next.
                     base = Some((epoch, 0));
                 }
             }
@@ -248,7 +250,7 @@ impl Piece {
             self.give.base_from = from;
         }
         let given = from.saturating_add(self.give.base_changes.len() as u64);
-        self.give.more |= given < epoch.says.base.len() as u64;
+        self.give.more |= given < epoch.terms.base.len() as u64;
         Ok(())
     }
 
@@ -279,17 +281,19 @@ impl Piece {
         &mut self,
         document: &Document,
         store: &Store,
-        order: impl Iterator<Item = Place>,
+        order: impl Iterator<Item = Position>,
     ) -> Result<(), StoreError> {
         let id = document.id();
         let rows = store.reader()?;
-        for place in order {
+        for position in order {
             if self.room == 0 {
                 self.give.more = true;
                 break;
             }
-            let row = rows.get(&key::envelope(&id, &place.0, place.1))?;
-            let envelope = row.as_ref().and_then(|row| intact(document, &place, row));
+            let row = rows.get(&key::envelope(&id, &position.0, position.1))?;
+            let envelope = row
+                .as_ref()
+                .and_then(|row| intact(document, &position, row));
             let damaged = || store.damaged(id, "a change cannot be read");
             self.give.envelopes.push(envelope.ok_or_else(damaged)?);
             self.room = self.room.saturating_sub(row.map_or(0, |row| row.len()));
@@ -298,9 +302,9 @@ impl Piece {
     }
 }
 
-/// The envelope of a row of the log; `None` if the row is not as it was. Such a row is not given: the peer would take
-/// this node for a liar.
-fn intact(document: &Document, (session, index): &Place, row: &[u8]) -> Option<wire::Envelope> {
+/// Decodes the envelope of a log row. Returns `None` if the row has changed. Such a row is not sent, because the peer
+/// would take this node for a liar.
+fn intact(document: &Document, (session, index): &Position, row: &[u8]) -> Option<wire::Envelope> {
     let id = document.id();
     let envelope = wire::Envelope::decode(row).ok()?;
     let header = Header::read(envelope.header.as_ref()?, &id).ok()?;

@@ -1,23 +1,25 @@
-//! How two replicas find out what one of them lacks, and get it.
+//! The exchange: how two replicas find the data that one of them lacks, and transfer it.
 //!
-//! When two peers meet, each tells one digest over all documents that the other may read. Where they differ, the peer
-//! with the lower key tells 256 digests, the other lists its documents in those buckets that differ, the first lists
-//! which of them it holds as well; from then on both know what they share, and digests are of that. Documents that
-//! differ are summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one
-//! after the other. Between times, what is new is told at once to all who share the document, and told on by those to
-//! whom it was new.
+//! When two peers connect, each sends one digest over all documents that the other may read. If the digests differ, the
+//! peer with the lower key sends 256 digests, one per bucket. The other peer lists its documents in the buckets that
+//! differ, and the first answers with those that it holds as well. From then on both know the documents that they
+//! share, and digests cover only these.
 //!
-//! Envelopes are given in causal order over all wanted sessions, from the receiver's counts on: so each piece begins
-//! with something that the receiver can apply, whatever the session ids are. A peer of a version before that gives
-//! session by session: a piece of it may bring nothing that can be applied. Its envelopes then wait, within bounds, and
-//! the sessions that they are of are not wanted again before something else has been applied.
+//! For each document that differs, the peers exchange summaries: the length of each session. The receiver then requests
+//! the missing data piece by piece. Between these comparisons, new data is announced at once to all peers that share
+//! the document, and they announce it further if it was new to them.
 //!
-//! A peer that might read a document once and no longer may is told of the owner's decisions, and of nothing else: so
-//! it knows to whom it may still give what it has. If everybody might read the document, a peer first has to show that
-//! it has a part of it.
+//! Envelopes are sent in causal order over all wanted sessions, from the receiver's counts on. Each piece thus begins
+//! with a change that the receiver can apply, whatever the session ids are. A peer of an earlier version sends session
+//! by session, so a piece of it may have no change that can be applied. Its envelopes then wait, within limits, and
+//! their sessions are not wanted again until another change has been applied.
 //!
-//! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its
-//! own.
+//! A peer that once could read a document and no longer may receives the owner's decisions and nothing else. It thus
+//! knows to which peers it may still send its data. If everybody could read the document, the peer first has to prove
+//! that it has a part of it.
+//!
+//! A peer can make this node remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message
+//! of its own.
 
 mod compare;
 mod give;
@@ -38,26 +40,26 @@ use crate::{
     store::StoreError,
 };
 
-/// Bytes of a message between replicas.
+/// Largest message between replicas, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
 
-/// Documents in a listing.
+/// Most documents in a listing.
 const MAX_LISTED: usize = 8192;
 
-/// Documents that are compared with one peer at a time.
+/// Most documents that are compared with one peer at a time.
 const MAX_EXCHANGES: usize = 64;
 
-/// Digests are compared so often, and up to twice that.
+/// Interval between comparisons of digests; a random part makes it up to twice as long.
 const CHECK: Duration = Duration::from_secs(30);
 
-/// The first time, and then every so many times, of all documents and not only those known to be shared.
+/// The first comparison, and one of this many, covers all documents and not only the shared ones.
 const CHECK_ALL: u32 = 8;
 
-/// Sooner, where more differs than is compared at a time.
+/// Shorter interval, used if more documents differ than are compared at a time.
 const CHECK_SOON: Duration = Duration::from_secs(1);
 
 impl Replica {
-    /// A peer is there: its documents are compared with ours.
+    /// Handles a newly connected peer: its documents are compared with those of this node.
     pub fn connected(&mut self, peer: Key) {
         if peer == self.key {
             return;
@@ -82,34 +84,34 @@ impl Replica {
             );
         }
         if let Err(error) = self.compare_with(peer) {
-            tracing::warn!(%error, "documents");
+            tracing::warn!(%error, "cannot compare documents with a peer");
         }
     }
 
-    /// A peer is gone.
+    /// Handles a disconnected peer.
     pub fn disconnected(&mut self, peer: &Key) {
         self.peers.remove(peer);
-        self.unheard(peer);
+        self.forget_summaries(peer);
         let waiting: BTreeSet<_> = self
             .peers
             .values()
             .flat_map(|peer| peer.exchanges.keys().copied())
             .collect();
         for id in waiting {
-            // Another may be asked instead.
-            if let Err(error) = self.go_on_with_any(id) {
-                tracing::warn!(%error, "documents");
+            // Another peer may be asked instead.
+            if let Err(error) = self.request_from_any(id) {
+                tracing::warn!(%error, "cannot request a document from another peer");
             }
         }
     }
 
-    /// Peers that are there.
+    /// Returns the connected peers.
     pub fn peers(&self) -> impl Iterator<Item = Key> {
         self.peers.keys().copied()
     }
 
-    /// Time passes: `now` since some beginning, `wall` in seconds since the Unix epoch. Compares digests when it is
-    /// time to.
+    /// Advances the time: `now` since an arbitrary start, `wall` in seconds since the Unix epoch. Compares digests when
+    /// it is time to.
     pub fn tick(&mut self, now: Duration, wall: i64) {
         self.now = self.now.max(now);
         self.set_wall(wall);
@@ -125,7 +127,7 @@ impl Replica {
             let (mut stale, mut shared) = (Vec::new(), true);
             if let Some(known) = self.peers.get_mut(&peer) {
                 known.check_at = now + pause;
-                // The two may have come to different views of what they share.
+                // The two peers may disagree about the documents that they share.
                 shared = !known.checks.is_multiple_of(CHECK_ALL);
                 known.checks += 1;
                 known.asked.retain(|_, at| *at > now);
@@ -145,14 +147,14 @@ impl Replica {
                 self.send(peer, Kind::Root(wire::Root { digest, shared }));
             }
             for id in stale {
-                if let Err(error) = self.go_on_with_any(id) {
-                    tracing::warn!(%error, "documents");
+                if let Err(error) = self.request_from_any(id) {
+                    tracing::warn!(%error, "cannot request a document from another peer");
                 }
             }
         }
     }
 
-    /// When [`tick`](Self::tick) is of use again.
+    /// Returns the time at which [`tick`](Self::tick) should be called next.
     pub fn next_tick(&self) -> Option<Duration> {
         self.peers.values().map(|peer| peer.check_at).min()
     }
@@ -176,10 +178,10 @@ impl Replica {
         self.queue(of, Output::Send { peer, message });
     }
 
-    /// What a peer has sent.
+    /// Processes a message of a peer.
     ///
     /// # Errors
-    /// [`StoreError`] if the disk fails. What is wrong with the message is told as [`Output::Offence`].
+    /// Returns [`StoreError`] if the disk fails. A faulty message is reported as [`Output::Offence`].
     pub fn receive(&mut self, peer: Key, message: &[u8]) -> Result<(), StoreError> {
         if !self.peers.contains_key(&peer) {
             return Ok(());
@@ -211,11 +213,11 @@ impl Replica {
             Ok(()) => Ok(()),
             Err(TakeError::Refused(refusal)) => {
                 if refusal.is_offence() {
-                    self.offend(peer, &refusal);
+                    self.report_offence(peer, &refusal);
                 }
                 Ok(())
             }
-            // The end of the round takes back what was done with the document; the peer is not told anything of it.
+            // The end of the round rolls the changes to this document back. The peer is not informed.
             Err(TakeError::Store(StoreError::Document { .. })) => Ok(()),
             Err(TakeError::Store(error)) => Err(error),
         }

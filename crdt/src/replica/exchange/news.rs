@@ -1,4 +1,5 @@
-//! What is new, told at once to all who share the document, and told on by those to whom it was new.
+//! Announces new data at once to all peers that share a document. A peer announces it further if it was new to that
+//! peer.
 
 use std::mem;
 
@@ -18,13 +19,13 @@ use crate::{
     store::StoreError,
 };
 
-/// News are told in messages of about this many bytes.
+/// Approximate bytes of an announcement.
 const NEWS: usize = 256 << 10;
 
 impl Replica {
     pub(super) fn on_news(&mut self, peer: Key, news: wire::News) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&news.document) else {
-            return Err(Refusal::Malformed("news of no document").into());
+            return Err(Refusal::Malformed("an announcement names no document").into());
         };
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
             self.shut_out(peer, id, false)?;
@@ -73,7 +74,7 @@ impl Replica {
         for proof in &news.proofs {
             self.take_proof(id, &Proof::read(proof, &id)?)?;
         }
-        let begins = epochs.iter().any(Epoch::is_beginning);
+        let begins = epochs.iter().any(Epoch::is_compaction);
         let stray = self.take_epochs(peer, id, epochs)?;
         if stray || begins {
             self.ask_again(peer, id)?;
@@ -83,17 +84,17 @@ impl Replica {
                 && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
             {
                 let exchange = known.exchanges.entry(id).or_default();
-                exchange.there.genesis = true;
-                exchange.there.sessions.extend(more);
+                exchange.peer_summary.genesis = true;
+                exchange.peer_summary.sessions.extend(more);
                 exchange.idle = false;
             }
-            self.go_on(peer, id)?;
+            self.request_more(peer, id)?;
         }
         Ok(())
     }
 
-    /// Tells peers what is new.
-    pub(in crate::replica) fn tell(&mut self) -> Result<(), StoreError> {
+    /// Announces new data to peers.
+    pub(in crate::replica) fn announce(&mut self) -> Result<(), StoreError> {
         for (id, news) in mem::take(&mut self.news) {
             let peers: Vec<Key> = self
                 .peers
@@ -144,7 +145,7 @@ impl Replica {
     }
 }
 
-/// An envelope as news: what is long is only told of.
+/// Converts an envelope for an announcement; a long change is left out.
 fn as_news(envelope: &Envelope) -> wire::Envelope {
     const SHORT: usize = 16 << 10;
     let mut wire = envelope.to_wire();

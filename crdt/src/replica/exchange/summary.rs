@@ -1,5 +1,5 @@
-//! How far each side has come with a document that differs: summaries, and what a peer is told that may read the
-//! document no longer.
+//! Summaries of the data that each side has of a document that differs, and the answers to a peer that may no longer
+//! read the document.
 
 use bytes::Bytes;
 use weft_proto::wire::{self, document_message::Kind};
@@ -11,7 +11,7 @@ use crate::{
     replica::{
         Replica,
         exchange::{CHECK_SOON, MAX_EXCHANGES, MAX_LISTED},
-        peer::Told,
+        peer::PeerSummary,
     },
     store::StoreError,
 };
@@ -49,7 +49,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Asks a peer for a summary, if that was not done just now.
+    /// Asks a peer for a summary, unless this was done a short time ago.
     pub(in crate::replica) fn ask_again(
         &mut self,
         peer: Key,
@@ -76,7 +76,7 @@ impl Replica {
         summary: &wire::Summary,
     ) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&summary.document) else {
-            return Err(Refusal::Malformed("a summary of no document").into());
+            return Err(Refusal::Malformed("a summary names no document").into());
         };
         let sessions = read_heads(&summary.sessions)?;
         let forks = read_heads(&summary.forks)?;
@@ -92,20 +92,20 @@ impl Replica {
         if summary.answer {
             self.send_summary(peer, id, false)?;
         }
-        let told = Told {
+        let told = PeerSummary {
             genesis: summary.genesis,
             epochs: summary.epochs,
             epoch: EpochId::read(&summary.epoch),
             sessions,
             forks,
         };
-        self.heard(peer, &id, &told);
+        self.summary_received(peer, &id, &told);
         if let Some(known) = self.peers.get_mut(&peer) {
             known.shared.insert(id);
             known.asked.remove(&id);
             if known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id) {
                 let exchange = known.exchanges.entry(id).or_default();
-                exchange.there = told;
+                exchange.peer_summary = told;
                 exchange.idle = false;
                 exchange.blocked.clear();
                 exchange.void.clear();
@@ -113,13 +113,13 @@ impl Replica {
                 known.later.insert(id);
             }
         }
-        self.go_on(peer, id)?;
+        self.request_more(peer, id)?;
         Ok(())
     }
 
-    /// A peer may not read a document that it speaks of. If it might once, it is told how many decisions there are, so
-    /// that it asks for them. One that might as everybody did has to have a part of the document (`has_part`): it is
-    /// asked what it has, and told no more than that.
+    /// Handles a peer that names a document that it may not read. If the peer once could read it, the peer gets the
+    /// number of decisions, so that it requests them. If it could read the document only because everybody could, it
+    /// must have a part of it (`has_part`). Otherwise the peer is only asked for its summary, and gets no information.
     pub(in crate::replica) fn shut_out(
         &mut self,
         peer: Key,

@@ -1,4 +1,4 @@
-//! What becomes of a piece that a peer gives: its genesis, epochs, the base of a new beginning, proofs and envelopes.
+//! Processes a piece that a peer sends: genesis, epochs, the base of a compaction, proofs and envelopes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,18 +24,18 @@ use crate::{
     store::StoreError,
 };
 
-/// Epochs whose base has not arrived whole: changes gathered so far.
+/// Most bytes of base changes collected for epochs whose base is incomplete.
 const MAX_BASE_BYTES: usize = 64 << 20;
 
 impl Replica {
     pub(super) fn on_give(&mut self, peer: Key, give: wire::Give) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&give.document) else {
-            return Err(Refusal::Malformed("a gift of no document").into());
+            return Err(Refusal::Malformed("a piece names no document").into());
         };
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
             return Ok(());
         }
-        // The index that the given envelopes reach in each session.
+        // The index that the sent envelopes reach in each session.
         let mut given: BTreeMap<SessionId, u64> = BTreeMap::new();
         for envelope in &give.envelopes {
             let header = envelope
@@ -62,7 +62,7 @@ impl Replica {
             })
             .unwrap_or_default();
         let before = self.state_of(&id)?;
-        // Of these something from before their head was asked for: two branches are compared.
+        // Sessions for which envelopes before their head were requested, to compare two branches.
         let compared: BTreeSet<SessionId> = match self.document(&id)? {
             Some((document, _)) => asked
                 .iter()
@@ -105,16 +105,17 @@ impl Replica {
             exchange.idle = before == after && !sought && !blocked;
         }
         let Some(refusal) = refused else {
-            return Ok(self.go_on(peer, id)?);
+            return Ok(self.request_more(peer, id)?);
         };
         if let Some(known) = self.peers.get_mut(&peer) {
             known.exchanges.remove(&id);
         }
-        self.go_on_with_any(id)?;
+        self.request_from_any(id)?;
         Err(refusal.into())
     }
 
-    /// What tells whether a piece has brought anything: the digest, and what has arrived of new epochs.
+    /// Returns values that change if a piece has brought anything: the digest, and the number of new epochs and base
+    /// changes.
     fn state_of(&mut self, id: &DocumentId) -> Result<(Digest, usize), StoreError> {
         let digest = self
             .document(id)?
@@ -126,7 +127,7 @@ impl Replica {
         Ok((digest, arrival))
     }
 
-    /// Takes what a peer gave; `asked`: from which index on it was asked for sessions.
+    /// Processes a piece. `asked` is the index from which each session was requested.
     fn take_give(
         &mut self,
         peer: Key,
@@ -142,7 +143,7 @@ impl Replica {
         {
             let genesis = Genesis::read(genesis)?;
             if genesis.id != id {
-                return Err(Refusal::Malformed("a genesis of another document").into());
+                return Err(Refusal::Malformed("a genesis belongs to another document").into());
             }
             self.arrived(genesis)?;
         }
@@ -161,8 +162,8 @@ impl Replica {
             .and_then(|peer| peer.exchanges.get_mut(&id))
         {
             if stray && exchange.all_epochs {
-                // Even from the beginning, they are of a chain that counts less than ours.
-                exchange.there.epochs = 0;
+                // Even from the first epoch on, they belong to a chain that loses against this node's.
+                exchange.peer_summary.epochs = 0;
             }
             exchange.all_epochs = stray && !exchange.all_epochs;
         }
@@ -181,7 +182,7 @@ impl Replica {
             let source = Source::Peer { key: peer, asked };
             self.inbox.entry(id).or_default().push((envelope, source));
         }
-        // At once, for what is wanted next depends on it.
+        // Process them at once, because the next request depends on the result.
         if let Some(envelopes) = self.inbox.remove(&id)
             && let Some((document, store)) = self.document(&id)?
         {
@@ -199,7 +200,7 @@ impl Replica {
         self.follow(id, taken)
     }
 
-    /// Takes epochs; where one of them begins the content anew, they wait for the base of the last that does. Whether
+    /// Processes epochs. If one of them is a compaction, they wait for the base of the last compaction. Returns true if
     /// some belong to another chain.
     pub(super) fn take_epochs(
         &mut self,
@@ -215,13 +216,13 @@ impl Replica {
         };
         let (genesis, mut chain) = (document.genesis.clone(), document.epochs.clone());
         let mut arrival = self.arrivals.remove(&id).unwrap_or_default();
-        let waited = arrival.beginning().map(|epoch| epoch.id);
+        let waited = arrival.compaction().map(|epoch| epoch.id);
         let mut new: Vec<Epoch> = Vec::new();
         let mut stray = false;
         for epoch in mem::take(&mut arrival.epochs).into_iter().chain(epochs) {
             match chain.would_take(&epoch, &genesis) {
                 Ok(()) => {
-                    // Those behind it are of a chain that no longer counts.
+                    // Epochs from this number on belong to a chain that lost.
                     new.retain(|before| before.number < epoch.number);
                     chain.take(epoch.clone());
                     new.push(epoch);
@@ -231,16 +232,16 @@ impl Replica {
             }
         }
         arrival.epochs = new;
-        if arrival.beginning().map(|epoch| epoch.id) != waited {
+        if arrival.compaction().map(|epoch| epoch.id) != waited {
             arrival.base.clear();
             arrival.bytes = 0;
         }
-        if arrival.beginning().is_some() {
+        if arrival.compaction().is_some() {
             if let Some(last) = arrival.epochs.last() {
-                // The readers are known from here on, whether the new content comes or not.
+                // The readers are known from here on, even if the new content does not arrive.
                 let row = last.wire.encode_to_vec();
-                let says = last.says.clone();
-                self.decided(id, &says, row);
+                let terms = last.terms.clone();
+                self.decided(id, &terms, row);
             }
             self.arrivals.insert(id, arrival);
             return Ok(stray);
@@ -260,20 +261,24 @@ impl Replica {
         let Some(arrival) = self.arrivals.get_mut(&id) else {
             return Ok(());
         };
-        let Some(beginning) = arrival.beginning() else {
+        let Some(compaction) = arrival.compaction() else {
             return Ok(());
         };
-        if beginning.id.0 != *epoch || from != arrival.base.len() as u64 {
+        if compaction.id.0 != *epoch || from != arrival.base.len() as u64 {
             return Ok(());
         }
-        let expected = beginning.says.base.clone();
+        let expected = compaction.terms.base.clone();
         for change in changes {
             let Some(id) = expected.get(arrival.base.len()) else {
-                return Err(Refusal::Malformed("a base has more changes than were signed").into());
+                return Err(
+                    Refusal::Malformed("a base has more changes than its epoch lists").into(),
+                );
             };
-            // Automerge's hash covers all but the magic number and the checksum that is a part of it.
+            // Automerge's hash covers everything except the magic number and the checksum, which is a part of the hash.
             if guard::hash_of(&change).as_ref() != Some(id) {
-                return Err(Refusal::Malformed("a base has another change than was signed").into());
+                return Err(
+                    Refusal::Malformed("a base has a change that its epoch does not list").into(),
+                );
             }
             arrival.bytes += change.len();
             if arrival.bytes > MAX_BASE_BYTES {

@@ -1,4 +1,4 @@
-//! What is wanted of which peer, and when: one peer gives a document at a time, piece by piece.
+//! Decides which data is requested from which peer, and when. One peer at a time sends a document, piece by piece.
 
 use std::time::Duration;
 
@@ -12,22 +12,22 @@ use crate::{
     replica::{
         Replica,
         exchange::MAX_EXCHANGES,
-        peer::{Arrival, Exchange, Told},
+        peer::{Arrival, Exchange, PeerSummary},
     },
     store::StoreError,
 };
 
-/// Pieces of one peer in a row that bring nothing that can be applied; then it is another peer's turn. Of a peer that
-/// gives in causal order, one in a row is usual where it has not heard of a proof or an epoch. One that gives session
-/// by session needs up to one for each session.
+/// Most consecutive pieces of one peer without a change that can be applied; then it is another peer's turn. A peer
+/// that sends in causal order usually sends one such piece if it does not know a proof or an epoch. A peer that sends
+/// session by session may send one for each session.
 const MAX_FRUITLESS: u32 = 64;
 
-/// What was wanted and has not come after this long is wanted again, from whoever has it.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Time after which missing data is requested again, from any peer that has it.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Replica {
-    /// Another branch of a session is known there: where they part is looked for.
-    pub(in crate::replica) fn seek(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+    /// Begins to search for the point where two branches of a session diverge, one of which the peer has.
+    pub(in crate::replica) fn find_fork(&mut self, peer: Key, id: DocumentId, session: SessionId) {
         if let Some(known) = self.peers.get_mut(&peer)
             && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
         {
@@ -41,9 +41,9 @@ impl Replica {
         }
     }
 
-    /// A peer has given what can never count of a session, by the decisions that are here: it is not wanted of that
-    /// peer again before these have changed, or the peer has said anew what it has.
-    pub(in crate::replica) fn forgo(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+    /// Notes that a peer has sent envelopes of a session that can never be valid under the known decisions. The session
+    /// is not requested from that peer again until the decisions change or the peer sends a new summary.
+    pub(in crate::replica) fn mark_void(&mut self, peer: Key, id: DocumentId, session: SessionId) {
         if let Some(exchange) = self
             .peers
             .get_mut(&peer)
@@ -53,7 +53,7 @@ impl Replica {
         }
     }
 
-    /// Decisions about a document have changed, and with them what counts.
+    /// Reconsiders all sessions after a change of the decisions, which determine the valid ones.
     pub(in crate::replica) fn reconsider(&mut self, id: &DocumentId) {
         for known in self.peers.values_mut() {
             if let Some(exchange) = known.exchanges.get_mut(id) {
@@ -69,7 +69,7 @@ impl Replica {
             .is_some_and(|known| known.shared.contains(id))
     }
 
-    /// Returns true if something of a document is wanted of any peer just now, or this peer is to be asked for it next.
+    /// Returns true if data of a document is being requested from any peer, or if this peer is to be asked next.
     pub(in crate::replica) fn is_wanted(&self, peer: &Key, id: &DocumentId) -> bool {
         self.is_given(id, peer)
             || self.peers.get(peer).is_some_and(|known| {
@@ -78,7 +78,7 @@ impl Replica {
             })
     }
 
-    /// Whether another peer is giving this document just now.
+    /// Returns true if a peer other than `except` is sending this document now.
     fn is_given(&self, id: &DocumentId, except: &Key) -> bool {
         self.peers.iter().any(|(peer, known)| {
             peer != except
@@ -89,7 +89,7 @@ impl Replica {
         })
     }
 
-    pub(super) fn go_on_with_any(&mut self, id: DocumentId) -> Result<(), StoreError> {
+    pub(super) fn request_from_any(&mut self, id: DocumentId) -> Result<(), StoreError> {
         let peers: Vec<Key> = self
             .peers
             .iter()
@@ -97,13 +97,14 @@ impl Replica {
             .map(|(key, _)| *key)
             .collect();
         for peer in peers {
-            self.go_on(peer, id)?;
+            self.request_more(peer, id)?;
         }
         Ok(())
     }
 
-    /// Wants what a peer has more, if there is anything, nothing is wanted of it already, and nobody else is giving it.
-    pub(super) fn go_on(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+    /// Requests the data that a peer has and this node lacks, unless a request to this peer is pending or another peer
+    /// is sending the document.
+    pub(super) fn request_more(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
         if self.is_given(&id, &peer) {
             return Ok(());
         }
@@ -120,18 +121,19 @@ impl Replica {
             self.put_back(peer, id, exchange);
             return Ok(());
         }
-        let want = self.what_to_want(&id, &exchange)?;
+        let want = self.next_want(&id, &exchange)?;
         let same = exchange.idle && exchange.wanted.as_ref() == want.as_ref()
             || exchange.fruitless > MAX_FRUITLESS;
         match want {
             Some(want) if !same => {
                 exchange.wanted = Some(want.clone());
-                exchange.until = now + PATIENCE;
+                exchange.until = now + REQUEST_TIMEOUT;
                 self.put_back(peer, id, exchange);
                 self.send(peer, Kind::Want(want));
                 Ok(())
             }
-            // There is nothing, or what was wanted brought nothing. Another peer's turn, and another document's.
+            // There is nothing to request, or the request was fruitless. It is the turn of another peer and another
+            // document.
             _ => {
                 let later = self
                     .peers
@@ -144,7 +146,7 @@ impl Replica {
                 }) {
                     self.send_summary(peer, later, true)?;
                 }
-                self.go_on_with_any(id)
+                self.request_from_any(id)
             }
         }
     }
@@ -155,7 +157,7 @@ impl Replica {
         }
     }
 
-    fn what_to_want(
+    fn next_want(
         &mut self,
         id: &DocumentId,
         exchange: &Exchange,
@@ -167,7 +169,7 @@ impl Replica {
         let mut want = nothing.clone();
         let arriving = self.arrivals.get(id).map(Arriving::of).unwrap_or_default();
         match self.document(id)? {
-            None if exchange.there.genesis => want_all(&mut want, &exchange.there),
+            None if exchange.peer_summary.genesis => want_all(&mut want, &exchange.peer_summary),
             None => {}
             Some((document, _)) => {
                 want_epochs(&mut want, document, exchange, &arriving);
@@ -179,12 +181,12 @@ impl Replica {
     }
 }
 
-/// How far an arrival has come.
+/// The progress of an arrival.
 #[derive(Default)]
 struct Arriving {
-    /// The number of its last epoch.
+    /// Number of its last epoch.
     epochs: Option<u64>,
-    /// The new beginning whose base is awaited, and the changes of the base that are here.
+    /// The compaction whose base is awaited, and the number of base changes received.
     base: Option<(EpochId, u64)>,
 }
 
@@ -193,7 +195,7 @@ impl Arriving {
         Self {
             epochs: arrival.epochs.last().map(|epoch| epoch.number),
             base: arrival
-                .beginning()
+                .compaction()
                 .map(|epoch| (epoch.id, arrival.base.len() as u64)),
         }
     }
@@ -207,16 +209,16 @@ fn from(session: &SessionId, count: u64) -> wire::SessionHead {
     }
 }
 
-/// Wants a document of which nothing is here.
-fn want_all(want: &mut wire::Want, there: &Told) {
+/// Requests a document of which this node has nothing.
+fn want_all(want: &mut wire::Want, peer_summary: &PeerSummary) {
     want.genesis = true;
-    want.epochs = u64::from(there.epochs > 0);
-    want.sessions = there
+    want.epochs = u64::from(peer_summary.epochs > 0);
+    want.sessions = peer_summary
         .sessions
         .keys()
         .map(|session| from(session, 0))
         .collect();
-    want.forks = there
+    want.forks = peer_summary
         .forks
         .keys()
         .map(|session| Bytes::copy_from_slice(&session.0))
@@ -229,17 +231,20 @@ fn want_epochs(
     exchange: &Exchange,
     arriving: &Arriving,
 ) {
-    let there = &exchange.there;
+    let peer_summary = &exchange.peer_summary;
     let current = document.epochs.current(&document.genesis);
     let ours = arriving.epochs.unwrap_or(document.epochs.count());
     if exchange.all_epochs {
         want.epochs = 1;
-    } else if there.epochs > ours {
+    } else if peer_summary.epochs > ours {
         want.epochs = ours + 1;
-    } else if there.epochs > 0
+    } else if peer_summary.epochs > 0
         && arriving.epochs.is_none()
-        && there.epoch != document.epochs.id_of(there.epochs, &document.genesis)
-        && there.epoch != Some(current)
+        && peer_summary.epoch
+            != document
+                .epochs
+                .id_of(peer_summary.epochs, &document.genesis)
+        && peer_summary.epoch != Some(current)
     {
         want.epochs = 1;
     }
@@ -249,9 +254,9 @@ fn want_epochs(
     }
 }
 
-/// Wants what sessions have more there, and what tells where two branches of one part.
+/// Requests missing envelopes, and those that show where two branches of a session diverge.
 fn want_sessions(want: &mut wire::Want, document: &Document, exchange: &Exchange) {
-    for (session, head) in &exchange.there.sessions {
+    for (session, head) in &exchange.peer_summary.sessions {
         let count = document.count(session);
         let void = document.proof(session).map_or(u64::MAX, Proof::index);
         if head.count > count && count < void {
@@ -267,7 +272,7 @@ fn want_sessions(want: &mut wire::Want, document: &Document, exchange: &Exchange
             && document.chain_at(session, head.count) != Some(head.chain)
             && head.count <= void
         {
-            // Looked for from the beginning, below.
+            // The search below starts at the beginning.
             let next = exchange.seek.get(session).copied().unwrap_or(0);
             want.sessions.push(from(session, next));
         }
@@ -284,11 +289,15 @@ fn want_sessions(want: &mut wire::Want, document: &Document, exchange: &Exchange
 }
 
 fn want_proofs(want: &mut wire::Want, document: &Document, exchange: &Exchange) {
-    let proofs = exchange.there.forks.iter().filter(|(session, fork)| {
-        document
-            .proof(session)
-            .is_none_or(|known| known.index() > fork.count)
-    });
+    let proofs = exchange
+        .peer_summary
+        .forks
+        .iter()
+        .filter(|(session, fork)| {
+            document
+                .proof(session)
+                .is_none_or(|known| known.index() > fork.count)
+        });
     want.forks = proofs
         .map(|(session, _)| Bytes::copy_from_slice(&session.0))
         .collect();

@@ -1,4 +1,4 @@
-//! A server that lies, between machines with public addresses in a network namespace of its own.
+//! Tests against an AutoNAT server that lies, between public addresses in a network namespace.
 
 use std::{
     process::Command,
@@ -41,13 +41,13 @@ const ADDRESSES: &str = "ip link set lo up && ip addr add 11.0.1.1/32 dev lo && 
      ip route replace local 11.0.1.1 dev lo table local src 11.0.2.1 && \
      ip route replace local 11.0.2.1 dev lo table local src 11.0.1.1 && exec \"$0\" \"$@\"";
 
-/// Pings that the server got. A namespace has one.
+/// Number of pings that the server received. Each namespace has one server.
 static PINGS: AtomicUsize = AtomicUsize::new(0);
 
-/// Set in the process that runs in the namespace.
+/// An environment variable that is set in the process inside the namespace.
 const INSIDE: &str = "WEFT_TEST_INSIDE_NAMESPACE";
 
-/// Runs the test named `name` of this module in a namespace; returns true in the process that is there.
+/// Runs the test named `name` of this module in a namespace. Returns true in the process inside it.
 fn inside(name: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
@@ -77,14 +77,14 @@ struct Server {
 /// The way in which the server delivers the nonce.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
-    /// On the connection over which it was asked.
+    /// On the connection that carried the request.
     SameConnection,
-    /// On one that it opens for that.
+    /// On a connection that the server opens for it.
     Dial,
 }
 
-/// A server at 11.0.2.1 that answers one request and says that its dial came through. Returns its address, and the end
-/// of the exchange.
+/// Runs a server at 11.0.2.1 that answers one request and claims that its dial was successful. Returns its address, and
+/// a handle to wait for the end of the exchange.
 async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
     let protocols = Protocols::default();
     let mut requests = protocols.accept(DIAL_REQUEST).unwrap();
@@ -136,7 +136,7 @@ async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
         };
         frame::write(&mut back, &nonce, MAX).await.unwrap();
         back.flush().await.unwrap();
-        // Acknowledged by a client that takes it for a dial-back, reset by one that does not.
+        // A client acknowledges the nonce if it accepts the dial-back, and resets the stream otherwise.
         let _ = frame::read::<AutonatDialBackResponse, _>(&mut back, MAX).await;
         let response = AutonatDialResponse {
             status: Status::Ok.into(),
@@ -148,18 +148,18 @@ async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
         };
         frame::write(&mut stream, &message, MAX).await.unwrap();
         stream.shutdown().await.unwrap();
-        // Until the client has read it.
+        // Wait until the client has read the answer.
         let _ = frame::read::<AutonatMessage, _>(&mut stream, MAX).await;
     });
     tokio::spawn(async move {
-        let mut dialling = None;
+        let mut dialing = None;
         loop {
             tokio::select! {
                 event = swarm.select_next_some() => {
                     let SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } = event else {
                         continue;
                     };
-                    if let Some(reply) = dialling.take_if(|_| endpoint.is_dialer()) {
+                    if let Some(reply) = dialing.take_if(|_| endpoint.is_dialer()) {
                         let streams = &mut swarm.behaviour_mut().streams;
                         streams.open_on(peer_id, connection_id, DIAL_BACK, reply);
                     }
@@ -170,7 +170,7 @@ async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
                         streams.open(peer, DIAL_BACK, Class::Control, reply);
                     }
                     Way::Dial => {
-                        dialling = Some(reply);
+                        dialing = Some(reply);
                         let dial = DialOpts::peer_id(peer)
                             .condition(PeerCondition::Always)
                             .addresses(vec![address])
@@ -185,7 +185,7 @@ async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
     (listen.with_p2p(own).unwrap(), exchange)
 }
 
-/// A node at 11.0.1.1 that was told of the server.
+/// Makes a node at 11.0.1.1 with the server as its bootstrap node.
 async fn node(bootstrap: Multiaddr) -> Network {
     node_at("/ip4/11.0.1.1/tcp/4001", bootstrap).await
 }
@@ -216,15 +216,15 @@ fn run<T>(test: impl Future<Output = T>) -> T {
 }
 
 #[test]
-fn a_server_that_only_claims_to_have_dialled_makes_no_address_public() {
-    if !inside("a_server_that_only_claims_to_have_dialled_makes_no_address_public") {
+fn a_server_that_only_claims_to_have_dialed_makes_no_address_public() {
+    if !inside("a_server_that_only_claims_to_have_dialed_makes_no_address_public") {
         return;
     }
     run(async {
         let (bootstrap, exchange) = server(Way::SameConnection).await;
         let node = node(bootstrap).await;
         exchange.await.unwrap();
-        // The answer is on its way through the node's task.
+        // The answer still passes the node's task.
         for _ in 0..20 {
             let known = node.reachability().await.unwrap();
             assert!(!is_reached(&known), "{known:?}");
@@ -263,7 +263,7 @@ fn a_container_that_starts_costs_peers_nothing() {
         while node.peers().await.is_empty() {
             sleep(Duration::from_millis(20)).await;
         }
-        // The one that asks a new peer for its clock.
+        // The stream that asks a new peer for its clock.
         while PINGS.load(Ordering::Relaxed) == 0 {
             sleep(Duration::from_millis(20)).await;
         }
@@ -273,7 +273,7 @@ fn a_container_that_starts_costs_peers_nothing() {
         while !node.addresses().all.iter().any(listens) {
             sleep(Duration::from_millis(20)).await;
         }
-        // Longer than changes are gathered.
+        // Longer than the time for which changes are collected.
         sleep(Duration::from_millis(2500)).await;
         assert_eq!(PINGS.load(Ordering::Relaxed), 1);
         // The bridge comes last among the addresses.

@@ -23,7 +23,7 @@ async fn exchange(wanted: &str, reached: bool) -> (Result<bool, AutonatError>, O
 }
 
 #[tokio::test]
-async fn a_server_says_what_it_found() {
+async fn a_server_reports_the_result_of_its_dial() {
     for reached in [true, false] {
         let (told, wanted) = exchange("/ip4/1.1.1.1/tcp/5", reached).await;
         assert_eq!(told.unwrap(), reached);
@@ -34,7 +34,7 @@ async fn a_server_says_what_it_found() {
 }
 
 #[tokio::test]
-async fn an_address_elsewhere_has_to_be_paid_for() {
+async fn a_client_sends_data_before_an_address_it_is_not_seen_at_is_dialed() {
     let (told, wanted) = exchange("/ip4/2.2.2.2/tcp/5", true).await;
     assert!(told.unwrap());
     assert!(wanted.unwrap().elsewhere);
@@ -56,7 +56,7 @@ async fn an_address_elsewhere_has_to_be_paid_for() {
 }
 
 #[tokio::test]
-async fn nothing_private_is_dialled_nor_ourselves() {
+async fn private_and_own_addresses_are_not_dialed() {
     for refused in [
         "/ip4/10.0.0.1/tcp/22",
         "/ip4/127.0.0.1/tcp/22",
@@ -71,7 +71,7 @@ async fn nothing_private_is_dialled_nor_ourselves() {
 }
 
 #[tokio::test]
-async fn a_server_that_wants_too_much_gets_nothing() {
+async fn a_server_that_asks_for_too_much_data_gets_none() {
     let (near, mut far) = duplex(1 << 16);
     let server = async {
         next(&mut far).await.unwrap();
@@ -87,7 +87,7 @@ async fn a_server_that_wants_too_much_gets_nothing() {
 }
 
 #[tokio::test]
-async fn the_dial_brings_the_nonce() {
+async fn the_dial_back_carries_the_nonce() {
     let (near, mut far) = duplex(1 << 12);
     let client = async {
         let nonce = answer(&mut far).await.unwrap();
@@ -100,7 +100,7 @@ async fn the_dial_brings_the_nonce() {
 }
 
 #[test]
-fn serving_is_bounded_in_all_and_by_peer_and_network() {
+fn serving_is_limited_in_total_and_per_peer_and_network() {
     let limits = AutonatLimits {
         per_minute: 4,
         per_minute_per_peer: 2,
@@ -140,7 +140,7 @@ fn at(text: &str) -> SocketAddr {
 /// Each row breaks one condition.
 #[test]
 fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
-    let (begin, dialled) = (Instant::now(), Dialled::default());
+    let (begin, dialed) = (Instant::now(), Dialed::default());
     let later = begin + Duration::from_secs(1);
     let own = DialQuestion {
         at: at("1.1.1.1:9338"),
@@ -156,7 +156,7 @@ fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
         since: later,
     };
     let check = |question: &DialQuestion, connection: &Inbound| {
-        question.answered_by(connection, &dialled, false, later)
+        question.answered_by(connection, &dialed, false, later)
     };
     assert_eq!(check(&own, &good), Some(Back::Proven));
     let change = |change: &dyn Fn(&mut Inbound)| {
@@ -174,7 +174,7 @@ fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
     ] {
         assert_eq!(check(&own, &bad), None, "{bad:?}");
     }
-    // A NAT's address is reached at a private one of ours.
+    // Behind a NAT, the dial-back arrives at a private address of this node.
     let nat = DialQuestion {
         own: false,
         open: false,
@@ -184,19 +184,19 @@ fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
     assert_eq!(check(&nat, &good), None);
     let through = change(&|c| c.local = at("192.168.1.7:9338"));
     assert_eq!(check(&nat, &through), Some(Back::Proven));
-    // A machine that we have sent to.
-    dialled.note(at("7.7.7.7:443"), begin);
+    // From an IP address to which this node has sent packets.
+    dialed.note(at("7.7.7.7:443"), begin);
     assert_eq!(check(&nat, &through), Some(Back::Contact));
     assert_eq!(check(&own, &good), Some(Back::Open));
-    let chosen = own.answered_by(&good, &dialled, true, later);
+    let chosen = own.answered_by(&good, &dialed, true, later);
     assert_eq!(chosen, Some(Back::Proven));
-    // The port that we have sent to: a firewall takes it for the answer.
-    dialled.note(at("7.7.7.7:40000"), begin);
+    // From the port to which this node has sent packets: a firewall takes it for the answer.
+    dialed.note(at("7.7.7.7:40000"), begin);
     assert_eq!(check(&own, &good), Some(Back::Contact));
 }
 
 #[test]
-fn one_server_alone_makes_nothing_reached_unless_it_is_a_stranger() {
+fn one_contact_alone_does_not_make_an_address_reached() {
     let (now, mine) = (Instant::now(), address("/ip4/1.1.1.1/tcp/5"));
     let ips = ["7.7.7.7", "7.7.7.8", "8.8.8.8"].map(|ip| ip.parse::<IpAddr>().unwrap());
     let begin = || {
@@ -207,7 +207,7 @@ fn one_server_alone_makes_nothing_reached_unless_it_is_a_stranger() {
     let mut verdicts = begin();
     verdicts.told(&mine, ips[0], Some((Back::Open, ips[0])), now);
     assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
-    // Its network is not asked again, another is, at once.
+    // The server's network is not asked again; another one is, at once.
     assert!(verdicts.tried(&mine).covers(&ips[1]) && !verdicts.tried(&mine).covers(&ips[2]));
     assert_eq!(verdicts.due(std::slice::from_ref(&mine), now).len(), 1);
     verdicts.told(&mine, ips[1], Some((Back::Open, ips[1])), now);
@@ -225,7 +225,7 @@ fn one_server_alone_makes_nothing_reached_unless_it_is_a_stranger() {
 }
 
 #[test]
-fn one_server_alone_makes_nothing_unreachable_and_all_is_asked_again() {
+fn one_failure_does_not_make_an_address_unreachable() {
     let mut verdicts = Verdicts::default();
     let (now, mine) = (Instant::now(), address("/ip4/1.1.1.1/tcp/5"));
     let places: [IpAddr; 2] = ["7.7.7.7", "8.8.8.8"].map(|ip| ip.parse().unwrap());
@@ -237,7 +237,7 @@ fn one_server_alone_makes_nothing_unreachable_and_all_is_asked_again() {
     assert_eq!(verdicts.of(&mine), None);
     assert!(verdicts.tried(&mine).covers(&places[0]));
     assert!(!verdicts.tried(&mine).covers(&places[1]));
-    // At once, elsewhere.
+    // At once, at another server.
     assert_eq!(verdicts.due(&candidates, now), candidates);
     assert!(verdicts.told(&mine, places[1], None, now));
     assert_eq!(verdicts.of(&mine), Some(Verdict::Unreachable));
@@ -253,7 +253,7 @@ fn one_server_alone_makes_nothing_unreachable_and_all_is_asked_again() {
     assert_eq!(verdicts.due(&candidates, later + AGAIN), candidates);
     verdicts.ask_again(later);
     assert_eq!(verdicts.due(&candidates, later), candidates);
-    // What is no candidate any more is forgotten.
+    // An address that is no longer a candidate is forgotten.
     assert!(verdicts.due(&[], later).is_empty());
     assert_eq!(verdicts.all().count(), 0);
 }

@@ -70,7 +70,7 @@ fn one_address_is_held_to_its_limit_and_others_are_not() {
     door.behaviour.0.state().remove(first);
     assert!(door.open("/ip4/1.1.1.1").is_some());
     assert!(door.open("/ip4/1.1.1.1").is_none());
-    // One site of IPv6 has addresses without end.
+    // One IPv6 site has an unlimited number of addresses.
     assert!(door.open("/ip6/2001:db8:0:1::1").is_some());
     assert!(door.open("/ip6/2001:db8:0:1::2").is_some());
     assert!(door.open("/ip6/2001:db8:0:1::3").is_none());
@@ -100,7 +100,7 @@ fn a_site_of_private_addresses_and_this_machine_have_room_but_not_all_of_it() {
     }
 }
 
-/// 64 identities at each of eight addresses, as one machine with eight addresses has.
+/// 64 identities at each of eight addresses, as an attacker with one machine and eight addresses could make.
 #[test]
 fn a_full_node_closes_the_least_useful_connection_of_the_place_with_most() {
     let mut door = Door::new(Limits::default());
@@ -121,7 +121,7 @@ fn a_full_node_closes_the_least_useful_connection_of_the_place_with_most() {
     }
     let newcomer = door.open("/ip4/8.8.8.8").unwrap();
     assert_eq!(door.closed(), [attacker[0]]);
-    // The attacker has no way back in while others hold fewer.
+    // The attacker cannot connect again while others hold fewer connections.
     assert!(door.open("/ip4/1.1.1.1").is_none());
     assert!(door.open("/ip4/7.7.7.7").is_some());
     let closed = door.closed();
@@ -151,7 +151,7 @@ fn shedding_takes_the_place_that_costs_most_and_spares_the_newcomer() {
     let hoards: Vec<_> = (0..4).filter_map(|_| door.open("/ip4/1.1.1.1")).collect();
     for id in &hoards {
         let worth = Worth {
-            // One reservation does not make it exempt.
+            // A reservation does not make a connection exempt.
             kept: true,
             streams: 32,
             moved: Some(Instant::now()),

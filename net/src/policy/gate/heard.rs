@@ -1,4 +1,4 @@
-//! Hearsay: addresses that somebody else has stated, and where an address to dial comes from.
+//! Unverified addresses, and the sources of addresses to dial.
 
 use std::{fmt, net::IpAddr};
 
@@ -10,40 +10,40 @@ use crate::address::{
     own::{self, first_places},
 };
 
-/// Addresses that somebody else has stated. Only the gate looks into it; everybody else can show it to a person or pass
-/// it on as hearsay.
+/// Unverified addresses: a peer claims them for itself or for another peer. Only the gate can use them for a dial;
+/// other code can show them to a person or pass them on as unverified.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Heard(Vec<Multiaddr>);
 
 impl Heard {
-    /// Marks addresses as hearsay, those of the first sixteen places (host and port).
+    /// Marks addresses as unverified. Keeps those of the first sixteen host and port pairs.
     pub fn new(addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
         Self(first_places(addresses, own::MAX_PLACES))
     }
 
-    /// Returns true if nothing was stated.
+    /// Returns true if there are no addresses.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The addresses as text, to be shown to a person.
+    /// Returns the addresses as text, to be shown to a person.
     pub fn show(&self) -> impl Iterator<Item = String> {
         self.0.iter().map(ToString::to_string)
     }
 
-    /// The addresses as bytes, to be passed on in a message, where they are hearsay again.
+    /// Returns the addresses as bytes for a message. The receiver takes them as unverified again.
     pub fn to_wire(&self) -> Vec<Vec<u8>> {
         self.0.iter().map(Multiaddr::to_vec).collect()
     }
 
-    /// The network (a /24 of IPv4, a /48 of IPv6) of the first IP address that was stated, so that choices among peers
-    /// can be spread over networks. It is hearsay too.
+    /// Returns the network (an IPv4 /24, an IPv6 /48) of the first IP address, so that choices among peers can be
+    /// spread over networks. It is as unverified as the address.
     pub fn network(&self) -> Option<IpAddr> {
         let mut ips = self.0.iter().filter_map(first_ip);
         ips.next().map(network)
     }
 
-    /// Adds what else was heard, without what is known already, up to thirty-two addresses.
+    /// Adds addresses that are not known yet, up to a total of thirty-two.
     pub fn extend(&mut self, other: Self) {
         for address in other.0 {
             if self.0.len() < MAX_ADDRESSES && !self.0.contains(&address) {
@@ -59,12 +59,12 @@ impl fmt::Debug for Heard {
     }
 }
 
-/// The addresses to dial a peer at: those that the user has given, and those that were heard. Both may be empty.
+/// The addresses to dial a peer at: those that the user has given, and unverified ones. Both lists may be empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Destinations {
-    /// From configuration, a ticket, the command line or the API: dialled as they are.
+    /// Addresses from configuration, a ticket, the command line or the API. They are dialed without checks.
     pub given: Vec<Multiaddr>,
-    /// From anybody else: dialled as far as the gate admits.
+    /// Unverified addresses from any other source. They are dialed if the gate admits them.
     pub heard: Heard,
 }
 
@@ -74,7 +74,7 @@ impl Destinations {
         self.given.is_empty() && self.heard.is_empty()
     }
 
-    /// Adds hearsay.
+    /// Adds unverified addresses.
     pub fn hear(&mut self, heard: Heard) {
         self.heard.extend(heard);
     }
@@ -89,7 +89,7 @@ impl Destinations {
 }
 
 impl From<Vec<Multiaddr>> for Destinations {
-    /// Addresses that the user has given.
+    /// Takes the addresses as given by the user.
     fn from(given: Vec<Multiaddr>) -> Self {
         Self {
             given,
@@ -107,7 +107,7 @@ impl From<Heard> for Destinations {
     }
 }
 
-/// The addresses in it, each with its source.
+/// Returns the addresses, each with its source.
 pub(crate) fn heard(heard: Heard) -> impl Iterator<Item = (Source, Multiaddr)> {
     heard.0.into_iter().map(|address| (Source::Heard, address))
 }
@@ -115,10 +115,10 @@ pub(crate) fn heard(heard: Heard) -> impl Iterator<Item = (Source, Multiaddr)> {
 /// The source of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// The user.
+    /// The user gave the address.
     Given,
-    /// A multicast on a network of ours.
+    /// A peer announced it by multicast on one of this node's networks.
     Mdns,
-    /// Anybody.
+    /// Any other source: unverified.
     Heard,
 }

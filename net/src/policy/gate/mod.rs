@@ -1,29 +1,30 @@
-//! The gate that every dial passes: which destinations may be dialled, and how often.
+//! The address gate: decides which destinations may be dialed, and how often.
 //!
-//! Addresses come from two sources. *Given* addresses come from the user: configuration, a ticket, the command line,
-//! the API. They are dialled as they are. *Hearsay* ([`Heard`]) is what a peer, a record, a relay or any other message
-//! has stated. A stranger who chooses a destination could have this node attack its own machine, its network, or a
-//! third party, so hearsay is checked and paced.
+//! Addresses come from two sources. *Given* addresses come from the user: configuration, a ticket, the command line or
+//! the API. They are dialed without checks. *Unverified* addresses ([`Heard`]) come from a peer, a record, a relay or
+//! another message. An attacker who chooses the destination could make this node attack its own machine, its network or
+//! a third party, so unverified addresses are checked and rate-limited.
 //!
-//! [`Gate`] is a state machine without I/O. Its types make a forgotten check a compile error: hearsay does not turn
-//! into a [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialled. Behind them, the
-//! transport ([`Noted`](crate::transport::noted::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination
-//! that has none.
+//! [`Gate`] is a state machine without I/O. Its types make a forgotten check a compile error: an unverified address
+//! cannot be converted to a [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialed.
+//! As a second check, the transport ([`Noted`](crate::transport::noted::Noted)) takes a [`Permit`] for each socket it
+//! opens, and refuses a destination without one.
 //!
-//! Rules for hearsay, in order:
+//! Rules for unverified addresses, in order:
 //!
-//! 1. Never an unspecified, multicast, broadcast or link-local address, port 0, or a socket that this node listens on.
-//! 2. Loopback only while the mesh is on this machine ([`Extent::Machine`]), or a socket at which the peer has been
-//!    dialled.
-//! 3. Public addresses, except this machine's own while the mesh reaches beyond its networks.
-//! 4. Private addresses only where the peer has been dialled before; or while nobody from outside has been met
-//!    ([`Extent::Lan`]) and the address lies in a network of one of our interfaces, or in the private block of a given
-//!    address.
-//! 5. At most two IP addresses of a family and three ports at each, per peer and dial.
-//! 6. A destination that has not proved itself, by an authenticated connection, is dialled at the rates below, whoever
-//!    named it.
+//! 1. Unspecified, multicast, broadcast and link-local addresses, port 0, and sockets that this node listens on are
+//!   never dialed.
+//! 2. Loopback addresses are dialed only while the mesh is on this machine ([`Extent::Machine`]), or at a socket at
+//!   which the peer has been dialed.
+//! 3. Public addresses are dialed, except this machine's own while the mesh reaches beyond its networks.
+//! 4. Private addresses are dialed only where the peer has been dialed before; or while no peer from outside has been
+//!   met ([`Extent::Lan`]) and the address lies in a network of one of this node's interfaces, or in the private block
+//!   of a given address.
+//! 5. One dial of a peer goes to at most two IP addresses of a family and three ports at each.
+//! 6. A destination that has not proved itself by an authenticated connection is dialed at the rates below, regardless
+//!   of the source of its address.
 
-pub(crate) mod dialled;
+pub(crate) mod dialed;
 mod heard;
 pub(crate) mod resolve;
 pub(crate) mod seen;
@@ -56,40 +57,41 @@ use crate::{
         own::{self, first_places},
         site, socket, socket_within, starts_with_name,
     },
-    policy::gate::{dialled::Dialled, seen::Confirmed},
+    policy::gate::{dialed::Dialed, seen::Confirmed},
     split_peer_id,
 };
 
-/// Addresses of one dial that are looked at: those of sixteen places, each by TCP and by QUIC. A record holds as many.
+/// Most addresses considered for one dial: sixteen host and port pairs, each by TCP and by QUIC. A record holds as
+/// many.
 pub(crate) const MAX_ADDRESSES: usize = own::MAX_ADDRESSES;
 
 /// The extent of the mesh, as far as this node has seen. It never shrinks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Extent {
-    /// All on this machine.
+    /// All peers are on this machine.
     Machine,
-    /// Our own networks.
+    /// All peers are on this node's own networks.
     Lan,
-    /// The internet.
+    /// Peers are on the internet.
     World,
 }
 
-/// Why an address is not dialled.
+/// The reason that an address is not dialed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// The address cannot be a peer's.
+    /// No peer can have the address.
     Nowhere,
     /// The address is this node's own.
     Own,
-    /// The address lies on this machine or a private network, and nothing shows that the peer is there.
+    /// The address lies on this machine or a private network, and there is no evidence that the peer is there.
     Private,
-    /// Too many addresses for one peer.
+    /// The peer has too many addresses.
     Many,
-    /// Dialled too often lately, or in vain.
+    /// The destination was dialed too often lately, or dials to it failed.
     Often,
 }
 
-/// Addresses that may be dialled. Only the gate makes this value.
+/// Addresses that may be dialed. Only the gate makes this value.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     peer: PeerId,
@@ -111,12 +113,12 @@ impl Admitted {
     }
 }
 
-/// A socket that is dialled: the address, and whether by UDP. One port often serves both transports, and a dial by one
-/// is none by the other.
+/// A socket that is dialed: its address, and true for UDP. The transport is part of the key because one port often
+/// serves both, and a dial by one does not stand for the other.
 type Socket = (SocketAddr, bool);
 
-/// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it, and
-/// notes in [`Dialled`] that something is sent there.
+/// A socket address to which a component other than the swarm may send: a lane or a search. Only the gate makes it, and
+/// it notes in [`Dialed`] that packets are sent there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target(SocketAddr);
 
@@ -134,9 +136,9 @@ impl Target {
 /// The size of a search.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Effort {
-    /// 2,048 packets at most.
+    /// Up to 2,048 packets.
     Full,
-    /// An eighth of that.
+    /// An eighth of a full search.
     Small,
 }
 
@@ -145,30 +147,30 @@ pub(crate) enum Effort {
 pub(crate) struct Permit {
     count: usize,
     until: Instant,
-    /// Time that the other end may take to answer; `None`: no limit.
+    /// Time that the remote end may take to answer; `None`: no limit.
     pub(crate) patience: Option<Duration>,
 }
 
-/// Knowledge about a peer that is asked about.
+/// What this node knows about the peer to be dialed.
 #[derive(Debug, Default)]
 pub(crate) struct Evidence {
-    /// Sockets at which we have dialled the peer, and are connected to it.
-    pub(crate) dialled_at: Vec<SocketAddr>,
-    /// Relays that we are connected to directly: to use them costs no dial.
+    /// Sockets at which this node has dialed the peer and is connected to it.
+    pub(crate) dialed_at: Vec<SocketAddr>,
+    /// Relays with a direct connection; a circuit through them costs no dial.
     pub(crate) relays: HashSet<PeerId>,
-    /// Attempts of a hole punch, which have to be repeated while the last one is still under way.
+    /// True for attempts of a hole punch, which are repeated while the last attempt is still under way.
     pub(crate) again: bool,
 }
 
-/// Cheap to clone; all clones are one.
+/// Decides which destinations may be dialed, and how often. Clones share one state.
 #[derive(Debug, Clone)]
 pub(crate) struct Gate(Arc<Mutex<State>>);
 
 impl Gate {
-    /// A gate for a node to which these addresses were given, to dial or as its own.
+    /// Makes a gate for a node to which the user gave these addresses, to dial or as its own.
     pub(crate) fn new<'a>(given: impl Iterator<Item = &'a Multiaddr>) -> Self {
         let mut state = State {
-            dialled: Dialled::default(),
+            dialed: Dialed::default(),
             permits: HashMap::new(),
             base: None,
             unresolved: HashSet::new(),
@@ -206,9 +208,9 @@ impl Gate {
         state.expect("nothing panics while holding the lock")
     }
 
-    /// Returns the record of where this node has sent.
-    pub(crate) fn dialled(&self) -> Dialled {
-        self.state().dialled.clone()
+    /// Returns the record of addresses to which this node has sent packets.
+    pub(crate) fn dialed(&self) -> Dialed {
+        self.state().dialed.clone()
     }
 
     /// Returns the extent of the mesh.
@@ -220,11 +222,11 @@ impl Gate {
     pub(crate) fn listens_at(&self, at: impl Iterator<Item = SocketAddr>) {
         let mut state = self.state();
         state.listening = at.map(canonical).collect();
-        // Also of a network that is gone again.
+        // Update the extent now, so that it also covers networks that go away later.
         state.extent();
     }
 
-    /// A network of ours has come, or has gone.
+    /// Records that one of this node's networks has come up or gone down.
     pub(crate) fn network_changed(&self, network: IpNet, up: bool) {
         let mut state = self.state();
         state.networks.retain(|known| *known != network);
@@ -233,12 +235,12 @@ impl Gate {
         }
     }
 
-    /// The networks of ours are told anew.
+    /// Forgets this node's networks; they are reported again.
     pub(crate) fn forget_networks(&self) {
         self.state().networks.clear();
     }
 
-    /// A given name leads to these addresses; or nowhere, for now.
+    /// Records the addresses that a given name resolved to. If there are none, the name stays unresolved.
     pub(crate) fn resolved(&self, name: &Multiaddr, to: &[Multiaddr]) {
         let mut state = self.state();
         let was_given = state.unresolved.contains(&split_peer_id(name.clone()).0);
@@ -250,8 +252,8 @@ impl Gate {
         }
     }
 
-    /// Somebody was met at this address. A WebSocket that comes from this machine may be a proxy's, and whoever is
-    /// behind it anywhere.
+    /// Records that a peer was met at this address. A WebSocket connection from this machine may come from a reverse
+    /// proxy, and its peer may be anywhere.
     pub(crate) fn met(&self, address: &Multiaddr, proxied: bool) {
         let mut state = self.state();
         let Some(ip) = crate::address::first_ip(address) else {
@@ -266,7 +268,7 @@ impl Gate {
         state.extent();
     }
 
-    /// mDNS has announced a peer.
+    /// Records the addresses that mDNS announced for a peer.
     pub(crate) fn announced(&self, peer: PeerId, addresses: &[Multiaddr], now: Instant) {
         let mut state = self.state();
         state
@@ -274,7 +276,8 @@ impl Gate {
             .retain(|_, (_, at)| now.duration_since(*at) < FORGET);
         let room = state.neighbours.len() < MAX_NEIGHBOURS;
         if room || state.neighbours.contains_key(&peer) {
-            // Its bridges of containers lead nowhere, or to ours of the same address.
+            // Addresses of container bridges come last: they lead nowhere, or to this node's own bridge with the same
+            // address.
             let mut some = addresses.to_vec();
             some.sort_by_key(|address| state.distance(address));
             let some = first_places(some, own::MAX_PLACES);
@@ -290,8 +293,8 @@ impl Gate {
         addresses.map(|address| (Source::Mdns, address)).collect()
     }
 
-    /// Returns the addresses that may be dialled for `peer`. Names may not: they have to be resolved, and come back
-    /// here.
+    /// Returns the addresses that may be dialed for `peer`. Names are left out: they have to be resolved first, and
+    /// their addresses pass this gate.
     pub(crate) fn admit(
         &self,
         peer: PeerId,
@@ -307,7 +310,8 @@ impl Gate {
         };
         let mut few = Few::default();
         let mut sources = sources;
-        // Proven addresses come first, so that others do not take their place; an address that is also ours comes last.
+        // Proven addresses come first, so that others do not use up the limits; addresses that this node has too come
+        // last.
         sources.sort_by_key(|(source, address)| {
             let proven = socket_within(address).is_some_and(|at| state.is_proven(at, now));
             (*source != Source::Given, !proven, state.distance(address))
@@ -324,14 +328,14 @@ impl Gate {
                 Err(refusal) => {
                     state.refused += 1;
                     state.refused_often += u64::from(refusal == Refusal::Often);
-                    tracing::debug!(%peer, %address, ?refusal, "not dialled");
+                    tracing::debug!(%peer, %address, ?refusal, "not dialed");
                 }
             }
         }
         admitted
     }
 
-    /// Decides whether a lane may be dialled to `peer` at this address.
+    /// Decides whether a lane may be dialed to `peer` at this address.
     pub(crate) fn admit_lane(
         &self,
         peer: PeerId,
@@ -348,19 +352,19 @@ impl Gate {
         let charged = judged.and_then(|()| state.charge(at, now));
         match charged {
             Ok(()) => {
-                state.dialled.note(at, now);
+                state.dialed.note(at, now);
                 Some(Target(at))
             }
             Err(refusal) => {
                 state.refused += 1;
                 state.refused_often += u64::from(refusal == Refusal::Often);
-                tracing::debug!(%peer, %address, ?refusal, "no lane there");
+                tracing::debug!(%peer, %address, ?refusal, "lane not dialed");
                 None
             }
         }
     }
 
-    /// Returns those of these sockets that a search may send to: public ones, each IP address once in a while.
+    /// Returns the sockets that a search may send to: those at public addresses, each IP address once per pause.
     pub(crate) fn admit_search(&self, confirmed: &Confirmed, now: Instant) -> Vec<Target> {
         let mut state = self.state();
         let mut targets = Vec::new();
@@ -375,7 +379,7 @@ impl Gate {
             }
             if chosen.contains(&ip) || state.may_search(ip, now) {
                 chosen.insert(ip);
-                state.dialled.note_all_ports(at.ip(), now);
+                state.dialed.note_all_ports(at.ip(), now);
                 targets.push(Target(*at));
             } else {
                 state.refused_often += 1;
@@ -384,8 +388,8 @@ impl Gate {
         targets
     }
 
-    /// Admits one dial to the socket from which a probe of a search came. The source of a probe can be forged, so it
-    /// proves nothing; but there is one such dial to a search, which was admitted.
+    /// Admits one dial to the socket that a search's probe came from. The source of a probe can be forged, so it proves
+    /// nothing; but each search leads to at most one such dial, and the search was admitted.
     pub(crate) fn admit_found(&self, peer: PeerId, at: SocketAddr, now: Instant) -> Admitted {
         let mut state = self.state();
         let address = of_socket(at, Transport::Quic);
@@ -403,7 +407,7 @@ impl Gate {
             }
             Err(refusal) => {
                 state.refused += 1;
-                tracing::debug!(%peer, %address, ?refusal, "not dialled");
+                tracing::debug!(%peer, %address, ?refusal, "not dialed");
             }
         }
         admitted
@@ -418,14 +422,14 @@ impl Gate {
         }
     }
 
-    /// A dial begins.
+    /// Records that a dial begins.
     pub(crate) fn began(&self, id: ConnectionId, admitted: &Admitted) {
         let mut state = self.state();
         let tried = (admitted.peer, admitted.tried.clone());
         state.dials.insert(id, tried);
     }
 
-    /// A dial has failed.
+    /// Records that a dial has failed.
     pub(crate) fn failed(&self, id: ConnectionId, now: Instant) {
         let mut state = self.state();
         let Some((_, tried)) = state.dials.remove(&id) else {
@@ -436,17 +440,17 @@ impl Gate {
         }
     }
 
-    /// A dial has come to a connection, if only to another peer's.
+    /// Records that a dial led to a connection, even one to another peer.
     pub(crate) fn connected(&self, id: ConnectionId) {
         self.state().dials.remove(&id);
     }
 
-    /// An attempt outside of the swarm has failed.
+    /// Records that an attempt outside the swarm has failed.
     pub(crate) fn missed(&self, target: Target, now: Instant) {
         self.state().failed(target.0, now);
     }
 
-    /// A peer has proved with its key, on a connection, that it is there.
+    /// Records that a peer has proved with its key, on a connection, that it is at this address.
     pub(crate) fn proved(&self, at: SocketAddr, now: Instant) {
         let mut state = self.state();
         let at = canonical(at);
@@ -466,7 +470,7 @@ impl Gate {
         state.tried.remove(&DialTarget::of(at));
     }
 
-    /// The permit for one socket, which is used up by this.
+    /// Takes and uses up the permit for one socket.
     pub(crate) fn take_permit(&self, at: SocketAddr, udp: bool, now: Instant) -> Option<Permit> {
         let mut state = self.state();
         let key = (canonical(at), udp);
@@ -487,7 +491,7 @@ impl Gate {
         Some(taken)
     }
 
-    /// The rows of `weft limits`.
+    /// Returns the rows of `weft limits`.
     pub(crate) fn limits(&self, now: Instant) -> Vec<LimitUse> {
         let mut state = self.state();
         last_minute(&mut state.in_all, now);

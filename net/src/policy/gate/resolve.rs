@@ -1,8 +1,8 @@
-//! Names: resolved before the gate looks at where they lead, and before anything is dialled.
+//! DNS resolution of names in addresses. It comes before the gate checks the resulting addresses, and before any dial.
 //!
-//! A name that a stranger has stated causes packets to the resolver, and tells the stranger's name server that somebody
-//! asks. So the names of hearsay are few, and those that cannot be looked up outside of our own networks are not looked
-//! up at all.
+//! An unverified name makes this node send packets to the resolver, and tells the name server of the attacker who named
+//! it that a node is asking. So few unverified names are resolved. Names that only resolve inside private networks are
+//! not looked up at all.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -19,36 +19,35 @@ use crate::{
     address::{keep_name, starts_with_name},
 };
 
-/// Names of hearsay that are resolved in a minute. A mesh has few of them: relays behind reverse proxies.
+/// Unverified names resolved per minute. A mesh has few of them: relays behind reverse proxies.
 const PER_MINUTE: usize = 30;
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Names of hearsay resolved for one dial.
+/// Unverified names resolved for one dial.
 const PER_DIAL: usize = 2;
 
-/// Look-ups for one name, with all to which a `/dnsaddr` leads: that name, and one more step for each of its first
-/// records.
+/// Most DNS lookups for one name, including all that a `/dnsaddr` leads to: the name itself, and one more step for each
+/// of its first records.
 const LOOK_UPS: usize = 4;
 const GIVEN_LOOK_UPS: usize = 16;
 
 /// Greatest depth of nested `/dnsaddr` records.
 const DEPTH: usize = 2;
 
-/// Addresses to which one name leads.
+/// Most addresses that one name can resolve to.
 const MAX_ADDRESSES: usize = 16;
 
-/// Resolutions under way at a time.
+/// Most resolutions under way at a time.
 const AT_A_TIME: usize = 16;
 
 /// Longest time to resolve a name.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Time for which a name of hearsay that leads nowhere is not looked up again, and number of such names remembered.
+/// Time for which a failed unverified name is not looked up again, and the number of such names remembered.
 const FAILED: Duration = Duration::from_secs(300);
 const MAX_FAILED: usize = 256;
 
-/// Names under these are resolved within a network or a machine, and by nobody else (RFC 6761, RFC 6762, RFC 8375, and
-/// what is in use).
+/// Domains whose names resolve only within a network or a machine (RFC 6761, RFC 6762, RFC 8375, and common usage).
 const LOCAL: [&str; 12] = [
     "localhost",
     "local",
@@ -64,7 +63,7 @@ const LOCAL: [&str; 12] = [
     "onion",
 ];
 
-/// The resolver, and what it was asked lately.
+/// The resolver and its recent lookups.
 pub(crate) struct Names {
     resolver: Option<TokioResolver>,
     lately: VecDeque<Instant>,
@@ -79,8 +78,8 @@ impl Names {
             TokioResolver::builder_tokio().and_then(hickory_resolver::ResolverBuilder::build);
         let resolver = resolver
             .inspect_err(|error| {
-                // A machine without a resolver still has addresses.
-                tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialled");
+                // A machine without a resolver can still dial IP addresses.
+                tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialed");
             })
             .ok();
         Self {
@@ -92,7 +91,8 @@ impl Names {
         }
     }
 
-    /// Returns true if a name may be looked up. `near`: the mesh is our own network, and its names are too.
+    /// Returns true if an unverified name may be looked up. `near`: the mesh is within this node's own networks, so
+    /// local names are allowed.
     fn admit(&mut self, address: &Multiaddr, near: bool, now: Instant) -> bool {
         while self
             .lately
@@ -112,7 +112,7 @@ impl Names {
         admitted
     }
 
-    /// Of the addresses that were heard, those whose names are resolved now.
+    /// Returns the unverified addresses whose names are resolved now.
     pub(crate) fn few(
         &mut self,
         heard: impl Iterator<Item = Multiaddr>,
@@ -128,15 +128,15 @@ impl Names {
         few
     }
 
-    /// Resolves an address that begins with a name; `given`: by the user. [`done`](Self::done) is to follow. `None`:
-    /// too many are under way.
+    /// Resolves an address that begins with a name; `given` is true if the user gave it. The caller must call
+    /// [`done`](Self::done) afterwards. Returns `None` if too many resolutions are under way.
     pub(crate) fn resolve(
         &mut self,
         address: Multiaddr,
         given: bool,
         near: bool,
     ) -> Option<impl Future<Output = Result<Vec<Multiaddr>, String>> + Send + use<>> {
-        // The user's own come through.
+        // Names that the user gave are not limited.
         if self.running >= AT_A_TIME && !given {
             self.refused += 1;
             return None;
@@ -166,7 +166,7 @@ impl Names {
         })
     }
 
-    /// A resolution is over.
+    /// Records the end of a resolution.
     pub(crate) fn done(&mut self, address: &Multiaddr, leads_somewhere: bool, now: Instant) {
         self.running = self.running.saturating_sub(1);
         if !leads_somewhere && self.failed.len() < MAX_FAILED {
@@ -174,7 +174,7 @@ impl Names {
         }
     }
 
-    /// The rows of `weft limits`.
+    /// Returns the rows of `weft limits`.
     pub(crate) fn limits(&mut self, now: Instant) -> [LimitUse; 2] {
         while self
             .lately
@@ -207,13 +207,13 @@ fn is_global(address: &Multiaddr) -> bool {
         _ => return false,
     };
     match name.rsplit_once('.') {
-        // A name that looks like an IP address is one, written so that it is overlooked.
+        // A name that looks like an IP address is refused: it is an IP address in disguise.
         Some((_, last)) => !LOCAL.contains(&last) && last.parse::<u32>().is_err(),
         None => false,
     }
 }
 
-/// Replaces the name at the beginning by what it leads to.
+/// Replaces the name at the beginning of an address with the addresses that it resolves to.
 fn expand<'a>(
     resolver: &'a TokioResolver,
     address: Multiaddr,
@@ -233,7 +233,7 @@ fn expand<'a>(
             return Ok(());
         }
         *left -= 1;
-        // The certificate of a secure WebSocket is chosen by the name.
+        // The name stays in the address of a secure WebSocket, because it selects the certificate.
         let address = keep_name(address);
         let mut parts = address.iter();
         let first = parts.next();
@@ -272,12 +272,12 @@ fn expand<'a>(
                         }
                         _ => None,
                     })
-                    // It lists addresses of many peers; those that end as what was asked for are meant.
+                    // The record lists addresses of many peers; keep those that end like the address asked for.
                     .filter(|listed: &Multiaddr| rest.is_empty() || listed.ends_with(&rest))
                     .collect();
                 listed.truncate(MAX_ADDRESSES);
                 for address in listed {
-                    // One that leads nowhere does not hide the others.
+                    // A failed entry does not hide the others.
                     let _ = expand(resolver, address, near, depth - 1, left, found).await;
                 }
                 return Ok(());

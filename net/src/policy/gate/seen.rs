@@ -1,14 +1,15 @@
-//! Asking third peers whether they see a peer where it says to be, before many packets are sent there.
+//! Asks witnesses whether a peer is at the address it claims, before many packets are sent there.
 //!
-//! A search for a port (`search.rs`) sends up to 2,048 packets to an address that the other side names. Nothing that
-//! comes back proves the address: a peer can forge the source of a packet. A TCP or QUIC connection does prove it, so
-//! the question goes to peers with which the other side may have one:
+//! A search for a port (`search.rs`) sends up to 2,048 packets to an address that the remote peer names. The answers do
+//! not prove the address, because the source of a packet can be forged. A TCP or QUIC connection does prove it, so the
+//! question goes to peers that may have a connection with the remote peer:
 //!
 //! - witnesses that this node has chosen: bootstrap nodes, and relays that hold a reservation for it;
-//! - the relay between the two. The other side may have chosen it, and may run it: its word is good for a small search.
+//! - the relay between the two peers. The remote peer may have chosen it, and may run it, so its answer only allows a
+//!   small search.
 //!
-//! Without a witness there is no search. A witness says yes or no to addresses that the asker names, which the asker
-//! has from the peer itself; it tells nobody where a peer is.
+//! Without a witness there is no search. A witness answers yes or no for addresses that the asker names and has from
+//! the peer itself. It never reveals a peer's address.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -29,26 +30,27 @@ use crate::{
     policy::gate::Effort,
 };
 
-/// The protocol's name.
+/// Name of the protocol.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/seen/1");
 
-/// Bytes in a message: a PeerId has 38 to 42, an address four.
+/// Largest message, in bytes. A PeerId has 38 to 42 bytes, an address four.
 const MAX_MESSAGE: usize = 128;
 
-/// Addresses in a question: as many as a search sends to.
+/// Most addresses in a question: as many as a search sends to.
 const MAX_IPS: usize = 2;
 
 /// Time for a question and its answer: four round trips of 500 ms.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Witnesses asked besides the relay in between.
+/// Most witnesses asked, besides the relay in between.
 pub(crate) const MAX_WITNESSES: usize = 4;
 
-/// Time for which a question counts after its answer, so that nobody finds a peer by asking for all addresses: with
-/// four at a time, an asker gets through 96 addresses in a minute, and through all of IPv4 in 85 years.
+/// Time for which a question counts after its answer. It keeps an asker from finding a peer by asking for all
+/// addresses. With four questions at a time, an asker gets through 96 addresses per minute, and through all of IPv4 in
+/// 85 years.
 pub(crate) const SETTLES: Duration = Duration::from_secs(5);
 
-/// Questions that count at a time, in all and of one peer: a node searches for four peers at a time.
+/// Most questions that count at a time, in total and per peer. A node searches for four peers at a time.
 pub(crate) const MAX_QUESTIONS: (usize, usize) = (128, 4);
 
 #[derive(Debug, thiserror::Error)]
@@ -59,24 +61,24 @@ pub(crate) enum SeenError {
     NoPeer,
 }
 
-/// Is this peer at these addresses?
+/// A question: is this peer at these addresses?
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Question {
     pub(crate) peer: PeerId,
     pub(crate) ips: Vec<Ipv4Addr>,
 }
 
-/// The reason to believe a witness.
+/// How far a witness is trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Witness {
-    /// This node has chosen it.
+    /// This node has chosen the witness.
     Chosen,
-    /// The relay in between, which the other side may have chosen.
+    /// The witness is the relay in between, which the remote peer may have chosen.
     Between,
 }
 
-/// Sockets at whose IP addresses a witness sees the peer. Only this module makes the value, and only for it the gate
-/// admits a search.
+/// Sockets at whose IP addresses a witness sees the peer. Only this module makes the value, and the gate admits a
+/// search only for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Confirmed {
     targets: Vec<SocketAddr>,
@@ -108,7 +110,7 @@ fn ipv4(at: &SocketAddr) -> Option<Ipv4Addr> {
     }
 }
 
-/// Makes the question that the targets of a search raise.
+/// Makes the question for the targets of a search.
 pub(crate) fn question(peer: PeerId, targets: &[SocketAddr]) -> Question {
     let mut ips = Vec::new();
     for ip in targets.iter().filter_map(ipv4) {
@@ -119,8 +121,8 @@ pub(crate) fn question(peer: PeerId, targets: &[SocketAddr]) -> Question {
     Question { peer, ips }
 }
 
-/// Asks all witnesses at once and returns the targets that may be searched: at the addresses that a chosen witness
-/// confirms, or else at those that the relay in between does. `None` if nobody does.
+/// Asks all witnesses at once and returns the targets that may be searched: those that a chosen witness confirms, or
+/// else those that the relay in between confirms. Returns `None` if no witness confirms any.
 pub(crate) async fn confirm<F>(
     targets: &[SocketAddr],
     witnesses: impl IntoIterator<Item = (Witness, F)>,
@@ -186,7 +188,7 @@ where
     })
 }
 
-/// Answers a question, of whose addresses the peer is seen at `seen`.
+/// Answers a question with `seen`, the addresses in it at which the peer is seen.
 pub(crate) async fn answer<S>(stream: &mut S, seen: &[Ipv4Addr]) -> Result<(), SeenError>
 where
     S: AsyncWrite + Unpin,
@@ -248,7 +250,7 @@ mod tests {
             (Witness::Between, Either::Left(ready(None))),
         ];
         assert_eq!(confirm(elsewhere).await, None);
-        // One is enough, and the silent ones do not hold it up for ever.
+        // One confirmation is enough, and silent witnesses do not delay it for ever.
         let there = vec![
             (Witness::Chosen, silent()),
             (Witness::Chosen, says(&[])),
@@ -264,7 +266,7 @@ mod tests {
         let confirmed = confirm(&targets(), vec![relay, (Witness::Chosen, silent())]).await;
         let confirmed = confirmed.unwrap();
         assert_eq!(confirmed.effort(), Effort::Small);
-        // A witness of our own overrules it.
+        // A witness that this node has chosen overrules the relay.
         let relay = (Witness::Between, says(&["198.51.100.7", "203.0.113.9"]));
         let ours = (Witness::Chosen, says(&["203.0.113.9"]));
         let confirmed = confirm(&targets(), vec![relay, ours]).await.unwrap();
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_question_is_answered_and_the_answer_adds_nothing() {
+    async fn an_answer_contains_only_addresses_of_the_question() {
         let question = question(PeerId::random(), &targets());
         let (near, mut far) = tokio::io::duplex(1024);
         let witness = async {

@@ -1,4 +1,4 @@
-//! The gate's state and its rules: what an address may be, and how often it may be dialled.
+//! The address gate's state and rules: which addresses may be dialed, and how often.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -9,95 +9,96 @@ use std::{
 use if_watch::IpNet;
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 
-use super::{Evidence, Extent, Permit, Refusal, Socket, Source, dialled::Dialled};
+use super::{Evidence, Extent, Permit, Refusal, Socket, Source, dialed::Dialed};
 use crate::{
     Transport,
     address::{is_public, is_relayed, network, site, socket, socket_within, starts_with_name},
     split_peer_id,
 };
 
-/// IP addresses of one family, and ports at each, that a peer can have this node dial at a time. A host has one or two
-/// addresses; its node listens on one port, beside 443 and a forwarded one.
+/// Most IP addresses of one family, and most ports at each, that one peer can make this node dial at a time. A host has
+/// one or two addresses. Its node listens on one port, beside 443 and a forwarded port.
 pub(super) const MAX_PLACES: usize = 2;
 pub(super) const MAX_PORTS: usize = 3;
 
-/// Attempts at one IP address: three ports, each by TCP and by QUIC.
+/// Most attempts at one IP address in one dial: three ports, each by TCP and by QUIC.
 pub(super) const MAX_AT_PLACE: usize = 2 * MAX_PORTS;
 
-/// The window of the rates.
+/// The time window of the rates.
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
-/// Attempts a minute at one public IP address (one /64 of IPv6) that has not proved itself: a peer with six addresses
-/// there, twice.
+/// Attempts per minute at one public IP address (one IPv6 /64) that has not proved itself: enough to dial a peer with
+/// six addresses there twice.
 pub(super) const PER_PLACE: usize = 12;
 
-/// Attempts a minute in one network (a /24 of IPv4, a /48 of IPv6): four such places.
+/// Attempts per minute in one network (an IPv4 /24, an IPv6 /48): enough for four such addresses.
 pub(super) const PER_NETWORK: usize = 48;
 
-/// Attempts a minute at all public destinations that have not proved themselves: a look-up among strangers dials some
-/// sixty nodes at two to four addresses each.
+/// Attempts per minute at all public destinations that have not proved themselves. A lookup among unknown nodes dials
+/// about sixty nodes at two to four addresses each.
 pub(super) const IN_ALL: usize = 512;
 
-/// Attempts a minute at one socket on this machine or on our own network: nodes that share an IP address are told apart
-/// by their ports.
+/// Attempts per minute at one socket on this machine or on this node's own network. Sockets are counted because nodes
+/// that share an IP address there differ in their ports.
 pub(super) const PER_SOCKET: usize = 30;
 
-/// Attempts a minute at all of these.
+/// Attempts per minute at all sockets on this machine and on this node's own networks.
 pub(super) const NEAR_IN_ALL: usize = 4096;
 
-/// The first and the longest pause after every [`PER_PLACE`] attempts in a row have failed at a place; each pause is
-/// twice the last.
+/// The first and the longest pause after [`PER_SITE`] attempts in a row have failed at a site. Each pause is twice as
+/// long as the one before.
 pub(super) const PAUSE: (Duration, Duration) = (MINUTE, Duration::from_secs(3600));
 
-/// A failure is forgotten after this long: twice the longest pause.
+/// Time after which failures are forgotten: twice the longest pause.
 pub(super) const FORGET: Duration = Duration::from_secs(2 * 3600);
 
-/// Time within which packets must come back from an attempt at an unproven destination: the fourth retransmission of
-/// QUIC's or TCP's first packet would follow. Ten round trips of 500 ms fit.
+/// Time within which an unproven destination must answer. At its end the fourth retransmission of the first QUIC or TCP
+/// packet would follow. Ten round trips of 500 ms fit.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A destination has proved itself for this long after its last authenticated connection.
+/// Time for which a destination counts as proven after its last authenticated connection.
 pub(super) const PROVEN: Duration = Duration::from_secs(3600);
 
-/// Destinations whose attempts are remembered, and those that have proved themselves. When it is full, the one not
-/// dialled for the longest goes: to wash out one entry takes half an hour of all attempts there are.
+/// Most destinations remembered with their attempts, and most proven destinations remembered. When full, the
+/// destination not dialed for the longest time is dropped. Displacing one entry takes an attacker half an hour of all
+/// admitted attempts.
 pub(super) const MAX_TRIED: usize = 16_384;
 pub(super) const MAX_PROVEN: usize = 4096;
 
-/// Networks whose attempts of the last minute are counted: not more than there are attempts.
+/// Most networks whose attempts in the last minute are counted: as many as attempts are admitted.
 pub(super) const MAX_NETWORKS: usize = IN_ALL;
 
-/// Permits that wait for the transport. Each dial has sixteen at most and takes them at once.
+/// Most permits that wait for the transport. Each dial has at most sixteen and takes them at once.
 pub(super) const MAX_PERMITS: usize = 4096;
 
 /// Time for which a permit waits for the transport.
 pub(super) const PERMIT: Duration = Duration::from_secs(30);
 
-/// Given addresses of relays, remembered until the circuit through them is dialled.
+/// Most given addresses of relays, remembered until the circuit through them is dialed.
 pub(super) const MAX_CIRCUITS: usize = 1024;
 
-/// The first and the longest pause between two searches for a port at one IP address. A search is 2,048 packets at
-/// most.
+/// The first and the longest pause between two searches for a port at one IP address. A search sends up to 2,048
+/// packets.
 pub(super) const SEARCH: (Duration, Duration) =
     (Duration::from_secs(600), Duration::from_secs(24 * 3600));
 
-/// IP addresses whose last search is remembered; no search begins while it is full.
+/// Most IP addresses whose last search is remembered; while it is full, no search of another address begins.
 pub(super) const MAX_SEARCHED: usize = 1024;
 
-/// Peers announced by mDNS that are remembered.
+/// Most peers remembered that mDNS announced.
 pub(super) const MAX_NEIGHBOURS: usize = 256;
 
-/// Private blocks of given addresses.
+/// Most private blocks of given addresses.
 pub(super) const MAX_BLOCKS: usize = 64;
 
 /// Attempts at a destination.
 #[derive(Debug)]
 pub(super) struct Tried {
-    /// Those of the last minute.
+    /// Times of the attempts in the last minute.
     pub(super) lately: VecDeque<Instant>,
     /// Failures since the last connection.
     pub(super) failures: usize,
-    /// No attempt before.
+    /// Time until which the destination is not tried again.
     pub(super) until: Option<Instant>,
     pub(super) last: Instant,
 }
@@ -105,24 +106,24 @@ pub(super) struct Tried {
 /// A destination whose attempts are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum DialTarget {
-    /// An IPv4 address, or a /64 of IPv6.
+    /// A public IPv4 address or IPv6 /64.
     Site(IpAddr),
-    /// On this machine or our own network.
+    /// A socket on this machine or on this node's own networks.
     Socket(SocketAddr),
 }
 
 #[derive(Debug)]
 pub(super) struct State {
     /// Addresses to which this node has sent packets.
-    pub(super) dialled: Dialled,
+    pub(super) dialed: Dialed,
     pub(super) permits: HashMap<Socket, Permit>,
-    /// The extent that the addresses given by the user show, as far as they show one.
+    /// The widest extent of the addresses given by the user; `None` if no IP address was given.
     pub(super) base: Option<Extent>,
-    /// Given names that have not been resolved yet: they may lead anywhere.
+    /// Given names that have not been resolved yet; they may lead anywhere.
     pub(super) unresolved: HashSet<Multiaddr>,
-    /// The farthest place that was met.
+    /// The farthest extent of a peer that was met.
     pub(super) met: Extent,
-    /// The extent that was last found.
+    /// The extent found last.
     pub(super) extent: Extent,
     /// Private blocks of given addresses.
     pub(super) blocks: HashSet<(IpAddr, u8)>,
@@ -142,12 +143,12 @@ pub(super) struct State {
     pub(super) refused_permits: u64,
 }
 
-/// Without an IPv4 address that an IPv6 address may be hiding.
+/// Returns the socket address with an IPv4-mapped IPv6 address replaced by the IPv4 address.
 pub(super) fn canonical(at: SocketAddr) -> SocketAddr {
     SocketAddr::new(at.ip().to_canonical(), at.port())
 }
 
-/// The private block that an address is part of (RFC 1918, RFC 6598; of RFC 4193, the /48 of one site).
+/// Returns the private block that an address is part of (RFC 1918, RFC 6598; of RFC 4193, the /48 of one site).
 pub(super) fn block(ip: IpAddr) -> Option<(IpAddr, u8)> {
     match ip.to_canonical() {
         IpAddr::V4(ip) => {
@@ -171,20 +172,20 @@ pub(super) fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
-/// No peer has such an address.
+/// Returns true for an address that no peer can have.
 pub(super) fn is_nowhere(ip: IpAddr) -> bool {
     let broadcast = matches!(ip, IpAddr::V4(ip) if ip.is_broadcast() || ip.octets()[0] == 0);
     ip.is_unspecified() || ip.is_multicast() || broadcast || is_link_local(ip)
 }
 
-/// Addresses that a resolver makes up for names, to be replaced on their way (RFC 2544's, as proxies use them): where
-/// they lead is not known.
+/// Returns true for an address that a resolver makes up for a name, to be replaced on the way (from the range of RFC
+/// 2544, as proxies use it). The real destination is not known.
 pub(crate) fn is_made_up(ip: IpAddr) -> bool {
     matches!(ip.to_canonical(), IpAddr::V4(ip) if matches!(ip.octets(), [198, 18 | 19, ..]))
 }
 
-/// Returns the address of the relay of a relayed address, and the relay. `None`: the address is not relayed, or not
-/// through one relay.
+/// Splits a relayed address into the address of the relay and the relay's PeerId. Returns `None` if the address is not
+/// relayed, or passes through more than one relay.
 pub(super) fn circuit(address: &Multiaddr) -> Option<(Multiaddr, PeerId)> {
     let hops = address.iter().filter(|part| *part == Protocol::P2pCircuit);
     if hops.count() != 1 {
@@ -221,10 +222,10 @@ impl DialTarget {
     }
 }
 
-/// The addresses that were admitted of one dial's hearsay.
+/// The unverified addresses admitted for one dial.
 #[derive(Default)]
 pub(super) struct Few {
-    /// Ports and attempts by IP address.
+    /// Ports and number of attempts, by IP address.
     pub(super) places: HashMap<IpAddr, (HashSet<u16>, usize)>,
     pub(super) relayed: usize,
 }
@@ -250,7 +251,7 @@ impl Few {
 }
 
 impl State {
-    /// The user has given this address.
+    /// Records an address that the user has given.
     pub(super) fn given(&mut self, address: &Multiaddr) {
         let Some(ip) = crate::address::first_ip(address) else {
             return;
@@ -266,7 +267,7 @@ impl State {
         }
     }
 
-    /// Returns the distance of an address.
+    /// Returns the smallest extent of a mesh that contains this address.
     pub(super) fn place(&self, ip: IpAddr) -> Extent {
         if ip.is_loopback() || self.is_own_ip(ip) {
             Extent::Machine
@@ -293,9 +294,9 @@ impl State {
         self.extent.max(base)
     }
 
-    /// Order in which addresses of one peer are looked at, where others do not decide: first those that can lead to
-    /// another machine; then private ones on none of our networks; then those at an IP address of ours, such as the one
-    /// that a bridge of containers has on every machine.
+    /// Returns the order in which unverified addresses of one peer are considered. First come addresses that can lead
+    /// to another machine. Private addresses outside this node's networks come next. Last come IP addresses that this
+    /// node has too, such as a container bridge's, which is the same on every machine.
     pub(super) fn distance(&self, address: &Multiaddr) -> u8 {
         match crate::address::first_ip(address) {
             Some(ip) if ip.is_loopback() => 0,
@@ -310,7 +311,7 @@ impl State {
             || self.networks.iter().any(|network| network.addr() == ip)
     }
 
-    /// On a network of one of our interfaces.
+    /// Returns true if the address lies in a network of one of this node's interfaces.
     pub(super) fn is_on_link(&self, ip: IpAddr) -> bool {
         self.networks.iter().any(|network| network.contains(&ip))
     }
@@ -320,7 +321,7 @@ impl State {
         last.is_some_and(|last| now.duration_since(*last) < PROVEN)
     }
 
-    /// Decides whether an address that was heard may be dialled at all.
+    /// Decides whether an unverified address may be dialed at all, regardless of rates.
     pub(super) fn judge(
         &mut self,
         source: Source,
@@ -336,8 +337,8 @@ impl State {
         if self.listening.contains(&at) {
             return Err(Refusal::Own);
         }
-        let dialled = |one: &&SocketAddr| canonical(**one) == at;
-        if evidence.dialled_at.iter().any(|one| dialled(&one)) {
+        let dialed = |one: &&SocketAddr| canonical(**one) == at;
+        if evidence.dialed_at.iter().any(|one| dialed(&one)) {
             return Ok(());
         }
         if ip.is_loopback() {
@@ -355,7 +356,7 @@ impl State {
             return Ok(());
         }
         let there = evidence
-            .dialled_at
+            .dialed_at
             .iter()
             .any(|one| one.ip().to_canonical() == ip);
         let given = block(ip).is_some_and(|block| self.blocks.contains(&block));
@@ -363,7 +364,7 @@ impl State {
         (there || near).then_some(()).ok_or(Refusal::Private)
     }
 
-    /// Counts an attempt at an unproven destination, if there may be one.
+    /// Counts an attempt at an unproven destination, or refuses it if a rate is reached.
     pub(super) fn charge(&mut self, at: SocketAddr, now: Instant) -> Result<(), Refusal> {
         if self.is_proven(at, now) {
             return Ok(());
@@ -433,10 +434,10 @@ impl State {
     }
 
     pub(super) fn failed(&mut self, at: SocketAddr, now: Instant) {
-        // One that was there and is no more has to prove itself again.
+        // A destination that stopped answering has to prove itself again.
         self.proven.remove(&canonical(at));
         let place = DialTarget::of(at);
-        // A node on our own network that restarts is to be found at once.
+        // A node on this node's own network may restart and has to be found at once, so failures there cause no pause.
         let DialTarget::Site(_) = place else {
             return;
         };
@@ -451,7 +452,7 @@ impl State {
         }
     }
 
-    /// Decides whether one address may be dialled; returns the socket that is tried by it.
+    /// Decides whether one address may be dialed. Returns the socket that the dial tries.
     pub(super) fn admit_one(
         &mut self,
         peer: PeerId,
@@ -469,7 +470,7 @@ impl State {
         }
         let at = socket_within(address);
         if source == Source::Given {
-            // The transport refuses an address that is no socket, and says so to the user.
+            // The transport refuses an address that is not a socket, and reports it to the user.
             if let Some(at) = at {
                 self.permit(at, address, None, now)?;
             }
@@ -479,7 +480,7 @@ impl State {
         self.judge(source, at, evidence)?;
         let key = (at, is_udp(address));
         let under_way =
-            |(dialled, tried): &(PeerId, Vec<Socket>)| *dialled == peer && tried.contains(&key);
+            |(dialed, tried): &(PeerId, Vec<Socket>)| *dialed == peer && tried.contains(&key);
         if !evidence.again && self.dials.values().any(under_way) {
             return Err(Refusal::Many);
         }
@@ -492,7 +493,7 @@ impl State {
         Ok(Some(key))
     }
 
-    /// Decides whether to dial through a relay. The relay itself is dialled later, and passes the gate then.
+    /// Decides whether to dial through a relay. The relay itself is dialed later, and passes the gate then.
     pub(super) fn admit_circuit(
         &mut self,
         source: Source,
@@ -541,7 +542,7 @@ impl State {
             patience,
         });
         if permit.count > 0 && permit.until > now {
-            // An address that the user has given may take its time.
+            // The time limit is lifted if the user has given the address.
             permit.patience = permit.patience.and(patience);
             permit.count += 1;
         } else {
@@ -552,7 +553,7 @@ impl State {
         Ok(())
     }
 
-    /// Decides whether a search may begin at an IP address: each one that follows doubles the pause.
+    /// Decides whether a search may begin at an IP address. Each further search doubles the pause.
     pub(super) fn may_search(&mut self, ip: IpAddr, now: Instant) -> bool {
         self.searched
             .retain(|_, (next, pause)| now < *next + *pause);

@@ -1,4 +1,4 @@
-//! The rules of the gate, one by one.
+//! Tests of the address gate's rules.
 
 use super::{
     state::{MAX_NETWORKS, MAX_PLACES, MAX_PORTS, PER_SOCKET, PERMIT},
@@ -13,7 +13,7 @@ fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-/// A gate of a node with this given address and these sockets and networks of its own.
+/// Makes a gate for a node with this given address, listening sockets and networks.
 fn gate(given: Option<&str>, listening: &[&str], networks: &[&str]) -> Gate {
     let given: Vec<_> = given.into_iter().map(address).collect();
     let gate = Gate::new(given.iter());
@@ -24,7 +24,7 @@ fn gate(given: Option<&str>, listening: &[&str], networks: &[&str]) -> Gate {
     gate
 }
 
-/// A node at home that knows the internet.
+/// Makes a gate for a node on a home network that knows the internet.
 fn home() -> Gate {
     gate(
         Some("/ip4/11.0.1.1/tcp/443"),
@@ -49,7 +49,7 @@ fn heard_one(gate: &Gate, text: &str) -> bool {
 }
 
 #[test]
-fn hearsay_leads_to_public_addresses_only_and_what_is_given_anywhere() {
+fn unverified_addresses_are_dialed_if_public_and_given_ones_always() {
     let relay = PeerId::random();
     let refused = [
         "/ip4/127.0.0.1/tcp/6379".to_owned(),
@@ -96,14 +96,14 @@ fn hearsay_leads_to_public_addresses_only_and_what_is_given_anywhere() {
     ] {
         assert!(heard_one(&home(), text), "{text}");
     }
-    // A name is not dialled: where it leads is.
+    // A name is not dialed; the addresses that it resolves to are.
     assert!(!heard_one(&home(), "/dns4/localhost/tcp/8080/ws"));
 }
 
 #[test]
-fn a_mesh_on_one_machine_stays_there_until_somebody_else_is_met() {
+fn a_mesh_on_one_machine_stays_there_until_a_peer_from_outside_is_met() {
     let loopback = "/ip4/127.0.0.1/tcp/7";
-    // The bootstrap node is here, or this node listens nowhere else.
+    // The bootstrap node is on this machine, or this node listens only on loopback.
     let demo = gate(
         Some("/ip4/127.0.0.1/tcp/1"),
         &["10.0.0.5:9338"],
@@ -115,7 +115,7 @@ fn a_mesh_on_one_machine_stays_there_until_somebody_else_is_met() {
         assert!(heard_one(gate, loopback));
     }
     assert!(heard_one(&demo, "/ip4/10.0.0.5/tcp/7"));
-    // Nothing says so.
+    // Without a given or loopback listening address, the mesh is not taken to be on one machine.
     for gate in [
         gate(None, &["10.0.0.5:9338"], &["10.0.0.5/24"]),
         gate(None, &[], &[]),
@@ -123,7 +123,7 @@ fn a_mesh_on_one_machine_stays_there_until_somebody_else_is_met() {
         gate(Some("/ip4/11.0.1.1/tcp/1"), &["127.0.0.1:9338"], &[]),
         home(),
     ] {
-        // Also if somebody comes from here, as strangers do behind a reverse proxy.
+        // Also if a peer connects from this machine, as peers behind a reverse proxy do.
         gate.met(&address(loopback), false);
         assert!(!heard_one(&gate, loopback));
     }
@@ -132,13 +132,13 @@ fn a_mesh_on_one_machine_stays_there_until_somebody_else_is_met() {
     demo.met(&address("/ip4/11.0.9.9/tcp/1"), false);
     assert!(!heard_one(&demo, loopback));
     assert!(!heard_one(&demo, "/ip4/10.0.0.5/tcp/7"));
-    // It never shrinks.
+    // The extent never shrinks.
     demo.met(&address(loopback), false);
     assert_eq!(demo.extent(), Extent::World);
 }
 
 #[test]
-fn a_mesh_on_private_networks_reaches_those_of_its_interfaces_and_of_what_was_given() {
+fn a_mesh_on_private_networks_dials_networks_of_its_interfaces_and_of_given_addresses() {
     let lan = gate(None, &["192.168.1.7:9338"], &["192.168.1.7/24"]);
     assert_eq!(lan.extent(), Extent::Lan);
     assert!(heard_one(&lan, "/ip4/192.168.1.9/tcp/7"));
@@ -149,7 +149,7 @@ fn a_mesh_on_private_networks_reaches_those_of_its_interfaces_and_of_what_was_gi
     ] {
         assert!(!heard_one(&lan, elsewhere), "{elsewhere}");
     }
-    // Routed networks, of which the user has named an address.
+    // Routed networks, of which the user has given an address.
     let routed = gate(
         Some("/ip4/10.7.0.1/tcp/1"),
         &["10.9.0.7:9338"],
@@ -165,7 +165,7 @@ fn a_mesh_on_private_networks_reaches_those_of_its_interfaces_and_of_what_was_gi
 }
 
 #[test]
-fn a_given_name_counts_by_where_it_leads() {
+fn a_given_name_counts_by_the_addresses_it_resolves_to() {
     let boot = address("/dns4/boot.example/tcp/1");
     let gate = gate(
         Some("/dns4/boot.example/tcp/1"),
@@ -180,16 +180,16 @@ fn a_given_name_counts_by_where_it_leads() {
 }
 
 #[test]
-fn neighbours_are_dialled_where_they_announce_themselves_on_our_networks() {
+fn mdns_peers_are_dialed_at_announced_addresses_on_our_networks() {
     let (gate, now) = (home(), Instant::now());
     let mdns = |text| !admitted(&gate, Source::Mdns, &[text], now).is_empty();
     assert!(mdns("/ip4/192.168.1.9/tcp/9338"));
     assert!(!mdns("/ip4/192.168.2.9/tcp/9338"));
     assert!(!mdns("/ip4/127.0.0.1/tcp/9338"));
     assert!(!mdns("/ip4/11.0.2.1/tcp/9338"));
-    // The peer is at an address if we have dialled it there and are connected to it.
+    // A peer is at an address if this node has dialed it there and is connected to it.
     let evidence = Evidence {
-        dialled_at: vec![at("192.168.5.5:1"), at("127.0.0.1:5")],
+        dialed_at: vec![at("192.168.5.5:1"), at("127.0.0.1:5")],
         ..Evidence::default()
     };
     let lane = |text: &str| {
@@ -203,7 +203,7 @@ fn neighbours_are_dialled_where_they_announce_themselves_on_our_networks() {
 }
 
 #[test]
-fn a_dial_goes_to_two_addresses_of_a_family_and_three_ports_at_each() {
+fn a_dial_goes_to_at_most_two_addresses_of_a_family_and_three_ports_at_each() {
     let gate = home();
     let many: Vec<String> = (1..=4)
         .flat_map(|ip| (1..=8).map(move |port| format!("/ip4/11.{ip}.2.1/tcp/{port}")))
@@ -213,7 +213,8 @@ fn a_dial_goes_to_two_addresses_of_a_family_and_three_ports_at_each() {
     assert_eq!(some.len(), MAX_PLACES * MAX_PORTS, "{some:?}");
 }
 
-/// Attempts at one address within `minutes` minutes, each of which fails, asked for each second by another peer.
+/// Counts the attempts admitted at one address per minute, over `minutes` minutes. Each attempt fails; another peer
+/// asks for one every second.
 fn attempts(gate: &Gate, text: impl Fn(u64) -> String, minutes: u64) -> Vec<usize> {
     let begin = Instant::now();
     let mut by_minute = vec![0; minutes as usize];
@@ -232,7 +233,7 @@ fn attempts(gate: &Gate, text: impl Fn(u64) -> String, minutes: u64) -> Vec<usiz
 }
 
 #[test]
-fn a_third_party_is_dialled_twelve_times_a_minute_and_eighty_four_times_an_hour() {
+fn a_third_party_is_dialed_twelve_times_a_minute_and_eighty_four_times_an_hour() {
     // The limit holds for any port, and for any source of the address.
     let ports = |n: u64| format!("/ip4/11.0.2.1/tcp/{}", 1 + n % 60_000);
     let hour = attempts(&home(), ports, 60);
@@ -250,14 +251,14 @@ fn a_third_party_is_dialled_twelve_times_a_minute_and_eighty_four_times_an_hour(
 }
 
 #[test]
-fn a_peer_that_has_proved_itself_is_dialled_freely_until_it_is_gone() {
+fn a_proven_destination_is_dialed_without_limit_until_a_dial_fails() {
     let (gate, now) = (home(), Instant::now());
     let one = ["/ip4/11.0.2.1/tcp/9338"];
     gate.proved(at("11.0.2.1:9338"), now);
     for _ in 0..5 * PER_PLACE {
         assert_eq!(admitted(&gate, Source::Heard, &one, now).len(), 1);
     }
-    // Another port at its address is not proven by that.
+    // That does not prove another port at the same address.
     let other = ["/ip4/11.0.2.1/tcp/22"];
     let free = (0..100).filter(|_| !admitted(&gate, Source::Heard, &other, now).is_empty());
     assert_eq!(free.count(), PER_PLACE);
@@ -284,7 +285,7 @@ fn nodes_that_share_an_address_on_our_own_network_do_not_slow_each_other_down() 
 }
 
 #[test]
-fn a_search_goes_to_an_address_once_and_then_more_and_more_seldom() {
+fn searches_at_one_address_have_growing_pauses() {
     let gate = home();
     let begin = Instant::now();
     let target = [at("11.0.2.1:7"), at("11.0.2.1:9")];
@@ -324,7 +325,7 @@ fn a_permit_is_good_for_one_socket_and_one_transport() {
 }
 
 #[test]
-fn what_the_gate_remembers_is_bounded() {
+fn the_gate_remembers_a_bounded_number_of_entries() {
     let (gate, begin) = (home(), Instant::now());
     for n in 0..40_000_u32 {
         let now = begin + Duration::from_millis(150 * u64::from(n));
@@ -364,9 +365,9 @@ fn a_dial_under_way_keeps_off_another_by_the_same_transport_only() {
     assert!(!admit(tcp).is_empty());
 }
 
-/// A peer lists its bridges of containers first, which have the addresses of ours.
+/// A peer lists the addresses of its container bridges first; this node has the same addresses.
 #[test]
-fn bridges_of_containers_do_not_take_the_place_of_an_address_that_works() {
+fn container_bridge_addresses_do_not_crowd_out_a_working_address() {
     let mut networks = vec!["192.168.77.3/24".to_owned()];
     networks.extend((17..26).map(|n| format!("172.{n}.0.1/16")));
     let networks: Vec<_> = networks.iter().map(String::as_str).collect();
@@ -379,28 +380,28 @@ fn bridges_of_containers_do_not_take_the_place_of_an_address_that_works() {
     let admitted = gate.admit(peer, stated, &Evidence::default(), now);
     let first = admitted.addresses().first().map(|(_, one)| one.to_string());
     assert_eq!(first.as_deref(), Some("/ip4/192.168.77.2/tcp/4001"));
-    // And the same of what mDNS has heard.
+    // The same for addresses announced by mDNS.
     gate.announced(peer, &all, now);
     let found = gate.neighbour(&peer);
     assert_eq!(found[0].1, all[9]);
 }
 
 #[test]
-fn every_target_outside_of_the_swarm_is_noted_as_sent_to() {
+fn targets_outside_the_swarm_are_recorded_as_dialed() {
     let gate = home();
-    let (dialled, now) = (gate.dialled(), Instant::now());
+    let (dialed, now) = (gate.dialed(), Instant::now());
     let lane = address("/ip4/7.7.7.7/tcp/443");
     let (peer, evidence) = (PeerId::random(), Evidence::default());
     assert!(gate.admit_lane(peer, &lane, &evidence, now).is_some());
-    assert!(dialled.contains_socket(at("7.7.7.7:443"), now));
+    assert!(dialed.contains_socket(at("7.7.7.7:443"), now));
     assert_eq!(
         gate.admit_search(&Confirmed::in_test(&[at("8.8.8.8:5")]), now)
             .len(),
         1
     );
     // A search tries all ports.
-    assert!(dialled.contains_socket(at("8.8.8.8:4000"), now));
-    assert!(!dialled.contains("9.9.9.9".parse().unwrap(), now));
+    assert!(dialed.contains_socket(at("8.8.8.8:4000"), now));
+    assert!(!dialed.contains("9.9.9.9".parse().unwrap(), now));
 }
 
 #[test]
@@ -413,7 +414,7 @@ fn a_probe_whose_source_may_be_forged_leads_to_one_dial_and_proves_nothing() {
     assert_eq!(permit.patience, Some(PATIENCE));
     assert!(gate.take_permit(from, true, now).is_none());
     assert!(!gate.state().is_proven(from, now));
-    // A neighbour of ours is no place to dial for a stranger's packet.
+    // An address on this node's own network is not dialed because of an unauthenticated packet.
     let private = at("192.168.1.1:7");
     assert!(gate.admit_found(peer, private, now).is_empty());
     assert!(gate.take_permit(private, true, now).is_none());

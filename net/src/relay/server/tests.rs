@@ -4,7 +4,7 @@ fn server(limits: RelayLimits) -> Server {
     Server::new(Keypair::generate_ed25519(), limits).0
 }
 
-/// A public address in a network of its own.
+/// Returns a public address in a network of its own.
 fn at(network: u8) -> Place {
     Place::of_ip([11, 0, network, 1].into())
 }
@@ -18,7 +18,7 @@ fn reserve(server: &Server, peer: PeerId) {
     lock(&server.state).reservations.insert(peer, held);
 }
 
-/// Four identities at each of some addresses, with as many circuits as they get.
+/// Opens as many circuits as possible, from four identities at each of some addresses.
 fn flood(server: &Server, destination: PeerId, networks: std::ops::Range<u8>) -> Vec<Circuit> {
     let mut open = Vec::new();
     for network in networks {
@@ -42,14 +42,14 @@ async fn one_machine_cannot_take_all_circuits_to_a_node() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_newcomer_replaces_a_circuit_of_the_place_with_most_and_an_idle_one_first() {
+async fn a_newcomer_replaces_an_idle_circuit_first_or_one_of_the_group_with_most() {
     let server = server(RelayLimits::default());
     let home = PeerId::random();
     reserve(&server, home);
     let attacker = flood(&server, home, 1..5);
     assert_eq!(attacker.len(), 16);
     let honest = server.circuit(PeerId::random(), at(9), home).unwrap();
-    // It moves bytes, as the attacker does not.
+    // The circuit moves bytes, as the attacker's circuits do not.
     for _ in 0..4 {
         tokio::time::advance(WINDOW / 2).await;
         assert!(server.count(&honest, IDLE_BYTES));
@@ -60,7 +60,7 @@ async fn a_newcomer_replaces_a_circuit_of_the_place_with_most_and_an_idle_one_fi
     assert_eq!(lock(&server.state).refused.replaced, 2);
     drop(attacker);
     assert_eq!(server.used().circuits, 2);
-    // One that was replaced counts nothing any more.
+    // A replaced circuit no longer counts.
     assert!(lock(&server.state).networks.counts().all(|used| used == 1));
 }
 
@@ -100,7 +100,7 @@ async fn reservations_and_circuits_are_limited() {
     let voucher = granted.reservation.unwrap().voucher.unwrap();
     let envelope = SignedEnvelope::from_protobuf_encoding(&voucher).unwrap();
     assert!(envelope.verify("libp2p-relay-rsvp".to_owned()));
-    // A renewal needs no other place.
+    // A renewal does not need another reservation.
     server.reserve(a, at(1), none()).await.unwrap();
     let refused = server.reserve(b, at(2), none()).await.unwrap_err();
     assert_eq!(refused, CircuitStatus::ReservationRefused);
@@ -146,7 +146,7 @@ async fn one_site_does_not_get_all_circuits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_circuit_through_which_nothing_passes_is_silent() {
+async fn a_circuit_without_traffic_is_silent() {
     let moved = AtomicU64::new(0);
     let begin = Instant::now();
     let passing = async {
@@ -160,7 +160,7 @@ async fn a_circuit_through_which_nothing_passes_is_silent() {
 }
 
 #[tokio::test]
-async fn bytes_of_a_day_are_limited_for_one_and_for_all() {
+async fn daily_bytes_are_limited_per_peer_and_in_total() {
     let server = server(RelayLimits {
         daily_bytes: 300,
         daily_bytes_per_peer: 200,
@@ -179,7 +179,7 @@ async fn bytes_of_a_day_are_limited_for_one_and_for_all() {
 }
 
 #[tokio::test]
-async fn those_who_move_little_are_forgotten_first() {
+async fn peers_that_move_little_are_forgotten_first() {
     let server = server(RelayLimits::default());
     let mut state = lock(&server.state);
     let heavy = PeerId::random();
@@ -193,7 +193,7 @@ async fn those_who_move_little_are_forgotten_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rate_holds_bytes_back() {
+async fn a_rate_delays_bytes() {
     let rate = Rate::new(1000);
     let begin = Instant::now();
     let mut at = begin;

@@ -9,7 +9,7 @@ fn via(network: u8) -> PeerNetwork {
 }
 
 #[test]
-fn what_has_been_here_is_known_and_what_comes_late_is_not() {
+fn seen_messages_are_known_and_late_ones_are_new() {
     let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
     let mut seen = Seen::default();
     assert!(seen.take(peer, 5_000, via, now));
@@ -21,7 +21,7 @@ fn what_has_been_here_is_known_and_what_comes_late_is_not() {
     assert!(!seen.take(peer, 5_003, via, now));
     assert!(seen.take(peer, 5_004 + LATE * 2, via, now));
     assert!(!seen.take(peer, 5_004 + LATE * 2, via, now));
-    // The numbers of one publisher say nothing of another's.
+    // Numbers of different publishers are independent.
     assert!(seen.take(PeerId::random(), 1, via, now));
     // After a day of silence the publisher is forgotten.
     assert!(seen.take(peer, 5_003, via, now + REMEMBER));
@@ -29,7 +29,7 @@ fn what_has_been_here_is_known_and_what_comes_late_is_not() {
 }
 
 #[test]
-fn a_publisher_whose_clock_was_set_back_is_heard_and_nothing_is_taken_twice() {
+fn a_publisher_with_its_clock_set_back_is_heard_and_no_message_is_accepted_twice() {
     let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
     let mut seen = Seen::default();
     let day = 86_400_000_000_000;
@@ -38,7 +38,7 @@ fn a_publisher_whose_clock_was_set_back_is_heard_and_nothing_is_taken_twice() {
     for n in 0..2000 {
         assert!(take(start + n));
     }
-    // It starts again with its clock a day back, and once more with the clock put right in part.
+    // The publisher restarts with its clock a day back, and once more with the clock partly corrected.
     for run in [start - day, start - day / 2] {
         for n in [1, 0, 3, 2, 4] {
             assert!(take(run + n), "{run} {n}");
@@ -51,16 +51,16 @@ fn a_publisher_whose_clock_was_set_back_is_heard_and_nothing_is_taken_twice() {
         assert!(!take(start + n), "{n}");
     }
     assert!(take(start + 2000));
-    // Messages published with the clock a day back are not taken again.
+    // Messages published with the clock a day back are not accepted again.
     assert!(!take(start - day + 4));
-    // The number of times that the clock may be set back has a bound.
+    // The number of times that the clock may be set back is limited.
     for times in 2..6 {
         assert_eq!(take(start - times * day), times < 4, "{times}");
     }
 }
 
 #[test]
-fn no_number_of_a_publisher_is_taken_twice_in_whatever_order_they_come() {
+fn no_number_of_a_publisher_is_accepted_twice_in_any_order() {
     for seed in 0..200_u64 {
         let mut state = seed + 1;
         let mut random = |below: u64| {
@@ -85,7 +85,7 @@ fn no_number_of_a_publisher_is_taken_twice_in_whatever_order_they_come() {
 }
 
 #[test]
-fn an_old_message_is_not_taken_again_after_an_hour_of_silence() {
+fn an_old_message_is_not_accepted_again_after_an_hour_of_silence() {
     let (peer, now) = (PeerId::random(), Instant::now());
     let mut seen = Seen::default();
     assert!(seen.take(peer, 7, via(1), now));
@@ -95,11 +95,11 @@ fn an_old_message_is_not_taken_again_after_an_hour_of_silence() {
 }
 
 #[test]
-fn a_flood_of_new_publishers_makes_no_old_message_new() {
+fn a_flood_of_new_publishers_does_not_make_old_messages_new() {
     let (mut seen, now) = (Seen::default(), Instant::now());
     let honest: Vec<_> = (0..100).map(|_| PeerId::random()).collect();
     for (n, publisher) in honest.iter().enumerate() {
-        // Some of them through the network that the flood comes through.
+        // Some of them come through the same network as the flood.
         assert!(seen.take(*publisher, 7, via((n % 4) as u8), now));
     }
     for n in 0..2 * MAX_PUBLISHERS as u64 {

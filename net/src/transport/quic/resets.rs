@@ -1,9 +1,9 @@
-//! Stateless resets (RFC 9000, 10.3): after a restart, a packet of an earlier run is answered with a reset that its
-//! sender believes, so that a peer learns at once that its connection is gone.
+//! Stateless resets (RFC 9000, 10.3). After a restart, a packet of an earlier run is answered with a reset that the
+//! peer accepts, so the peer learns at once that its connection is gone.
 //!
-//! quinn answers only where it takes the connection id for one of its own, so both the key that signs resets and the
-//! key that marks connection ids are the same after a restart. They differ from socket to socket: otherwise whoever
-//! sees a packet of a connection on the way could have another socket of this node reset that connection.
+//! quinn answers only if it recognizes the connection id as its own. So the key that signs resets and the key that
+//! marks connection ids both stay the same after a restart. The keys differ from socket to socket. Otherwise an
+//! observer that sees a packet of a connection could make another socket of this node reset that connection.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -19,8 +19,8 @@ impl Resets {
         Self(key.derive_secret(b"weft quic stateless reset"))
     }
 
-    /// The configuration of the endpoint whose socket is bound there: the same in every run, if the identity has a
-    /// secret.
+    /// Returns the configuration of the endpoint whose socket is bound at this address. It is the same in every run, if
+    /// the identity has a secret.
     pub(super) fn endpoint(&self, bound: SocketAddr) -> EndpointConfig {
         let Some(secret) = self.0 else {
             return EndpointConfig::default();
@@ -53,7 +53,7 @@ impl quinn::crypto::HmacKey for ResetKey {
 
     fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
         let hash = blake3::keyed_hash(&self.0, data);
-        // Compared in constant time.
+        // The comparison takes constant time.
         match <[u8; blake3::OUT_LEN]>::try_from(signature) {
             Ok(signature) if hash == signature => Ok(()),
             _ => Err(CryptoError),

@@ -1,4 +1,4 @@
-//! QUIC's sockets, as the driver uses them: borrowed for a search for a port, and prepared for a dial.
+//! Access of the driver to QUIC's sockets: borrowed for a search for a port, and prepared for a dial.
 
 use std::{
     collections::HashMap,
@@ -8,25 +8,25 @@ use std::{
 
 use libp2p::{PeerId, core::transport::ListenerId};
 
-/// Sockets kept for a dial that is to come.
+/// Most sockets kept for later dials.
 const MAX_PREPARED: usize = 64;
 
-/// What the driver does with the transport's sockets.
+/// Access to the sockets of the transport.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sockets(Arc<Mutex<OpenSockets>>);
 
-/// The sockets and connections that are open.
+/// The open sockets and connections.
 #[derive(Debug, Default)]
 pub(super) struct OpenSockets {
     pub(super) listening: HashMap<ListenerId, UdpSocket>,
     pub(super) prepared: HashMap<SocketAddr, UdpSocket>,
-    /// What is open, to be asked how it goes.
+    /// Open connections, for their statistics.
     pub(super) connections: HashMap<usize, (PeerId, quinn::Connection)>,
     pub(super) next: usize,
 }
 
 impl Sockets {
-    /// A listening socket from which packets can be sent to `to`. What comes back goes to the transport.
+    /// Returns a listening socket from which packets can be sent to `to`. The transport receives the answers.
     pub(crate) fn listening(&self, to: IpAddr) -> Option<UdpSocket> {
         let shared = self.lock();
         shared
@@ -36,7 +36,7 @@ impl Sockets {
             .and_then(|socket| socket.try_clone().ok())
     }
 
-    /// The next dial to `to` goes out from `socket`.
+    /// Makes the next dial to `to` use `socket`.
     pub(crate) fn prepare(&self, to: SocketAddr, socket: UdpSocket) {
         let mut shared = self.lock();
         if shared.prepared.len() >= MAX_PREPARED {
@@ -45,7 +45,7 @@ impl Sockets {
         shared.prepared.insert(to, socket);
     }
 
-    /// The share of packets sent to `peer` at `to` that were lost, from 0 to 1.
+    /// Returns the share of packets sent to `peer` at `to` that were lost, from 0 to 1.
     pub(crate) fn loss(&self, peer: &PeerId, to: SocketAddr) -> Option<f64> {
         let shared = self.lock();
         let mut all = shared.connections.values();
@@ -72,7 +72,7 @@ impl Sockets {
     }
 }
 
-/// An open connection's place among them.
+/// The registration of an open connection, removed when dropped.
 #[derive(Debug)]
 pub(super) struct Registered {
     sockets: Sockets,
@@ -81,13 +81,14 @@ pub(super) struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        // Dropped after the lock is free: the last handle to a connection closes it.
+        // Drop the connection after the lock is free, because the last handle to a connection closes it.
         let connection = self.sockets.lock().connections.remove(&self.id);
         drop(connection);
     }
 }
 
-/// Whether a socket can send to `to`: the same family, and this machine's own addresses only from a socket that has them.
+/// Returns true if a socket can send to `to`: it has the same family, and loopback is reached only from a loopback or
+/// unbound socket.
 pub(super) fn fits(socket: &UdpSocket, to: IpAddr) -> bool {
     socket.local_addr().is_ok_and(|local| {
         let ip = local.ip();

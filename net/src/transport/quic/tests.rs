@@ -61,12 +61,12 @@ async fn accept(quic: &mut Quic) -> (SocketAddr, io::Result<(PeerId, Connection)
     }
 }
 
-/// Two ends of a new connection, the dialler's first, and what is said of them: who each saw.
+/// Opens a connection. Returns both ends, the dialer's first, each with the peer that it saw.
 async fn connected(near: &mut Quic, far: &mut Quic) -> [(PeerId, Connection); 2] {
     let address = listen(far).await;
     let dial = near.dial(address, options(PortUse::Reuse)).unwrap();
-    let (dialled, (_, accepted)) = tokio::join!(dial, accept(far));
-    [dialled.unwrap(), accepted.unwrap()]
+    let (dialed, (_, accepted)) = tokio::join!(dial, accept(far));
+    [dialed.unwrap(), accepted.unwrap()]
 }
 
 async fn outbound(connection: &mut Connection) -> Stream {
@@ -80,7 +80,7 @@ async fn inbound(connection: &mut Connection) -> Stream {
 }
 
 #[tokio::test]
-async fn bytes_pass_and_both_know_each_other() {
+async fn bytes_pass_and_both_sides_know_their_peer() {
     let (one, _, mut near) = transport();
     let (other, _, mut far) = transport();
     let [(seen, mut near), (seen_by_far, mut far)] = connected(&mut near, &mut far).await;
@@ -103,7 +103,7 @@ async fn bytes_pass_and_both_know_each_other() {
 }
 
 #[tokio::test]
-async fn a_dial_goes_out_from_where_it_should() {
+async fn a_dial_uses_the_right_socket() {
     let (_, sockets, mut near) = transport();
     let (_, _, mut far) = transport();
     let near_at = quic(&listen(&mut near).await).unwrap();
@@ -148,9 +148,9 @@ async fn a_connection_follows_a_peer_whose_port_changes() {
     }
 }
 
-/// Passes packets between a client and `server`, which sees them come from the first of two sockets. Once it is
-/// told to, it sends the client's packets from the second: from an address at which the client does not receive.
-/// Returns the address for the client, and counts the bytes that the owner of the second address gets.
+/// Passes packets between a client and `server`, which receives them from the first of two sockets. After a signal, it
+/// sends the client's packets from the second socket: from an address at which the client does not receive. Returns the
+/// address for the client, and counts the bytes that arrive at the second address.
 async fn spoofer(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>, watch::Sender<bool>) {
     let bind =
         |ip: &'static str| async move { tokio::net::UdpSocket::bind((ip, 0)).await.unwrap() };
@@ -186,14 +186,14 @@ async fn spoofer(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>, watch::Se
 }
 
 #[tokio::test]
-async fn a_peer_that_sends_from_somebody_elses_address_is_not_believed_to_be_there() {
+async fn packets_from_a_forged_address_do_not_move_a_peer() {
     let (_, _, mut near) = transport();
     let (_, _, mut far) = transport();
     let server = quic(&listen(&mut far).await).unwrap();
     let (through, victim_got, spoof) = spoofer(server).await;
     let dial = near.dial(of_socket(through, Transport::Quic), options(PortUse::Reuse));
-    let (dialled, (_, accepted)) = tokio::join!(dial.unwrap(), accept(&mut far));
-    let ((_, mut here), (_, mut there)) = (dialled.unwrap(), accepted.unwrap());
+    let (dialed, (_, accepted)) = tokio::join!(dial.unwrap(), accept(&mut far));
+    let ((_, mut here), (_, mut there)) = (dialed.unwrap(), accepted.unwrap());
     let before = there.remote;
     spoof.send(true).unwrap();
     let mut stream = outbound(&mut here).await;
@@ -204,7 +204,7 @@ async fn a_peer_that_sends_from_somebody_elses_address_is_not_believed_to_be_the
         }
     };
     let watch = async {
-        // Until the packets lead the server there.
+        // Until the packets redirect the server.
         while victim_got.load(Ordering::Relaxed) == 0 {
             sleep(Duration::from_millis(5)).await;
         }
@@ -222,7 +222,7 @@ async fn a_peer_that_sends_from_somebody_elses_address_is_not_believed_to_be_the
 }
 
 #[tokio::test]
-async fn a_peer_is_where_it_completed_the_handshake_though_it_sends_from_elsewhere_at_once() {
+async fn a_peer_stays_at_the_address_of_its_handshake_though_its_packets_move_at_once() {
     let (_, _, mut near) = transport();
     let (_, _, mut far) = transport();
     let server = quic(&listen(&mut far).await).unwrap();
@@ -238,7 +238,7 @@ async fn a_peer_is_where_it_completed_the_handshake_though_it_sends_from_elsewhe
         event => panic!("{event:?}"),
     };
     let (_, mut here) = dial.await.unwrap().unwrap();
-    // Once this is acknowledged, the handshake is over at the other end.
+    // Once this is acknowledged, the handshake is complete on the remote side.
     let mut stream = outbound(&mut here).await;
     stream.write_all(b"weft").await.unwrap();
     stream.send.finish().unwrap();
@@ -252,7 +252,7 @@ async fn a_peer_is_where_it_completed_the_handshake_though_it_sends_from_elsewhe
         }
     };
     let watch = async {
-        // quinn believes that the peer is there before anybody here has looked at the connection.
+        // quinn accepts the new address before any code here has looked at the connection.
         while victim_got.load(Ordering::Relaxed) == 0 {
             sleep(Duration::from_millis(5)).await;
         }
@@ -265,8 +265,8 @@ async fn a_peer_is_where_it_completed_the_handshake_though_it_sends_from_elsewhe
     assert_eq!(there.remote, from);
 }
 
-/// Passes on what clients send to the returned address, from 127.0.0.2, and nothing of what comes back: to the
-/// server, packets whose source address is forged. Counts the bytes that come back.
+/// Passes packets from clients, sent to the returned address, on from 127.0.0.2, and passes no answers back. For the
+/// server, their source address is forged. Counts the bytes that come back.
 async fn one_way(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>) {
     let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let forged = tokio::net::UdpSocket::bind("127.0.0.2:0").await.unwrap();
@@ -291,7 +291,7 @@ async fn one_way(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>) {
 
 #[tokio::test]
 async fn forged_first_packets_do_not_keep_their_address_from_connecting_by_tcp_or_quic() {
-    // This machine may hold 12: six times what an address may.
+    // This machine may have 12: six times the limit of an address.
     let pending = pending(1024).with_per_place(2);
     let at = |pending: &Pending| {
         let place = Place::of_ip([127, 0, 0, 2].into());
@@ -368,7 +368,7 @@ async fn a_peer_whose_ip_address_changes_has_to_connect_anew() {
 }
 
 #[tokio::test]
-async fn a_listener_that_is_removed_says_so() {
+async fn removing_a_listener_ends_it_with_an_event() {
     let (_, _, mut quic) = transport();
     let id = ListenerId::next();
     let address: Multiaddr = "/ip4/127.0.0.1/udp/0/quic-v1".parse().unwrap();
@@ -386,8 +386,8 @@ async fn a_listener_that_is_removed_says_so() {
     assert!(quic.sockets.listening([127, 0, 0, 1].into()).is_none());
 }
 
-/// Runs a node in a runtime of its own and drops that, which says no more to anybody than `kill -9`. Returns where it
-/// listened.
+/// Runs a node in a runtime of its own and drops the runtime. Peers are told no more than after `kill -9`. Returns the
+/// listening address.
 fn killed(
     key: &Keypair,
     listening: impl FnOnce(Multiaddr) + Send + 'static,
@@ -410,7 +410,7 @@ fn killed(
 }
 
 #[tokio::test]
-async fn a_node_that_was_killed_and_is_back_has_its_peers_know_at_once() {
+async fn peers_notice_at_once_that_a_node_was_killed_and_restarted() {
     let key = Keypair::generate_ed25519();
     let (_, _, mut near) = transport();
     let (listening, address) = tokio::sync::oneshot::channel();
@@ -430,6 +430,6 @@ async fn a_node_that_was_killed_and_is_back_has_its_peers_know_at_once() {
     let mut stream = outbound(&mut connection).await;
     stream.write_all(b"are you there").await.unwrap();
     stream.flush().await.unwrap();
-    // Nothing but a reset, or half a minute of silence, ends it.
+    // Only a reset, or half a minute of silence, ends the connection.
     assert_eq!(connection.connection.closed().await, ConnectionError::Reset);
 }

@@ -10,7 +10,7 @@ use crate::{
     Limits, Transport as Kind,
     policy::{
         crowd::Crowd,
-        gate::{Gate, dialled::Dialled},
+        gate::{Gate, dialed::Dialed},
         limits::Memory,
     },
     transport::noted::Noted,
@@ -37,7 +37,7 @@ fn gated(gate: Gate) -> Web {
     let tcp = tcp::tokio::Transport::new(tcp::Config::default());
     let outside = Outside::new(None).unwrap();
     WebOrPlain::new(
-        Noted::new(tcp, Kind::Tcp, Dialled::default(), Shared::default(), gate),
+        Noted::new(tcp, Kind::Tcp, Dialed::default(), Shared::default(), gate),
         outside,
         door(&[], &[]),
     )
@@ -69,7 +69,7 @@ async fn connected(far: &mut Web, address: Multiaddr) -> [Socket; 2] {
     let dial = near.dial(address, options).unwrap();
     let near = async {
         let mut socket = dial.await.unwrap().socket;
-        // Plain connections are told by what is said.
+        // The listener recognizes a plain connection by its first bytes.
         socket.write_all(b"\x13").await.unwrap();
         socket.flush().await.unwrap();
         socket
@@ -120,7 +120,7 @@ async fn one_listener_takes_all_three_kinds() {
 }
 
 #[tokio::test]
-async fn what_is_no_websocket_is_refused() {
+async fn requests_for_other_things_than_a_websocket_are_refused() {
     for nonsense in [
         &b"GET / HTTP/1.1\r\n\r\n"[..],
         b"GET \xff\xff\xff\r\n\r\n",
@@ -189,12 +189,12 @@ async fn a_web_page_does_not_reach_the_node_unless_its_origin_is_allowed() {
     // Two origins: neither hides the other.
     let both = request("Origin: https://a\r\nOrigin: https://b\r\n");
     assert!(ask(door(&["https://a"], &[]), &both).await.1.is_err());
-    // Peers name none.
+    // Peers name no origin.
     ask(door(&[], &[]), &request("")).await.1.unwrap();
 }
 
 #[tokio::test]
-async fn a_trusted_proxy_says_where_a_connection_comes_from_and_nobody_else_can() {
+async fn only_a_trusted_proxy_can_name_the_source_of_a_connection() {
     let trusting = || door(&[], &["127.0.0.1"]);
     let from = |begun: Begun| begun.arrived.unwrap().from;
     let real: SocketAddr = "203.0.113.7:5678".parse().unwrap();
@@ -212,7 +212,7 @@ async fn a_trusted_proxy_says_where_a_connection_comes_from_and_nobody_else_can(
             panic!("nothing came");
         };
         let begun = upgrade.await.unwrap();
-        // It counts at its own address.
+        // The connection counts at its own address.
         assert_eq!(pending.limits()[1].used, 1);
         assert_eq!(from(begun), Some(real));
         assert_eq!(pending.limits()[0].used, 0);
@@ -220,14 +220,14 @@ async fn a_trusted_proxy_says_where_a_connection_comes_from_and_nobody_else_can(
     let forwarded = request("X-Forwarded-For: 127.0.0.1, 203.0.113.7\r\n");
     let (_, begun) = ask(trusting(), &forwarded).await;
     assert_eq!(from(begun.unwrap()).unwrap().ip(), real.ip());
-    // The proxy says nothing; and somebody who is none says something.
+    // A proxy that names no source, and another sender that names one.
     assert!(ask(trusting(), &request("")).await.1.is_err());
     assert_eq!(from(ask(door(&[], &[]), &forwarded).await.1.unwrap()), None);
 }
 
-/// The head of a response may come for as long as a handshake lasts, with a byte at a time.
+/// A slow server could extend the head of a response for the whole time of a handshake.
 #[tokio::test]
-async fn a_response_head_without_end_ends_the_dial_after_8_kib() {
+async fn an_endless_response_head_ends_the_dial_after_8_kib() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
     let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}/ws", at.port())
@@ -246,13 +246,13 @@ async fn a_response_head_without_end_ends_the_dial_after_8_kib() {
         let head = b"HTTP/1.1 101 X\r\nA: ";
         socket.write_all(head).await.unwrap();
         let mut sent = head.len();
-        // Until the other side hangs up.
+        // Until the remote side closes the connection.
         while socket.write_all(&[b'a'; 1024]).await.is_ok() {
             sent += 1024;
         }
         sent
     };
-    let dialled = async {
+    let dialed = async {
         let error = dial.await.unwrap_err();
         assert!(
             error.to_string().contains("longer than 8192 bytes"),
@@ -261,7 +261,7 @@ async fn a_response_head_without_end_ends_the_dial_after_8_kib() {
     };
     timeout(
         Duration::from_secs(60),
-        futures::future::join(dialled, endless),
+        futures::future::join(dialed, endless),
     )
     .await
     .unwrap();
@@ -294,7 +294,7 @@ async fn a_message_that_is_too_long_ends_the_connection() {
         tokio::io::AsyncWriteExt::write_all(&mut writer, &header)
             .await
             .unwrap();
-        // It may have hung up already.
+        // The remote side may have closed the connection already.
         let _ = tokio::io::AsyncWriteExt::shutdown(&mut writer).await;
     };
     let mut got = Vec::new();

@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Bytes of an exported document in one message.
+/// Most bytes of an imported document in one message.
 const CHUNK: usize = 256 << 10;
 
 pub(super) async fn export(
@@ -63,14 +63,14 @@ fn cannot_write(file: &Path, error: &std::io::Error) -> Failure {
             Reason::TargetExists,
             format!("{} exists already", file.display()),
         )
-        .hint("Nothing was written. Move it away, or name another file."),
+        .hint("Nothing was written. Move that file away, or choose another name."),
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Failure::new(Reason::DiskFull, text)
-            .hint("Nothing was left there. Make room, or name a file on another disk."),
+            .hint("The partial file was deleted. Free space, or choose a file on another disk."),
         _ => Failure::other(text),
     }
 }
 
-/// A file that is there when all of it is on disk, and not before: it is written under another name beside.
+/// A file that is written under a temporary name beside it, and gets its name only when all its content is on disk.
 struct NewFile {
     file: std::fs::File,
     beside: PathBuf,
@@ -91,12 +91,12 @@ impl NewFile {
         })
     }
 
-    /// Gives the file its name; one that has come to be there meanwhile stays.
+    /// Gives the file its name. Fails if a file of that name has been created meanwhile.
     fn finish(self) -> std::io::Result<()> {
         self.file.sync_all()?;
         match std::fs::hard_link(&self.beside, &self.name) {
             Ok(()) => {}
-            // A file system without links.
+            // The file system has no hard links.
             Err(error) if error.kind() != ErrorKind::AlreadyExists => {
                 if self.name.symlink_metadata().is_ok() {
                     return Err(ErrorKind::AlreadyExists.into());
@@ -109,7 +109,7 @@ impl NewFile {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
         };
-        // The name is on disk as well. Only Unix opens folders as files.
+        // Syncs the name to disk too. Only Unix opens folders as files.
         #[cfg(unix)]
         std::fs::File::open(folder)?.sync_all()?;
         #[cfg(not(unix))]
@@ -122,14 +122,14 @@ impl Drop for NewFile {
     fn drop(&mut self) {
         match std::fs::remove_file(&self.beside) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::warn!(%error, file = %self.beside.display(), "cannot be removed");
+                tracing::warn!(%error, file = %self.beside.display(), "cannot remove the temporary file");
             }
             _ => {}
         }
     }
 }
 
-/// Hands a file to the node and returns the document that the node holds from then on.
+/// Imports a file into the node, and returns the document.
 pub(super) async fn import(
     client: &Client,
     file: &Path,
@@ -152,8 +152,8 @@ pub(super) async fn import(
     if void > 0 && !as_json {
         let void = output::count(void, "change");
         err!(
-            "{void} of the file are void on every node: the author was revoked or has equivocated, or the content \
-             began anew"
+            "{void} of the file are void on every node: the author was revoked or has equivocated, or the document \
+             was compacted"
         );
     }
     Ok(document)
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn an_export_that_fails_leaves_no_file_and_one_that_succeeds_overwrites_none() {
+    fn a_failed_export_leaves_no_file_and_no_export_overwrites_a_file() {
         let folder = tempfile::tempdir().unwrap();
         let name = folder.path().join("document");
         let mut file = NewFile::create(&name).unwrap();
@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(std::fs::read(&name).unwrap(), b"all");
         let exists = NewFile::create(&name).err().unwrap();
         assert_eq!(exists.kind(), ErrorKind::AlreadyExists);
-        // One that comes while it is written.
+        // A file that is created meanwhile.
         let name = folder.path().join("other");
         let file = NewFile::create(&name).unwrap();
         std::fs::write(&name, b"mine").unwrap();

@@ -20,7 +20,8 @@ use crate::{
     },
 };
 
-/// Bytes read of standard input for a value: more than a change may have, so that the node says what is wrong.
+/// Most bytes read from standard input for a value: more than a change may have, so that the node reports a value that
+/// is too large.
 const MOST: u64 = 1 << 20;
 
 pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<(), Failure> {
@@ -88,7 +89,7 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
     }
 }
 
-/// The readers that are named; `None` for no names.
+/// Returns the readers on the command line; `None` if there are none.
 fn named(readers: &[PeerId]) -> Option<api::DocumentReaders> {
     (!readers.is_empty()).then(|| api::DocumentReaders {
         peers: texts(readers),
@@ -101,7 +102,7 @@ async fn compact(client: &Client, id: DocumentId, as_json: bool) -> Result<(), F
     if as_json {
         out!("{}", json!({ "id": id.to_string() }));
     } else {
-        out!("its content begins anew, without its history");
+        out!("compacted; the content stays, the history is dropped");
     }
     Ok(())
 }
@@ -115,7 +116,7 @@ async fn remove(client: &Client, id: DocumentId, as_json: bool) -> Result<(), Fa
     if as_json {
         out!("{}", json!({ "id": id.to_string() }));
     } else {
-        out!("removed; other nodes keep what they hold");
+        out!("removed from this node; other nodes keep their replicas");
     }
     Ok(())
 }
@@ -127,7 +128,7 @@ fn texts(peers: &[PeerId]) -> Vec<String> {
 fn no_such(id: DocumentId) -> Failure {
     Failure::new(
         Reason::NoSuchDocument,
-        format!("this node does not hold document {id}"),
+        format!("this node has no replica of document {id}"),
     )
 }
 
@@ -184,7 +185,7 @@ async fn info(client: &Client, id: DocumentId) -> Result<api::Document, Failure>
     Ok(client.documents().info(request).await?.into_inner())
 }
 
-/// Returns the info of a document that can be read, so that its lists of peers are known.
+/// Returns the info of a document that has arrived and is not damaged, so that its lists of peers are known.
 async fn arrived(client: &Client, id: DocumentId) -> Result<api::Document, Failure> {
     let document = info(client, id).await?;
     if !document.damage.is_empty() {
@@ -198,7 +199,7 @@ async fn arrived(client: &Client, id: DocumentId) -> Result<api::Document, Failu
     Ok(document)
 }
 
-/// The changes of a document in words: those since it was compacted, and those that it was compacted to.
+/// Describes the number of changes of a document, counted since it was last compacted.
 fn changes(document: &api::Document) -> String {
     match document.base_changes {
         0 => document.changes.to_string(),
@@ -216,18 +217,18 @@ fn say_info(document: &api::Document, as_json: bool) -> Result<(), Failure> {
     if !document.damage.is_empty() {
         row("damaged", document.damage.clone());
     } else if !document.arrived {
-        row("here", "nothing yet".to_owned());
+        row("state", "not arrived yet".to_owned());
     }
     if document.arrived {
         row("label", document.label.escape_debug().to_string());
         row("owner", document.owner.clone());
         let writers = match (document.single_writer, &document.writers[..]) {
-            (true, _) => "the owner alone".to_owned(),
+            (true, _) => "only the owner".to_owned(),
             (false, writers) => [&["the owner".to_owned()], writers].concat().join(" "),
         };
         row("writers", writers);
         let readers = match &document.readers {
-            None => "everybody in the network".to_owned(),
+            None => "every node".to_owned(),
             Some(readers) => {
                 let named = &readers.peers[..];
                 [&["owner and writers".to_owned()], named]
@@ -282,7 +283,7 @@ async fn open(
         let holders = output::count(completeness.holders.len() as u64, "connected holder");
         out!("whole: {here} (compared with {holders})");
     } else if wait.is_zero() {
-        out!("held from now on; here so far: {here}");
+        out!("replicated from now on; so far: {here}");
     }
     if completeness.whole || wait.is_zero() {
         return Ok(());
@@ -298,7 +299,7 @@ async fn open(
     Err(Failure::new(lacking_reason(&completeness), text))
 }
 
-/// Returns why a document is not whole.
+/// Returns the reason why a document is not complete.
 fn lacking_reason(completeness: &api::DocumentCompleteness) -> Reason {
     match completeness.holders.is_empty() {
         true => Reason::NoHolder,
@@ -306,11 +307,11 @@ fn lacking_reason(completeness: &api::DocumentCompleteness) -> Reason {
     }
 }
 
-/// Says what is missing of a document after waiting for it.
+/// Describes the missing part of a document after waiting for it.
 fn incomplete(completeness: &api::DocumentCompleteness, here: &str, waited: Duration) -> String {
     let waited = output::duration(waited);
     if completeness.holders.is_empty() {
-        return format!(": no peer that holds it is connected after {waited}; here: {here}");
+        return format!(": no holder is connected after {waited}; so far: {here}");
     }
     let lacking = completeness
         .holders
@@ -332,7 +333,7 @@ async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     if documents.is_empty() {
-        out!("this node holds no documents");
+        out!("this node has no documents");
         return Ok(());
     }
     let mut rows = vec![
@@ -347,7 +348,7 @@ async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
                 if document.writable { "yes" } else { "no" },
             ),
             false if !document.damage.is_empty() => ("damaged".to_owned(), ""),
-            false => ("not here yet".to_owned(), ""),
+            false => ("not arrived yet".to_owned(), ""),
         };
         vec![
             document.id.clone(),
@@ -367,7 +368,7 @@ async fn get(client: &Client, id: DocumentId, path: String, as_json: bool) -> Re
     };
     let got = client.documents().get(request).await?.into_inner().json;
     let Some(value) = got else {
-        let text = format!("there is nothing at {path} in document {id}");
+        let text = format!("no value at {path} in document {id}");
         return Err(Failure::new(Reason::NothingThere, text));
     };
     if as_json {
@@ -375,8 +376,8 @@ async fn get(client: &Client, id: DocumentId, path: String, as_json: bool) -> Re
         return Ok(());
     }
     let value: Value = serde_json::from_str(&value)
-        .map_err(|error| Failure::other(format!("the node's answer cannot be read: {error}")))?;
-    // What a terminal could take for commands is escaped by JSON.
+        .map_err(|error| Failure::other(format!("cannot parse the node's answer: {error}")))?;
+    // JSON escapes characters that could control the terminal.
     out!("{value:#}");
     Ok(())
 }
@@ -388,8 +389,8 @@ async fn read_value(value: String) -> Result<String, Failure> {
     };
     match serde_json::from_str::<Value>(&text) {
         Ok(_) => Ok(text),
-        Err(error) => Err(Failure::usage(format!("{text:?} is no JSON: {error}"))
-            .hint("Text is written with its quotes: '\"text\"'.")),
+        Err(error) => Err(Failure::usage(format!("{text:?} is not JSON: {error}"))
+            .hint("A JSON string needs its quotes: '\"text\"'.")),
     }
 }
 
@@ -423,9 +424,9 @@ async fn commit(client: &Client, change: Change, as_json: bool) -> Result<(), Fa
             json!({ "change": (!change.is_empty()).then_some(change) })
         );
     } else if change.is_empty() {
-        out!("nothing changes");
+        out!("no change: the document already has this value");
     } else {
-        out!("on disk; connected peers are told");
+        out!("changed, and stored on disk; connected peers are told");
     }
     Ok(())
 }
@@ -453,13 +454,17 @@ async fn watch(
             Some(What::Changed(changed)) => {
                 let whole = |path: &String| {
                     if path.is_empty() {
-                        "all of it".to_owned()
+                        "the whole document".to_owned()
                     } else {
                         path.escape_debug().to_string()
                     }
                 };
                 let paths: Vec<_> = changed.paths.iter().map(whole).collect();
-                let by = if changed.local { "here" } else { "elsewhere" };
+                let by = if changed.local {
+                    "on this node"
+                } else {
+                    "on another node"
+                };
                 (
                     json!({ "event": "changed", "paths": changed.paths, "local": changed.local }),
                     format!("changed {by}: {}", paths.join(" ")),
@@ -467,37 +472,38 @@ async fn watch(
             }
             Some(What::Decided(_)) => (
                 json!({ "event": "decided" }),
-                "its owner has decided who may write and read it".to_owned(),
+                "the owner has changed the access rights".to_owned(),
             ),
             Some(What::Compacted(_)) => (
                 json!({ "event": "compacted" }),
-                "its owner has begun its content anew, without its history".to_owned(),
+                "the owner has compacted the document".to_owned(),
             ),
             Some(What::Carried(carried)) => (
                 json!({ "event": "carried", "edits": carried.edits }),
                 format!(
-                    "{} of this node had lost what they built on, and were made again",
+                    "{} of this node were made again, because the changes they built on are gone",
                     output::count(carried.edits, "edit")
                 ),
             ),
             Some(What::Removed(_)) => (
                 json!({ "event": "removed" }),
-                "this node holds it no longer".to_owned(),
+                "removed from this node".to_owned(),
             ),
             Some(What::Full(_)) => (
                 json!({ "event": "full" }),
-                "it takes no more changes until its owner compacts it".to_owned(),
+                "the document is full: it accepts no changes until its owner compacts it"
+                    .to_owned(),
             ),
             Some(What::Equivocated(who)) => (
                 json!({ "event": "equivocated", "author": who.author }),
                 format!(
-                    "{} has signed two different changes for one place; what it wrote from there on is dropped",
+                    "{} has signed two different changes with the same number; its later changes are dropped",
                     who.author
                 ),
             ),
             Some(What::Missed(_)) => (
                 json!({ "event": "missed" }),
-                "some changes came too fast to be told".to_owned(),
+                "some events were dropped, because they came too fast".to_owned(),
             ),
         };
         left -= 1;
@@ -540,7 +546,7 @@ async fn history(
         return Ok(());
     }
     if commits.is_empty() {
-        out!("it has not changed since it began");
+        out!("no changes since the document was created or compacted");
         return Ok(());
     }
     let mut rows = vec![
@@ -588,8 +594,8 @@ async fn writers(
         true => arrived(client, id).await?,
         false => client.documents().set_rights(request).await?.into_inner(),
     };
-    let hint = "`weft doc writers ID` shows the writers; the owner stays one.";
-    all_were_there(&absent, "no writer before", hint)?;
+    let hint = "`weft doc writers ID` lists the writers; the owner's right cannot be revoked.";
+    all_were_there(&absent, "not a writer", hint)?;
     if as_json {
         out!(
             "{}",
@@ -622,7 +628,7 @@ async fn readers(
     let readers = document.readers.as_ref().map(|readers| &readers.peers);
     match (as_json, readers) {
         (true, readers) => out!("{}", json!({ "readers": readers })),
-        (false, None) => out!("everybody in the network"),
+        (false, None) => out!("every node"),
         (false, Some(readers)) => {
             out!("owner and writers, and:");
             readers.iter().for_each(|reader| out!("{reader}"));

@@ -1,13 +1,13 @@
-//! The keeper of what this node advertises in the DHT: where it is, which models, documents, topics and services it has,
-//! and the records of its applications.
+//! Publishing this node's records in the DHT: its addresses, its models, documents, topics and services, and the
+//! records of its applications.
 //!
-//! Everything that a node states by itself is registered here as a record's key and subkey, what makes its value, and
-//! its [`Terms`]: how long it lives without the node, and whether it is withdrawn when the node stops. [`Book`] decides
-//! what is stated when; [`keep`] is its clock, and hands its work to the DHT. One pace holds for the whole node.
+//! Every record of this node is registered here by its key and subkey, a function that makes its value, and its
+//! [`Terms`]: its lifetime, and whether it is withdrawn when the node stops. [`Schedule`] decides what is published
+//! when. [`run`] gives it the time, and hands its work to the DHT. One pace holds for the whole node.
 
-mod book;
 mod pace;
 mod presence;
+mod schedule;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -28,29 +28,30 @@ use tokio::{
 use weft_dht::{Dht, DhtError};
 use weft_net::Network;
 
-use self::book::{Book, Deed, Outcome, Token, Work};
+use self::schedule::{Action, Outcome, Schedule, Token, Work};
 pub(crate) use self::{pace::Pace, presence::Presence};
 use crate::{Error, discovery::addresses::encode};
 
-/// A change is waited for this long: several often come together. It is short, as somebody may be waiting to be found.
+/// Delay after a change, because several changes often come together. It is short, because a user may be waiting for
+/// the record.
 pub(crate) const SETTLE: Duration = Duration::from_millis(200);
 
-/// The longest time between two statements of a record: three times within the two hours that most of them live, so
-/// that one lost round costs nothing.
-const REFRESH: Duration = Duration::from_secs(40 * 60);
+/// The longest time between two publications of a record: three within the two hours that most records live, so that
+/// one lost round does no harm.
+const MAX_REFRESH: Duration = Duration::from_secs(40 * 60);
 
-/// In a mesh with fewer nodes than this, each node that comes is told: a record is kept by the twenty nodes closest to
-/// it, so a new node is to keep every record.
+/// Number of nodes below which each new node is told of all records. A record is stored by the twenty nodes closest
+/// to its key, so in a smaller mesh every node stores every record.
 pub(crate) const SMALL_MESH: usize = 20;
 
-/// Work under way that nobody waits for.
-const AT_A_TIME: usize = 8;
+/// The most background work under way.
+const MAX_TASKS: usize = 8;
 
-/// How long withdrawing may take when the node stops, and how many records are withdrawn at a time.
-const LEAVE: Duration = Duration::from_secs(2);
-const LEAVING: usize = 32;
+/// The longest time for withdrawals when the node stops, and the number of records withdrawn at a time.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+const MAX_WITHDRAWALS: usize = 32;
 
-/// The identity of one of this node's records.
+/// Identifies one of this node's records.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct RecordId {
     pub(crate) key: Vec<u8>,
@@ -58,7 +59,7 @@ pub(crate) struct RecordId {
 }
 
 impl RecordId {
-    /// The record without a subkey.
+    /// Returns the id of a record without a subkey.
     pub(crate) fn of(key: Vec<u8>) -> Self {
         Self {
             key,
@@ -67,30 +68,31 @@ impl RecordId {
     }
 }
 
-/// The terms of one kind of records.
+/// The terms of one kind of record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Terms {
-    /// How long a record holds without its publisher.
+    /// Lifetime of a record without its publisher.
     pub(crate) ttl: Duration,
     pub(crate) rank: Rank,
-    /// The value has this node's addresses in it: it is stated again when they change.
+    /// True if the value contains this node's addresses. The record is then published again when they change.
     pub(crate) has_addresses: bool,
     pub(crate) at_stop: AtStop,
 }
 
 impl Terms {
-    /// The time between two statements: a third of the life of a record, so that one lost round costs nothing.
+    /// Returns the time between two publications: a third of the record's lifetime, so that one lost round does no
+    /// harm.
     fn refresh(&self) -> Duration {
-        (self.ttl / 3).min(REFRESH)
+        (self.ttl / 3).min(MAX_REFRESH)
     }
 }
 
-/// Which records go first where several are due.
+/// Order of records that are due at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rank {
-    /// There are few of them, and peers look for them to connect: the node itself, its services and topics.
+    /// Few records, which peers need to connect: those of the node itself, its services and its topics.
     Presence,
-    /// There may be many thousands: models, documents, records of applications.
+    /// Possibly many thousands of records: models, documents and records of applications.
     Content,
 }
 
@@ -98,35 +100,35 @@ impl Rank {
     const COUNT: usize = 2;
 }
 
-/// What happens to a record when the node stops.
+/// The fate of a record when its node stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AtStop {
-    /// It holds only while the node runs, so it is withdrawn: nobody is to try in vain.
+    /// The record is valid only while the node runs. It is withdrawn, so that no peer tries the node in vain.
     Withdraw,
-    /// It stays until its life ends.
+    /// The record stays until it expires.
     Keep,
 }
 
-/// What makes the value of a record when it is stated.
+/// Makes the value of a record when it is published.
 #[derive(Clone)]
 pub(crate) enum Value {
-    /// Made of this node's addresses, encoded, as they are then. `None`: there is nothing to be stated now.
+    /// A function of the node's encoded addresses at that time. It returns `None` if there is nothing to publish now.
     Made(Arc<dyn Fn(Vec<Bytes>) -> Made + Send + Sync>),
-    /// The DHT's store has the record, signed; it is said again as it is for as long as it holds.
+    /// The DHT's store has the signed record, which is renewed unchanged until it expires.
     Signed,
 }
 
 type Made = BoxFuture<'static, Result<Option<Vec<u8>>, Error>>;
 
 impl Value {
-    /// A value made of addresses at once.
+    /// Returns a value that is made from the addresses at once.
     pub(crate) fn of(value: impl Fn(Vec<Bytes>) -> Vec<u8> + Send + Sync + 'static) -> Self {
         Self::Made(Arc::new(move |addresses| {
             futures::future::ready(Ok(Some(value(addresses)))).boxed()
         }))
     }
 
-    /// A value that something has to be looked up for.
+    /// Returns a value that needs a lookup, such as in the store.
     pub(crate) fn looked_up<F>(value: impl Fn(Vec<Bytes>) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<Option<Vec<u8>>, Error>> + Send + 'static,
@@ -135,7 +137,7 @@ impl Value {
     }
 }
 
-/// Takes the answer to work on a record: how many other nodes took it.
+/// Receives the result of work on a record: the number of other nodes that stored it.
 type Reply = oneshot::Sender<Result<usize, Error>>;
 
 enum Command {
@@ -145,12 +147,12 @@ enum Command {
         terms: Terms,
         many: bool,
     },
-    Stated {
+    Published {
         id: RecordId,
         terms: Terms,
         took: usize,
     },
-    State {
+    Publish {
         id: RecordId,
         value: Value,
         terms: Terms,
@@ -162,26 +164,26 @@ enum Command {
     Leave(oneshot::Sender<()>),
 }
 
-/// Registers records with the keeper. Cheap to clone.
+/// Registers records for publication. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Advertiser {
-    /// Bounded by what callers register: each command is answered by a change of memory alone.
+    /// Bounded by the callers' registrations: a command only changes the state in memory.
     commands: mpsc::UnboundedSender<Command>,
     tokens: Arc<AtomicU64>,
 }
 
 impl Advertiser {
-    /// Returns the keeper as well, to be run until the node stops.
+    /// Returns the advertiser, and the task that has to run until the node stops.
     pub(crate) fn new(dht: Dht, network: Network) -> (Self, impl Future<Output = ()> + use<>) {
         let (commands, wanted) = mpsc::unbounded_channel();
         let advertiser = Self {
             commands,
             tokens: Arc::new(AtomicU64::new(1)),
         };
-        (advertiser, keep(dht, network, wanted))
+        (advertiser, run(dht, network, wanted))
     }
 
-    /// States a record from now on.
+    /// Publishes a record from now on.
     pub(crate) fn register(&self, id: RecordId, value: Value, terms: Terms) {
         self.send(Command::Register {
             records: vec![(id, value)],
@@ -191,7 +193,7 @@ impl Advertiser {
         });
     }
 
-    /// States many records from now on.
+    /// Publishes many records from now on.
     pub(crate) fn register_all(&self, records: Vec<(RecordId, Value)>, terms: Terms) {
         self.send(Command::Register {
             records,
@@ -201,8 +203,8 @@ impl Advertiser {
         });
     }
 
-    /// States a record from now on, for as long as what this returns is held.
-    pub(crate) fn be_present(&self, id: RecordId, value: Value, terms: Terms) -> Presence {
+    /// Publishes a record until the returned value is dropped.
+    pub(crate) fn register_while_held(&self, id: RecordId, value: Value, terms: Terms) -> Presence {
         let token = self.tokens.fetch_add(1, Ordering::Relaxed);
         self.send(Command::Register {
             records: vec![(id.clone(), value)],
@@ -213,24 +215,25 @@ impl Advertiser {
         Presence::new(self.clone(), id, token)
     }
 
-    /// Says a record of the DHT's store again from now on. It has just been stated or withdrawn, and so many other nodes
-    /// took it.
-    pub(crate) fn keep_stated(&self, id: RecordId, terms: Terms, took: usize) {
-        self.send(Command::Stated { id, terms, took });
+    /// Renews a record in the DHT's store from now on. The record was just published or withdrawn, and `took` other
+    /// nodes stored it.
+    pub(crate) fn keep_published(&self, id: RecordId, terms: Terms, took: usize) {
+        self.send(Command::Published { id, terms, took });
     }
 
-    /// As [`register`](Self::register), and states the record at once, ahead of all others; how many other nodes took it.
+    /// Publishes a record like [`register`](Self::register), but at once and ahead of all others. Returns the number
+    /// of other nodes that stored it.
     ///
     /// # Errors
-    /// The value's, [`DhtError`]'s, [`Error::Stopped`].
-    pub(crate) async fn state(
+    /// Errors of the value and of the DHT, and [`Error::Stopped`] after a shutdown.
+    pub(crate) async fn publish(
         &self,
         id: RecordId,
         value: Value,
         terms: Terms,
     ) -> Result<usize, Error> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::State {
+        self.send(Command::Publish {
             id,
             value,
             terms,
@@ -239,27 +242,28 @@ impl Advertiser {
         answer.await.map_err(|_| Error::Stopped)?
     }
 
-    /// States a record no longer, and withdraws it sometime soon.
+    /// Stops publishing a record, and withdraws it soon.
     pub(crate) fn remove(&self, id: RecordId) {
         self.end(id, 0);
     }
 
-    /// States a record no longer, and withdraws it at once; how many other nodes heard of it.
+    /// Stops publishing a record, and withdraws it at once. Returns the number of other nodes that stored the
+    /// withdrawal.
     ///
     /// # Errors
-    /// [`DhtError`]'s, [`Error::Stopped`].
+    /// Errors of the DHT, and [`Error::Stopped`] after a shutdown.
     pub(crate) async fn withdraw(&self, id: RecordId, terms: Terms) -> Result<usize, Error> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Withdraw(id, terms, reply));
         answer.await.map_err(|_| Error::Stopped)?
     }
 
-    /// Withdraws all records that hold only while the node runs, because it is about to stop; states nothing after
-    /// that. Returns after two seconds at most.
+    /// Withdraws all records that are valid only while the node runs, because it is about to stop. Publishes nothing
+    /// after that. Returns after two seconds at most.
     pub(crate) async fn leave(&self) {
         let (left, done) = oneshot::channel();
         self.send(Command::Leave(left));
-        // The keeper ends with the network.
+        // Fails if the task has ended with the network.
         let _ = done.await;
     }
 
@@ -272,18 +276,18 @@ impl Advertiser {
     }
 
     fn send(&self, command: Command) {
-        // Without a keeper the node has stopped, and states nothing.
+        // If the task has ended, the node has stopped and publishes nothing.
         let _ = self.commands.send(command);
     }
 }
 
-/// States and withdraws what the book says, until the network stops.
-async fn keep(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Command>) {
+/// Publishes and withdraws records by the schedule, until the network stops.
+async fn run(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Command>) {
     let mut addresses = network.watch_addresses();
     let mut meetings = dht.meetings();
     let mut nodes = dht.nodes();
-    let mut keeper = Keeper {
-        book: Book::new(Instant::now()),
+    let mut runner = Runner {
+        schedule: Schedule::new(Instant::now()),
         works: JoinSet::new(),
         under_way: HashMap::new(),
         waiting: HashMap::new(),
@@ -292,57 +296,57 @@ async fn keep(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Co
     };
     let mut alone = true;
     loop {
-        let next = keeper.book.next();
-        let next = next.filter(|_| keeper.works.len() < AT_A_TIME);
+        let next = runner.schedule.next();
+        let next = next.filter(|_| runner.works.len() < MAX_TASKS);
         tokio::select! {
             command = wanted.recv() => match command {
                 None => return,
                 Some(Command::Leave(left)) => {
-                    keeper.leave().await;
-                    // The caller may have gone.
+                    runner.leave().await;
+                    // The caller may be gone.
                     let _ = left.send(());
                     return;
                 }
-                Some(command) => keeper.take(command),
+                Some(command) => runner.take(command),
             },
-            Some(done) = keeper.works.join_next_with_id() => keeper.ended(done, alone),
+            Some(done) = runner.works.join_next_with_id() => runner.ended(done, alone),
             changed = nodes.changed() => {
                 let Ok(()) = changed else { return };
                 let is_alone = *nodes.borrow_and_update() == 0;
                 if std::mem::replace(&mut alone, is_alone) && !is_alone {
-                    keeper.book.joined(Instant::now());
+                    runner.schedule.joined(Instant::now());
                 }
             },
             changed = addresses.changed() => {
                 let Ok(()) = changed else { return };
-                keeper.book.addresses_changed(Instant::now());
+                runner.schedule.addresses_changed(Instant::now());
             },
             met = meetings.changed() => {
                 let Ok(()) = met else { return };
                 let small = *nodes.borrow() < SMALL_MESH;
-                keeper.book.met(small, Instant::now());
+                runner.schedule.met(small, Instant::now());
             },
             () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
-                if let Some(work) = keeper.book.poll(Instant::now()) {
-                    keeper.begin(work);
+                if let Some(work) = runner.schedule.poll(Instant::now()) {
+                    runner.begin(work);
                 }
             }
         }
     }
 }
 
-struct Keeper {
-    book: Book<Value>,
+struct Runner {
+    schedule: Schedule<Value>,
     works: JoinSet<Outcome>,
-    /// The record that each task of `works` is about.
+    /// The record of each task in `works`.
     under_way: HashMap<task::Id, RecordId>,
-    /// Callers that wait for work on a record which has not begun, in the order in which they came.
+    /// Callers that wait for work on a record which has not begun, in the order of their requests.
     waiting: HashMap<RecordId, VecDeque<Reply>>,
     dht: Dht,
     network: Network,
 }
 
-impl Keeper {
+impl Runner {
     fn take(&mut self, command: Command) {
         let now = Instant::now();
         match command {
@@ -351,35 +355,35 @@ impl Keeper {
                 token,
                 terms,
                 many,
-            } => self.book.register(records, token, terms, many, now),
-            Command::Stated { id, terms, took } => {
-                self.book
-                    .register_stated(id, Value::Signed, terms, took, now);
+            } => self.schedule.register(records, token, terms, many, now),
+            Command::Published { id, terms, took } => {
+                self.schedule
+                    .register_published(id, Value::Signed, terms, took, now);
             }
-            Command::State {
+            Command::Publish {
                 id,
                 value,
                 terms,
                 reply,
             } => {
-                self.book
+                self.schedule
                     .register([(id.clone(), value)], 0, terms, false, now);
-                self.urge(id, reply);
+                self.work_now(id, reply);
             }
-            Command::Renew(id) => self.book.renew(&id, now),
-            Command::Remove(id, token) => self.book.remove(&id, token, now),
+            Command::Renew(id) => self.schedule.renew(&id, now),
+            Command::Remove(id, token) => self.schedule.remove(&id, token, now),
             Command::Withdraw(id, terms, reply) => {
-                self.book.withdraw(&id, terms);
-                self.urge(id, reply);
+                self.schedule.withdraw(&id, terms);
+                self.work_now(id, reply);
             }
-            // Taken where commands come in.
+            // Handled in the loop.
             Command::Leave(_) => {}
         }
     }
 
-    fn urge(&mut self, id: RecordId, reply: Reply) {
+    fn work_now(&mut self, id: RecordId, reply: Reply) {
         self.waiting.entry(id.clone()).or_default().push_back(reply);
-        if let Some(work) = self.book.begin(&id, Instant::now()) {
+        if let Some(work) = self.schedule.begin(&id, Instant::now()) {
             self.begin(work);
         }
     }
@@ -390,27 +394,27 @@ impl Keeper {
         let (dht, network) = (self.dht.clone(), self.network.clone());
         let id = work.id.clone();
         let task = self.works.spawn(async move {
-            let (done, outcome) = match &work.deed {
-                Deed::State {
+            let (done, outcome) = match &work.action {
+                Action::Publish {
                     value: Value::Signed,
                     ..
-                } => say_again(&dht, &work.id).await,
-                Deed::State {
+                } => renew(&dht, &work.id).await,
+                Action::Publish {
                     value: Value::Made(make),
                     again,
                 } => {
                     let value = make(encode(&network.addresses().for_strangers)).await;
-                    state(&dht, &work, value, *again).await
+                    publish(&dht, &work, value, *again).await
                 }
-                Deed::Withdraw => withdraw(&dht, &work, reply.is_some()).await,
+                Action::Withdraw => withdraw(&dht, &work, reply.is_some()).await,
             };
             let key = String::from_utf8_lossy(&work.id.key);
             match &done {
-                Ok(took) => tracing::debug!(%key, took, ?outcome, "advertised"),
-                Err(error) => tracing::debug!(%key, %error, "not advertised"),
+                Ok(took) => tracing::debug!(%key, took, ?outcome, "published a record"),
+                Err(error) => tracing::debug!(%key, %error, "cannot publish a record"),
             }
             if let Some(reply) = reply {
-                // The caller may have gone.
+                // The caller may be gone.
                 let _ = reply.send(done);
             }
             outcome
@@ -418,7 +422,7 @@ impl Keeper {
         self.under_way.insert(task.id(), id);
     }
 
-    /// A task has ended. One that has panicked is as one that has failed: the record is not lost with it.
+    /// Handles the end of a task. A panic counts as a failure, so that the record is not lost.
     fn ended(&mut self, task: Result<(task::Id, Outcome), JoinError>, alone: bool) {
         let (task, outcome) = task.unwrap_or_else(|error| (error.id(), Outcome::Failed));
         if let Some(id) = self.under_way.remove(&task) {
@@ -428,13 +432,13 @@ impl Keeper {
 
     fn done(&mut self, id: &RecordId, outcome: Outcome, alone: bool) {
         let now = Instant::now();
-        self.book.done(id, outcome, alone, now);
+        self.schedule.done(id, outcome, alone, now);
         if self.waiting.get(id).is_none_or(VecDeque::is_empty) {
             self.waiting.remove(id);
-        } else if let Some(work) = self.book.begin(id, now) {
+        } else if let Some(work) = self.schedule.begin(id, now) {
             self.begin(work);
         } else {
-            // Withdrawn for another caller.
+            // The record was withdrawn for another caller.
             for reply in self.waiting.remove(id).into_iter().flatten() {
                 let _ = reply.send(Ok(0));
             }
@@ -445,31 +449,31 @@ impl Keeper {
         self.works.shutdown().await;
         let dht = &self.dht;
         let all = async {
-            // Also what an earlier run of this node has stated, and what was broken off on its way.
+            // Includes records of an earlier run, and withdrawals that were cancelled above.
             let own = dht.own(b"").await?.into_iter();
-            let stated = own.filter(|record| record.value().is_some());
-            let by_id = stated.map(|record| {
+            let published = own.filter(|record| record.value().is_some());
+            let by_id = published.map(|record| {
                 let (key, subkey) = (record.key().to_vec(), record.subkey().to_vec());
                 (RecordId { key, subkey }, record.remaining())
             });
-            let stated: HashMap<_, _> = by_id.collect();
-            let leaving = self.book.leaving().into_iter().filter_map(|leaving| {
-                let left = stated.get(&leaving.id).copied().or(leaving.began)?;
+            let published: HashMap<_, _> = by_id.collect();
+            let leaving = self.schedule.leaving().into_iter().filter_map(|leaving| {
+                let left = published.get(&leaving.id).copied().or(leaving.began)?;
                 Some((leaving.id, left))
             });
             let withdrawn =
-                stream::iter(leaving).for_each_concurrent(LEAVING, async |(id, left)| {
-                    // Nodes that do not hear of it forget the record by themselves.
+                stream::iter(leaving).for_each_concurrent(MAX_WITHDRAWALS, async |(id, left)| {
+                    // Nodes that miss the withdrawal forget the record when it expires.
                     let _ = dht.withdraw(&id.key, &id.subkey, left).await;
                 });
             withdrawn.await;
             Ok::<_, DhtError>(())
         };
-        let _ = timeout(LEAVE, all).await;
+        let _ = timeout(LEAVE_TIMEOUT, all).await;
     }
 }
 
-/// The answer to the caller, and what the book needs to know.
+/// The answer to the caller, and the outcome for the schedule.
 type Done = (Result<usize, Error>, Outcome);
 
 fn ended(done: Result<usize, DhtError>) -> Done {
@@ -479,7 +483,7 @@ fn ended(done: Result<usize, DhtError>) -> Done {
     (done.map_err(Error::from), outcome)
 }
 
-async fn state(
+async fn publish(
     dht: &Dht,
     work: &Work<Value>,
     value: Result<Option<Vec<u8>>, Error>,
@@ -494,8 +498,8 @@ async fn state(
     }
 }
 
-/// Says a record again that the DHT's store has.
-async fn say_again(dht: &Dht, id: &RecordId) -> Done {
+/// Renews a record from the DHT's store.
+async fn renew(dht: &Dht, id: &RecordId) -> Done {
     let own = match dht.own(&id.key).await {
         Ok(own) => own,
         Err(error) => return ended(Err(error)),
@@ -507,9 +511,9 @@ async fn say_again(dht: &Dht, id: &RecordId) -> Done {
     }
 }
 
-async fn withdraw(dht: &Dht, work: &Work<Value>, is_waited_for: bool) -> Done {
+async fn withdraw(dht: &Dht, work: &Work<Value>, has_caller: bool) -> Done {
     let RecordId { key, subkey } = &work.id;
-    if !is_waited_for {
+    if !has_caller {
         let own = dht.own(key).await.unwrap_or_default();
         let mut of_key = own.iter().filter(|record| record.key() == key);
         if !of_key.any(|record| record.subkey() == subkey && record.value().is_some()) {

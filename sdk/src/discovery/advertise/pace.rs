@@ -1,24 +1,24 @@
-//! The pace of what a node does in the DHT by itself: a burst, and then so many a second however much there is to do.
+//! The pace of a node's own work in the DHT: a burst, and then a fixed rate, however much there is to do.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The time between two pieces of work in the long run. One is a look-up or the storing of a record at twenty nodes, so
-/// five a second are some hundred requests a second. Ten thousand records are said again within 34 minutes.
+/// Time between two pieces of work in the long run. One piece is a lookup, or the storing of a record on twenty
+/// nodes, so five a second are some hundred requests a second. Ten thousand records are renewed within 34 minutes.
 const PACE: Duration = Duration::from_millis(200);
 
-/// Work that may be done at once after a pause: what most nodes have to say in all.
+/// Number of pieces that may begin at once after a pause: all records of most nodes.
 const BURST: u32 = 50;
 
-/// The most time that is used up in advance. What somebody waits for does not wait for its turn, and is counted: however
-/// much of that there is, the rest waits for ten seconds at most.
-const MOST: Duration = Duration::from_secs(20);
+/// The most time that may be used up in advance. Work that a caller waits for is counted but not delayed. However
+/// much of it there is, other work waits for ten seconds at most.
+const MAX_AHEAD: Duration = Duration::from_secs(20);
 
 /// Tells when the next piece of work may begin.
 #[derive(Debug)]
 pub(crate) struct Pace {
-    /// The time that is used up.
+    /// The time up to which the pace is used up.
     used: Instant,
 }
 
@@ -27,22 +27,22 @@ impl Pace {
         Self { used: now }
     }
 
-    /// The time from which work that is due at `due` may begin.
+    /// Returns the time at which work that is due at `due` may begin.
     pub(crate) fn next(&self, due: Instant) -> Instant {
         due.max(self.used.checked_sub(PACE * BURST).unwrap_or(due))
     }
 
     /// Counts a piece of work that begins now.
     pub(crate) fn take(&mut self, now: Instant) {
-        self.used = (self.used.max(now) + PACE).min(now + MOST);
+        self.used = (self.used.max(now) + PACE).min(now + MAX_AHEAD);
     }
 
-    /// Forgets what was counted: none of it has reached anybody.
+    /// Forgets the counted work, because none of it has reached another node.
     pub(crate) fn start_over(&mut self, now: Instant) {
         self.used = self.used.min(now);
     }
 
-    /// The longest time that this many pieces of work take.
+    /// Returns the longest time that this many pieces of work take.
     pub(crate) fn round_of(pieces: usize) -> Duration {
         PACE.saturating_mul(u32::try_from(pieces).unwrap_or(u32::MAX))
     }
@@ -61,12 +61,12 @@ mod tests {
             now = pace.next(now);
             pace.take(now);
         }
-        // The first of the fifty that follow the burst may begin with it.
+        // The first of the fifty pieces after the burst may begin with it.
         assert_eq!(now - start, PACE * 49);
     }
 
     #[test]
-    fn however_much_is_done_at_once_the_rest_waits_for_ten_seconds_at_most() {
+    fn however_much_begins_at_once_other_work_waits_for_ten_seconds_at_most() {
         let now = Instant::now();
         let mut pace = Pace::new(now);
         (0..10_000).for_each(|_| pace.take(now));

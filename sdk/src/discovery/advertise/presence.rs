@@ -1,12 +1,12 @@
-//! Being found under a key of the DHT for as long as something lasts: a topic that this node takes part in, a service
-//! that it offers.
+//! Records that are published for as long as something lasts, such as a subscription to a topic or a service that
+//! this node offers.
 
 use std::time::Duration;
 
-use super::{Advertiser, AtStop, Rank, RecordId, Terms, book::Token};
+use super::{Advertiser, AtStop, Rank, RecordId, Terms, schedule::Token};
 
 impl Terms {
-    /// The terms of services and topics. A publisher that has crashed is looked for in vain for ten minutes at most.
+    /// Terms of services and topics. A publisher that has crashed is tried in vain for ten minutes at most.
     pub(crate) const PRESENCE: Self = Self {
         ttl: Duration::from_secs(10 * 60),
         rank: Rank::Presence,
@@ -15,7 +15,7 @@ impl Terms {
     };
 }
 
-/// Keeps a record stated. Dropping it withdraws the record, unless another one keeps it.
+/// Keeps a record published. Dropping it withdraws the record, unless there is another registration of it.
 #[derive(Debug)]
 pub(crate) struct Presence {
     advertiser: Advertiser,
@@ -32,7 +32,7 @@ impl Presence {
         }
     }
 
-    /// States the record again within a few seconds, because its value has changed.
+    /// Publishes the record again within a few seconds, because its value has changed.
     pub(crate) fn renew(&self) {
         self.advertiser.renew(self.id.clone());
     }

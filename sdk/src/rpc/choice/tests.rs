@@ -1,4 +1,4 @@
-//! The promises of the choice of a provider.
+//! Tests of the choice of a provider.
 
 use weft_net::identity::Keypair;
 
@@ -42,7 +42,7 @@ fn any(labels: &Labels) -> ConditionsNow<'_> {
 const DIRECT: &str = "/ip4/192.0.2.1/tcp/1";
 
 #[test]
-fn near_ones_come_first_and_busy_ones_later() {
+fn near_providers_come_first_and_busy_ones_later() {
     let ms = Duration::from_millis;
     let relayed = format!("{DIRECT}/p2p/{}/p2p-circuit", PeerId::random());
     let (mut state, peers) = state(vec![
@@ -51,7 +51,7 @@ fn near_ones_come_first_and_busy_ones_later() {
         candidate(ms(11), &relayed),
     ]);
     let order: Vec<_> = (0..5).map(|_| choose(&mut state)).collect();
-    // Costs are 10, 25 and 22 a call that is open.
+    // The costs are 10, 25 and 22 for each open call.
     assert_eq!(order[..2], [peers[0], peers[0]][..]);
     assert_eq!(state.of[&peers[0]].outstanding, 3);
     assert_eq!(state.of[&peers[1]].outstanding, 1);
@@ -59,7 +59,7 @@ fn near_ones_come_first_and_busy_ones_later() {
 }
 
 #[test]
-fn equals_take_turns() {
+fn equal_providers_take_turns() {
     let micros = Duration::from_micros;
     let (mut state, peers) = state(vec![
         candidate(micros(90), DIRECT),
@@ -73,7 +73,7 @@ fn equals_take_turns() {
 }
 
 #[test]
-fn one_that_fails_is_left_alone_unless_there_is_no_other() {
+fn a_provider_that_failed_is_avoided_unless_there_is_no_other() {
     let ms = Duration::from_millis;
     let (mut state, peers) = state(vec![candidate(ms(1), DIRECT), candidate(ms(90), DIRECT)]);
     let until = Instant::now() + Duration::from_secs(9);
@@ -86,7 +86,7 @@ fn one_that_fails_is_left_alone_unless_there_is_no_other() {
 }
 
 #[test]
-fn labels_are_matched_and_statements_replaced_and_taken_back() {
+fn labels_are_matched_and_records_replaced_and_withdrawn() {
     let keys = Keypair::generate_ed25519();
     let claim = |model: &str| {
         let label = |name: &str, value: &str| wire::Label {
@@ -114,11 +114,11 @@ fn labels_are_matched_and_statements_replaced_and_taken_back() {
     };
     assert!(has(&[record(Some(claim("a")), 1)], "a"));
     assert!(has(&[record(Some(claim("b")), 2)], "b"));
-    // An older one changes nothing, and a look-up that misses it neither.
+    // An older record changes nothing, and neither does a lookup that misses the provider.
     assert!(!has(&[record(Some(claim("a")), 1)], "a"));
     assert!(has(&[], "b"));
     assert!(!has(&[record(None, 3)], "b"));
-    // What cannot be read, has too many labels or is our own is nobody's offer.
+    // A record that cannot be decoded, has too many labels or is this node's own is no offer.
     assert!(!has(&[record(Some(vec![0xff; 9]), 4)], "b"));
     let label = |n| wire::Label {
         name: "x".repeat(n),
@@ -139,8 +139,8 @@ fn labels_are_matched_and_statements_replaced_and_taken_back() {
     assert!(state.of.is_empty() || state.of.values().all(|c| c.until > Some(now)));
 }
 
-/// An offer that nothing is known of but where it is said to be.
-fn stated(keys: &Keypair, address: &str, sequence: u64) -> Record {
+/// Returns the record of an offer of which only the address is known.
+fn offer_record(keys: &Keypair, address: &str, sequence: u64) -> Record {
     let address: Multiaddr = address.parse().unwrap();
     let claim = wire::ServiceClaim {
         addresses: vec![address.to_vec().into()],
@@ -152,30 +152,34 @@ fn stated(keys: &Keypair, address: &str, sequence: u64) -> Record {
 }
 
 #[test]
-fn false_offers_push_out_no_peer_that_answers_nor_one_of_another_network() {
+fn false_offers_evict_neither_answering_peers_nor_those_of_other_networks() {
     let (mut state, now) = (Offers::default(), Instant::now());
     let own = PeerId::random();
     let keys = Keypair::generate_ed25519;
     let [proven, connected, honest] = [keys(), keys(), keys()];
     let ids = [&proven, &connected, &honest].map(|keys| keys.public().to_peer_id());
     let at = |n: usize| format!("/ip4/203.0.{}.{}/tcp/1", 113 + n % 2, n % 250 + 1);
-    // In the same network as the liars, which tells nothing against those that answer.
+    // In the network of the false offers, which does not count against peers that answer.
     let first = [(&proven, at(1)), (&connected, at(2))];
-    let first = first.map(|(keys, address)| stated(keys, &address, 1));
+    let first = first.map(|(keys, address)| offer_record(keys, &address, 1));
     state.learn(own, &first, now);
     state.of.get_mut(&ids[0]).unwrap().proven = true;
     let path = Path::of(&DIRECT.parse().unwrap());
     state.of.get_mut(&ids[1]).unwrap().path = Some((path, None));
     let liars: Vec<_> = (0..2 * MAX_OFFERS)
-        .map(|n| stated(&keys(), &at(n), 1))
+        .map(|n| offer_record(&keys(), &at(n), 1))
         .collect();
     state.learn(own, &liars[..MAX_OFFERS], now);
     assert_eq!(state.of.len(), MAX_OFFERS);
-    state.learn(own, &[stated(&honest, "/ip4/198.51.100.1/tcp/1", 1)], now);
+    state.learn(
+        own,
+        &[offer_record(&honest, "/ip4/198.51.100.1/tcp/1", 1)],
+        now,
+    );
     state.learn(own, &liars[MAX_OFFERS..], now);
     assert_eq!(state.of.len(), MAX_OFFERS);
     assert!(ids.iter().all(|id| state.of.contains_key(id)));
-    // Those that are known to be there come first, and then one of each network.
+    // Peers that are known to be there come first, and then one of each network.
     let (labels, mut tried) = (Labels::new(), HashSet::new());
     let mut next = || {
         let (peer, _) = state.choose(&any(&labels), &tried, now).unwrap();
@@ -187,7 +191,7 @@ fn false_offers_push_out_no_peer_that_answers_nor_one_of_another_network() {
 }
 
 #[test]
-fn only_peers_that_are_named_or_trusted_are_asked() {
+fn only_listed_or_trusted_peers_are_called() {
     let ms = Duration::from_millis;
     let (mut state, peers) = state(vec![candidate(ms(1), DIRECT), candidate(ms(90), DIRECT)]);
     let labels = Labels::new();

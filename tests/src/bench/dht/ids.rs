@@ -1,5 +1,5 @@
-//! Ids of requests, which only libp2p-kad's connection handler makes: two real swarms are connected once, one asks the
-//! other as many things as may be under way, and the ids that the other's handler gives them are kept.
+//! Request ids, which only libp2p-kad's connection handler makes. Two real swarms are connected once, one sends as many
+//! requests as may be pending, and the ids that the other's handler assigns are kept.
 
 use std::{
     convert::Infallible,
@@ -26,10 +26,10 @@ use super::{
 };
 use crate::links::{Links, address};
 
-/// Longest time that this may take: it is done in milliseconds.
+/// Longest wait; it normally takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Asks as many things as it may of a node that it has dialled, and keeps the ids of what it is asked.
+/// Sends as many requests as allowed to a node that it has dialed, and keeps the ids of received requests.
 struct Maker {
     kad: kad::Behaviour<MemoryStore>,
     to_ask: Vec<(PeerId, Request)>,
@@ -89,7 +89,7 @@ impl NetworkBehaviour for Maker {
         _: ConnectionId,
         event: THandlerOutEvent<Self>,
     ) {
-        // It is never answered, so that no two have the same.
+        // The request is never answered, so all ids differ.
         if let Event::FindNodeReq { request_id, .. } = event {
             self.ids.push(Request::Reset(request_id));
         }
@@ -107,7 +107,7 @@ impl NetworkBehaviour for Maker {
     }
 }
 
-/// Makes as many ids as requests may be under way, with real swarms and in real time.
+/// Makes as many ids as requests may be pending, with real swarms and in real time.
 ///
 /// # Errors
 /// [`Failure`] if that takes too long.
@@ -119,7 +119,7 @@ pub(super) async fn make() -> Result<Ids, Failure> {
         let transport = links.link(place, peer).boxed();
         let config = swarm::Config::with_tokio_executor();
         let mut swarm = Swarm::new(transport, Maker::new(peer), peer, config);
-        // A link takes any address.
+        // A link accepts any address.
         let _ = swarm.listen_on(address(place));
         (swarm, peer, place)
     };
@@ -132,7 +132,7 @@ pub(super) async fn make() -> Result<Ids, Failure> {
             tokio::select! {
                 _ = asks.select_next_some() => {}
                 _ = asked.select_next_some() => {}
-                // Their handlers tell their behaviours without an event of the swarm.
+                // The handlers tell their behaviours without an event of the swarm.
                 () = tokio::time::sleep(Duration::from_millis(1)) => {}
             }
         }

@@ -1,4 +1,4 @@
-//! What is measured of a mesh, whether its nodes are swarms or simulated: its phases, one after the other.
+//! The measurement of a mesh: its phases, one after the other, the same for swarms and for simulated nodes.
 
 use std::{
     cell::RefCell,
@@ -29,25 +29,25 @@ use crate::{
     links::{Links, address},
 };
 
-/// Look-ups at a time, and one more for each so many nodes that are simulated: they take no processor from each other.
+/// Lookups at a time, plus one more for this many simulated nodes, which do not compete for the processor.
 const AT_A_TIME: usize = 8;
 const NODES_A_LOOKUP: usize = 100;
 
-/// Nodes that join at a time, and how many each knows.
+/// Nodes that join at a time, and nodes that each of them knows.
 const JOINING: usize = 20;
 const KNOWN: usize = 3;
 
-/// Time that nodes with filled tables have for the bootstraps with which Kademlia answers that.
+/// Time for the bootstraps that Kademlia starts when routing tables are filled.
 const ISOLATED: Duration = Duration::from_secs(2);
 
-/// Of the nodes, so many leave at once.
+/// Share of the nodes that leave at once.
 const LEAVE: f64 = 0.3;
 
-/// Time between two puts while nodes come and go, and from a put to the look-up of what was put, at most.
+/// Time between two puts while nodes join and leave, and the longest time from a put to its lookup.
 const PUT_EVERY: Duration = Duration::from_millis(250);
 const LOOKED_UP: Duration = Duration::from_secs(20);
 
-/// A node that has joined looks nothing up before this time: it is still being told whom there is.
+/// Time after which a new node starts lookups. Until then it is still learning of other nodes.
 const SETTLED: Duration = Duration::from_secs(5);
 
 /// Interval at which routing tables are sampled, and number of tables sampled.
@@ -57,7 +57,7 @@ const SAMPLES: usize = 8;
 /// A figure: its name, and its value.
 pub(super) type Measured = (&'static str, f64);
 
-/// What nodes run on.
+/// The nodes' platform.
 #[derive(Clone)]
 pub(super) enum Mesh {
     Swarms(Arc<Links>),
@@ -69,13 +69,13 @@ struct Node {
     peer: PeerId,
     place: Ipv4Addr,
     handle: Handle,
-    /// Of a swarm: it stops in order when it is told to, and without a word when this is dropped.
+    /// Of a swarm: a message stops the node in order; dropping the sender stops it without a word.
     stop: Option<oneshot::Sender<()>>,
     since: Instant,
 }
 
 impl Mesh {
-    /// Starts the node of this number; the numbers are in turn.
+    /// Starts the node with this number. Numbers are consecutive.
     fn start(
         &self,
         side: Side,
@@ -96,7 +96,7 @@ impl Mesh {
                 for (peer, place) in routes {
                     behaviour.remember(*peer, address(*place));
                 }
-                // There is room for it: it is the first command.
+                // The channel has room: this is the first command.
                 let _ = dht.set_reachable(true).now_or_never();
                 network.borrow_mut().start_ours(peer, behaviour, known);
                 (Handle::Ours(Box::new(dht)), None)
@@ -121,13 +121,13 @@ impl Mesh {
         }
     }
 
-    /// A node leaves: in order, so that its connections are closed, or without a word.
+    /// Removes a node: in order, so that its connections are closed, or without a word.
     fn leave(&self, node: Node, orderly: bool) {
         match self {
             Self::Swarms(links) => {
                 links.cut(node.place);
                 if let (Some(stop), true) = (node.stop, orderly) {
-                    // It runs until then.
+                    // The receiver exists until then.
                     let _ = stop.send(());
                 }
             }
@@ -135,7 +135,7 @@ impl Mesh {
         }
     }
 
-    /// Requests of the DHT sent until now.
+    /// Returns the number of requests of the DHT sent until now.
     pub(super) fn requests(&self) -> u64 {
         match self {
             Self::Swarms(links) => links.requests.load(Ordering::Relaxed),
@@ -144,11 +144,11 @@ impl Mesh {
     }
 }
 
-/// What came of some look-ups.
+/// The results of a phase of lookups.
 #[derive(Debug, Default)]
 struct Phase {
     asked: usize,
-    /// In seconds, of those that found it.
+    /// Durations of the successful lookups, in seconds.
     took: Vec<f64>,
 }
 
@@ -157,7 +157,7 @@ impl Phase {
         100.0 * self.took.len() as f64 / self.asked.max(1) as f64
     }
 
-    /// The median and the 99th percentile, in seconds.
+    /// Returns the median and the 99th percentile, in seconds.
     fn times(&self) -> (f64, f64) {
         if self.took.is_empty() {
             return (f64::NAN, f64::NAN);
@@ -181,7 +181,7 @@ struct Run {
     figures: Vec<Measured>,
 }
 
-/// Brings a mesh up and measures it.
+/// Creates a mesh and measures it.
 ///
 /// # Errors
 /// [`Failure`] if the memory of this process cannot be read.
@@ -264,13 +264,13 @@ impl Run {
         self.say("all have joined");
     }
 
-    /// All nodes are there at once, and each has in each bucket of its routing table as many others as there is room
-    /// for, drawn at random, as nodes have after some hours.
+    /// Creates all nodes at once. Each bucket of their routing tables is filled with random nodes up to its limit, as
+    /// after some hours.
     async fn fill(&mut self) {
         let count = self.options.nodes;
         let keys: Vec<_> = (0..count).map(|_| keys(&mut self.random)).collect();
         let peers: Vec<_> = keys.iter().map(|keys| keys.public().to_peer_id()).collect();
-        // No two nodes have the first sixteen bytes in common.
+        // The first sixteen bytes of any two nodes differ.
         let begin = |place: [u8; 32]| {
             let half = place[..16].try_into();
             u128::from_be_bytes(half.expect("these are sixteen bytes"))
@@ -298,8 +298,8 @@ impl Run {
             let node = self.mesh.start(self.side, number, keys, &[], &routes);
             self.nodes.push(node);
             if number % 100 == 99 {
-                // Kademlia answers each change of its table with a bootstrap. With filled tables there is nothing to
-                // learn by it, and as nobody is reached it costs no request.
+                // Kademlia answers each change of its table with a bootstrap. With filled tables it learns nothing from
+                // it, and it costs no request while no node is reachable.
                 sleep(Duration::from_millis(10)).await;
             }
         }
@@ -311,10 +311,10 @@ impl Run {
         self.say("all are there");
     }
 
-    /// Until routing tables grow no more, and nobody asks for the sake of them.
+    /// Waits until routing tables no longer grow, and no node refreshes them.
     async fn settle(&mut self) {
         let (mut routes, mut asked) = (0, 0);
-        // A thousand swarms take minutes: each opens hundreds of connections.
+        // A thousand swarms take minutes, because each opens hundreds of connections.
         for _ in 0..1000 {
             sleep(Duration::from_secs(2)).await;
             let mut sum = 0;
@@ -343,7 +343,7 @@ impl Run {
     }
 
     async fn get_all(&mut self, keys: &[Vec<u8>]) -> Phase {
-        // One in so many looks up what it has put itself; on both sides.
+        // On both sides, some nodes look up their own values.
         let gets = keys.iter().map(|key| (self.any(), key.clone()));
         let gets: Vec<_> = gets.collect();
         let gets = gets.into_iter().map(|(of, key)| async move {
@@ -359,7 +359,7 @@ impl Run {
         }
     }
 
-    /// Values are put and looked up while nobody comes or goes.
+    /// Puts values and looks them up while no node joins or leaves.
     async fn quiet(&mut self) {
         let values = keys_named("quiet", self.options.values);
         self.put_all(&values).await;
@@ -377,7 +377,7 @@ impl Run {
         ]);
     }
 
-    /// One node has many things, and others look for some of them.
+    /// Lets one node advertise many things, and others look for some of them.
     async fn provide(&mut self) {
         let mut things = keys_named("thing", self.options.things);
         if things.is_empty() {
@@ -388,12 +388,12 @@ impl Run {
         }
         let before = self.mesh.requests();
         let provider = self.any();
-        let stated = stream::iter(things.iter().map(|key| provider.provide(key.clone())));
-        let stated = stated.buffer_unordered(AT_A_TIME);
-        let stated = stated.filter(|done| std::future::ready(*done));
-        let stated = stated.count().await;
+        let advertised = stream::iter(things.iter().map(|key| provider.provide(key.clone())));
+        let advertised = advertised.buffer_unordered(AT_A_TIME);
+        let advertised = advertised.filter(|done| std::future::ready(*done));
+        let advertised = advertised.count().await;
         let provide = (self.mesh.requests() - before) as f64 / things.len() as f64;
-        self.say(&format!("stated {stated} of {}", things.len()));
+        self.say(&format!("advertised {advertised} of {}", things.len()));
         let looked_for = (0..self.options.values.min(things.len())).map(|_| {
             let key = things[self.random.below(things.len())].clone();
             (self.any(), key)
@@ -411,7 +411,7 @@ impl Run {
         ]);
     }
 
-    /// Values are put, some of the nodes leave at once and without a word, and the values are looked up at once.
+    /// Puts values, removes some of the nodes at once and without a word, and looks the values up immediately.
     async fn leave(&mut self) {
         let values = keys_named("fresh", self.options.values);
         self.put_all(&values).await;
@@ -431,10 +431,10 @@ impl Run {
         ]);
     }
 
-    /// Has nodes come and go, with look-ups meanwhile.
+    /// Lets nodes join and leave, with lookups meanwhile.
     async fn churn(&mut self, churn: Churn) {
         let begin = Instant::now();
-        // Departures are a Poisson process: exponential times between them.
+        // Departures are a Poisson process, with exponential times between them.
         let count = self.nodes.len() as f64;
         let rate = count * std::f64::consts::LN_2 / churn.half_life.as_secs_f64();
         let draw = move |random: &mut Random| {
@@ -452,7 +452,7 @@ impl Run {
             let next_get = due.iter().map(|(at, _)| *at).min();
             let soonest = [Some(next_end), Some(next_put), Some(next_sample), next_get];
             let soonest = soonest.into_iter().flatten().min();
-            let soonest = soonest.expect("one is always due");
+            let soonest = soonest.expect("an event is always due");
             tokio::select! {
                 biased;
                 Some((key, done)) = puts.next(), if !puts.is_empty() => {
@@ -464,7 +464,7 @@ impl Run {
                 }
                 Some((peer, took)) = gets.next(), if !gets.is_empty() => {
                     let took: Option<f64> = took;
-                    // Of a node that has left meanwhile, nobody waits for it.
+                    // A lookup by a node that has left meanwhile does not count.
                     if self.nodes.iter().any(|one| one.peer == peer) {
                         phase.asked += 1;
                         phase.took.extend(took);
@@ -512,7 +512,7 @@ impl Run {
             }
         }
         self.say(&format!(
-            "{replaced} nodes replaced, {} look-ups meanwhile",
+            "{replaced} nodes replaced, {} lookups meanwhile",
             phase.asked
         ));
         let (typical, p99) = phase.times();
@@ -525,7 +525,7 @@ impl Run {
         ]);
     }
 
-    /// A node leaves, and another joins in its place.
+    /// Removes a node, and starts another in its place.
     fn replace_one(&mut self, orderly: bool) {
         let gone = self.nodes.swap_remove(self.random.below(self.nodes.len()));
         self.mesh.leave(gone, orderly);

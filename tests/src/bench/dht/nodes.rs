@@ -1,4 +1,4 @@
-//! Nodes of either side, as the benchmark sees them, whatever they run on.
+//! The benchmark's view of a node of either side, on any platform.
 
 use std::{collections::HashMap, net::Ipv4Addr, time::Duration};
 
@@ -15,16 +15,16 @@ use weft_dht::Dht;
 
 use crate::Random;
 
-/// How long anything may take: longer than a look-up.
+/// Longest wait for an operation: longer than a lookup.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long records hold: longer than the benchmark takes.
+/// Lifetime of records: longer than the benchmark.
 const TTL: Duration = Duration::from_secs(4 * 3600);
 
-/// Requests to a stock node that may wait.
+/// Most operations of a stock node that may wait.
 pub(super) const ASKS: usize = 64;
 
-/// What is asked of a stock node.
+/// An operation of a stock node.
 pub(super) enum Ask {
     Put(Vec<u8>, oneshot::Sender<bool>),
     Get(Vec<u8>, oneshot::Sender<bool>),
@@ -34,35 +34,35 @@ pub(super) enum Ask {
     Members(oneshot::Sender<Vec<PeerId>>),
 }
 
-/// One node.
+/// A handle to a node.
 #[derive(Clone)]
 pub(super) enum Handle {
     Ours(Box<Dht>),
     Stock(mpsc::Sender<Ask>),
 }
 
-/// The address of the node of this number: each is in a network of its own.
+/// Returns the address of the node with this number. Each node is in a network of its own.
 pub(super) fn place(n: usize) -> Ipv4Addr {
     Ipv4Addr::from(0x1400_0001 + 256 * n as u32)
 }
 
-/// Keys that depend on the numbers only.
+/// Returns a key pair that depends only on the random numbers.
 pub(super) fn keys(random: &mut Random) -> Keypair {
     let secret = std::array::from_fn::<u8, 32, _>(|_| random.below(256) as u8);
     Keypair::ed25519_from_bytes(secret).expect("any 32 bytes are a key")
 }
 
-/// libp2p-kad with its defaults, as a server that does not refresh its routing table by the clock.
+/// libp2p-kad with its defaults, as a server that does not refresh its routing table periodically.
 pub(super) fn stock(peer: PeerId) -> kad::Behaviour<MemoryStore> {
     let mut config = kad::Config::new(StreamProtocol::new("/weft/kad/1"));
-    // Not while it is measured, on neither side.
+    // Neither side refreshes while it is measured.
     config.set_periodic_bootstrap_interval(None);
     let mut kad = kad::Behaviour::with_config(peer, MemoryStore::new(peer), config);
     kad.set_mode(Some(kad::Mode::Server));
     kad
 }
 
-/// Queries of a stock node, and whom their results go to.
+/// Pending queries of a stock node, with the receivers of their results.
 #[derive(Default)]
 pub(super) struct Queries(HashMap<QueryId, oneshot::Sender<bool>>);
 
@@ -71,7 +71,7 @@ impl Queries {
         match ask {
             Ask::Put(key, reply) => {
                 let record = kad::Record::new(key, vec![7; 100]);
-                // A store of its own that is full counts as a failure: the reply is dropped.
+                // If the node's own store is full, the query has failed: the reply is dropped.
                 if let Ok(id) = kad.put_record(record, Quorum::One) {
                     self.0.insert(id, reply);
                 }
@@ -124,7 +124,7 @@ impl Queries {
         if let Some(done) = done
             && let Some(reply) = self.0.remove(&id)
         {
-            // It may wait no more.
+            // The receiver may have stopped waiting.
             let _ = reply.send(done);
             if let Some(mut query) = kad.query_mut(&id) {
                 query.finish();
@@ -134,7 +134,7 @@ impl Queries {
 }
 
 impl Handle {
-    /// Has a stock node do something.
+    /// Runs an operation on a stock node.
     async fn ask<T>(
         asks: &mpsc::Sender<Ask>,
         ask: impl FnOnce(oneshot::Sender<T>) -> Ask,
@@ -174,7 +174,7 @@ impl Handle {
         timeout(PATIENCE, get).await == Ok(true)
     }
 
-    /// States that it has something, as one of many such things.
+    /// Advertises that the node has something, as one of many such things.
     pub(super) async fn provide(&self, key: Vec<u8>) -> bool {
         let provide = async {
             match self {
@@ -200,7 +200,7 @@ impl Handle {
         }
     }
 
-    /// Nodes in its routing table.
+    /// Returns the number of nodes in the routing table.
     pub(super) async fn nodes(&self) -> usize {
         match self {
             Self::Ours(dht) => *dht.nodes().borrow(),
@@ -208,7 +208,7 @@ impl Handle {
         }
     }
 
-    /// The nodes in its routing table.
+    /// Returns the nodes in the routing table.
     pub(super) async fn members(&self) -> Vec<PeerId> {
         match self {
             Self::Ours(dht) => {

@@ -1,25 +1,26 @@
 //! A swarm of nodes in virtual time: discrete events instead of sockets, and the real behaviours.
 //!
-//! Each node has the `NetworkBehaviour` that a real node has, ours or libp2p-kad's, whole: look-ups, liveness, regions,
-//! the routing table, the record store and its rules, signatures. This module takes the place of `libp2p::Swarm`, of
-//! the connections, and of libp2p-kad's connection handler, which only moves requests and answers:
+//! Each node has the complete `NetworkBehaviour` of a real node, Weft's or libp2p-kad's: lookups, liveness, regions,
+//! the routing table, the record store and its rules, signatures. This module replaces `libp2p::Swarm`, the
+//! connections, and libp2p-kad's connection handler, which only moves requests and answers:
 //!
-//! - A dial takes one round trip, and has the one address that a node has. A dial to a node that has left is refused
-//!   after a round trip by half of them, and is silent for five seconds more with the others (`links::is_silent`).
-//! - A request arrives after the one-way latency of its link, and so does its answer: nothing is encoded, encrypted,
-//!   framed or lost, streams cost nothing, and processors take no time. At most 32 requests of one end of a connection
-//!   are under way, as libp2p-kad has it; one that is not answered fails after ten seconds.
-//! - Each end of a connection knows at once what identify would say: the other end's address, and that it is a server.
-//! - A connection on which nothing was said for a minute is closed by the end that asked last. A node that leaves
-//!   without a word leaves its connections open: what is sent on them is not answered.
+//! - A dial takes one round trip, to the one address of a node. Of the dials to a node that has left, half are refused
+//!   after a round trip, and half are silent for five seconds more (`links::is_silent`).
+//! - A request arrives after the one-way latency of its link, and so does its answer. Nothing is encoded, encrypted,
+//!   framed or lost, streams cost nothing, and processing takes no time. As in libp2p-kad, at most 32 requests of one
+//!   end of a connection are pending; a request that is not answered fails after ten seconds.
+//! - Each end of a connection knows at once what identify would report: the other end's address, and that it is a
+//!   server.
+//! - A connection that was idle for a minute is closed by the end that sent the last request. A node that leaves
+//!   without a word leaves its connections open; requests on them are not answered.
 //!
-//! Bringing up ten thousand nodes by joins costs millions of requests, most of them Kademlia's bootstraps. Larger meshes
-//! therefore begin with filled routing tables (`measure.rs`), and with no connections.
+//! Creating ten thousand nodes by joins costs millions of requests, most of them Kademlia's bootstraps. Larger meshes
+//! therefore begin with filled routing tables (`measure.rs`), and without connections.
 //!
-//! Time moves in steps of a millisecond. Whatever is due in a step is done in an order that depends on the seed only.
+//! Time moves in steps of a millisecond. All events of a step happen in an order that depends only on the seed.
 //! libp2p-kad's timers, of half a second and more, are up to 50 ms late.
 //!
-//! It is one file although it is long: nodes, connections and what is on the way between them change each other.
+//! The module is one long file because nodes, connections and the messages between them change each other.
 
 use std::{
     cell::RefCell,
@@ -66,42 +67,43 @@ use super::{
 };
 use crate::links::{self, Distances, address};
 
-/// libp2p-kad's handler, of our behaviour and of its own: what it is told, and what it tells.
+/// The input and output of libp2p-kad's connection handler, both in Weft's behaviour and alone.
 pub(super) type Handler = THandler<Ours>;
 pub(super) type Request = THandlerInEvent<Ours>;
 pub(super) type Event = THandlerOutEvent<Ours>;
 
-/// Ids of requests, each in a [`Request::Reset`]: libp2p-kad does not export their type.
+/// Ids of requests, each in a [`Request::Reset`], because libp2p-kad does not export their type.
 pub(super) type Ids = Vec<Request>;
 
-/// Requests under way of one end of a connection, and how long each is waited for; both as libp2p-kad's handler does.
+/// Pending requests of one end of a connection, and the timeout of each in milliseconds; both as in libp2p-kad's
+/// handler.
 pub(super) const STREAMS: usize = 32;
 const UNANSWERED: u64 = 10_000;
 
-/// Time after which a connection on which nothing is said is closed.
+/// Time after which an idle connection is closed, in milliseconds.
 const IDLE: u64 = 60_000;
 
-/// Milliseconds between two waits for the thread of `futures-timer`, which cost two changes of threads. libp2p-kad has
-/// timers of half a second and more there, and they may be late by this.
+/// Milliseconds between two waits for the thread of `futures-timer`, each of which costs two thread switches.
+/// libp2p-kad's timers there are of half a second and more, and may be late by this.
 const SETTLE: u64 = 50;
 
-/// Numbers of connections that were dialled by others begin here; libp2p counts the others from one.
+/// First number of incoming connections. libp2p counts the others from one.
 const INBOUND: usize = 1 << 40;
 
-/// What a node is made of.
+/// The behaviours of a node.
 trait Machine {
-    /// A connection is there; gives back what is to be asked on it.
+    /// Handles a new connection, and returns the requests to send on it.
     fn inbound(&mut self, id: ConnectionId, peer: PeerId, at: [&Multiaddr; 2]) -> Vec<Request>;
     fn outbound(&mut self, id: ConnectionId, peer: PeerId, to: &Multiaddr) -> Vec<Request>;
-    /// Where else a peer is dialled.
+    /// Returns further addresses at which a peer is dialed.
     fn addresses(&mut self, id: ConnectionId, peer: PeerId, given: &[Multiaddr]) -> Vec<Multiaddr>;
     fn on_swarm(&mut self, event: FromSwarm<'_>);
     fn on_handler(&mut self, peer: PeerId, id: ConnectionId, event: Event);
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Infallible, Request>>;
 }
 
-/// Returns the queries of which the handler of a new connection was given a request. The handler tells: it asks for a
-/// stream for each, does not get it, and names the query that has failed.
+/// Returns the queries whose requests the handler of a new connection was given. The handler requests a stream for
+/// each; each stream is refused, and the handler names the query that has failed.
 fn preloaded(mut handler: Handler) -> Vec<QueryId> {
     let mut cx = Context::from_waker(Waker::noop());
     let mut queries = Vec::new();
@@ -124,7 +126,7 @@ fn refuse_stream(handler: &mut Handler) {
     }));
 }
 
-/// Returns what libp2p-kad's handler says of a request that was not answered in time.
+/// Returns the event of libp2p-kad's handler for a request that was not answered in time.
 fn timed_out(handler: &mut Handler, query_id: QueryId) -> Option<Event> {
     let key = Vec::new();
     handler.on_behaviour_event(Request::FindNodeReq { key, query_id });
@@ -141,7 +143,7 @@ fn timed_out(handler: &mut Handler, query_id: QueryId) -> Option<Event> {
     None
 }
 
-/// Returns what a query of libp2p-kad asks of a node, as libp2p-kad has it.
+/// Returns the request that a query of libp2p-kad sends to a node.
 fn to_request(info: QueryInfo, query_id: QueryId) -> Request {
     let find = |key| Request::FindNodeReq { key, query_id };
     match info {
@@ -172,7 +174,7 @@ fn to_request(info: QueryInfo, query_id: QueryId) -> Request {
     }
 }
 
-/// The parts of [`Machine`] that are the behaviour's own.
+/// The parts of [`Machine`] that the behaviour itself provides.
 macro_rules! behaviour {
     ($behaviour:ident, $query:expr) => {
         fn inbound(&mut self, id: ConnectionId, peer: PeerId, at: [&Multiaddr; 2]) -> Vec<Request> {
@@ -247,7 +249,7 @@ impl Machine for OurNode {
     }
 }
 
-/// As `swarms::run_stock` has it.
+/// A stock node, as in `swarms::run_stock`.
 struct StockNode {
     kad: kad::Behaviour<MemoryStore>,
     requests: mpsc::Receiver<Ask>,
@@ -292,7 +294,7 @@ impl Machine for StockNode {
     }
 }
 
-/// Tells at which addresses a dial is asked for: only a swarm is told.
+/// Records the addresses of a dial, which only a swarm is told.
 #[derive(Default)]
 struct Addresses(Vec<Multiaddr>);
 
@@ -309,7 +311,7 @@ impl NetworkBehaviour for Addresses {
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         self.0 = addresses.to_vec();
         Err(ConnectionDenied::new(io::Error::other(
-            "nothing is dialled here",
+            "nothing is dialed here",
         )))
     }
 
@@ -350,8 +352,8 @@ impl NetworkBehaviour for Addresses {
     }
 }
 
-/// Nodes to poll. The thread of the simulation wakes them in an order that the seed gives; the thread of timers does
-/// not, so that what it has woken is taken only after it was waited for, and in the order of the nodes.
+/// Nodes to poll. The simulation's thread wakes them in an order that depends on the seed. The timers' thread does not,
+/// so the nodes that it has woken are taken only after a wait for it, in the order of their numbers.
 #[derive(Debug)]
 struct Woken {
     thread: ThreadId,
@@ -379,7 +381,7 @@ impl Woken {
         woken
     }
 
-    /// What the thread of timers has woken is polled from now on.
+    /// Adds the nodes that the timers' thread has woken to those to poll.
     fn take_in(&self) {
         let mut elsewhere = std::mem::take(&mut *lock(&self.elsewhere));
         lock(&self.here).append(&mut elsewhere);
@@ -404,17 +406,17 @@ impl Wake for NodeWaker {
     }
 }
 
-/// A node; without a machine once it has left.
+/// A node. It has no machine once it has left.
 struct Node {
     machine: Option<Box<dyn Machine>>,
     peer: PeerId,
     place: Ipv4Addr,
     waker: Waker,
     connections: HashMap<PeerId, Vec<(ConnectionId, Connection)>>,
-    dialling: HashMap<PeerId, usize>,
+    dialing: HashMap<PeerId, usize>,
 }
 
-/// One of [`Network::links`]; its slot may have gone to another.
+/// A reference to one of [`Network::links`]. The slot may have been reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Connection {
     slot: usize,
@@ -424,7 +426,7 @@ struct Connection {
 /// A request that is not answered yet.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
-    /// Its number among those under way.
+    /// Its number among the pending requests.
     stream: usize,
     serial: u32,
     query: QueryId,
@@ -440,23 +442,23 @@ struct End {
     waiting: VecDeque<Request>,
 }
 
-/// A connection; the first end has dialled.
+/// A connection. The first end has dialed.
 struct Link {
     generation: u32,
     ends: [End; 2],
-    /// When something was last said, and by which end.
+    /// The time of the last message, and the end that sent it.
     said: (u64, usize),
     serials: u32,
 }
 
-/// What happens at some moment.
+/// An event at some moment.
 enum Happening {
     DialArrives {
         from: usize,
         to: usize,
         id: ConnectionId,
     },
-    /// At the node that has dialled.
+    /// Happens at the node that has dialed.
     DialEnds {
         from: usize,
         to: usize,
@@ -469,7 +471,7 @@ enum Happening {
         stream: Option<(usize, u32)>,
         request: Box<Request>,
     },
-    /// Without an event: the stream has ended without an answer.
+    /// Without an event, the stream has ended without an answer.
     Answer {
         connection: Connection,
         to: usize,
@@ -478,11 +480,11 @@ enum Happening {
     },
     /// The other end has closed.
     Closes { connection: Connection, end: usize },
-    /// It may have been idle for long enough.
+    /// The connection may have been idle for long enough.
     Idle { connection: Connection },
 }
 
-/// The nodes, and what is on the way between them.
+/// The nodes, and the messages between them.
 pub(super) struct Network {
     distances: Distances,
     nodes: Vec<Node>,
@@ -493,18 +495,18 @@ pub(super) struct Network {
     /// Milliseconds since the start.
     now: u64,
     pub(super) requests: u64,
-    /// Nobody reaches anybody yet.
+    /// True while no node can reach another.
     pub(super) parted: bool,
     woken: Arc<Woken>,
     addresses: Swarm<Addresses>,
-    /// Says how a request fails.
+    /// Produces the events of failed requests.
     handler: Handler,
     ids: Ids,
     inbound: usize,
 }
 
 impl Network {
-    /// In the thread that drives it.
+    /// Creates a network. Call it in the thread that drives it.
     pub(super) fn new(distances: Distances, ids: Ids) -> Rc<RefCell<Self>> {
         let keys = Keypair::ed25519_from_bytes([1; 32]).expect("any 32 bytes are a key");
         let peer = keys.public().to_peer_id();
@@ -544,12 +546,12 @@ impl Network {
         }))
     }
 
-    /// A node of ours at the next place, which dials those that it knows.
+    /// Starts a node of Weft's at the next place. It dials the nodes that it knows.
     pub(super) fn start_ours(&mut self, peer: PeerId, dht: Ours, known: &[(PeerId, Ipv4Addr)]) {
         self.start(peer, Box::new(OurNode(dht)), known);
     }
 
-    /// A stock node at the next place.
+    /// Starts a stock node at the next place.
     pub(super) fn start_stock(
         &mut self,
         peer: PeerId,
@@ -574,9 +576,9 @@ impl Network {
             place: place(node),
             waker: Waker::from(Arc::new(NodeWaker { node, woken })),
             connections: HashMap::new(),
-            dialling: HashMap::new(),
+            dialing: HashMap::new(),
         });
-        // First, so that a node knows what it was told before it meets anybody.
+        // Polled first, so that the node processes its instructions before it meets other nodes.
         self.poll_node(node);
         for (peer, at) in known {
             let dial = DialOpts::peer_id(*peer).addresses(vec![address(*at)]);
@@ -584,7 +586,7 @@ impl Network {
         }
     }
 
-    /// A node stops: in order, so that its connections close, or without a word.
+    /// Stops a node: in order, so that its connections close, or without a word.
     pub(super) fn leave(&mut self, place: Ipv4Addr, orderly: bool) {
         let node = index(place);
         self.nodes[node].machine = None;
@@ -598,7 +600,7 @@ impl Network {
             let here = usize::from(link.ends[1].node == node);
             let there = 1 - here;
             link.ends[here].is_open = false;
-            // What has reached it, and is not answered yet.
+            // Requests that have reached the node and are not answered yet.
             let sent = link.ends[there].sent.clone();
             for sent in sent {
                 self.fails(connection, there, sent.serial, sent.at);
@@ -624,7 +626,7 @@ impl Network {
         }
     }
 
-    /// Milliseconds one way, and one at least.
+    /// Returns the one-way latency in milliseconds, at least one.
     fn delay(&self, a: usize, b: usize) -> u64 {
         let delay = self.distances.one_way(place(a), place(b));
         (delay.as_millis() as u64).max(1)
@@ -642,7 +644,7 @@ impl Network {
         self.coming.entry(at).or_default().push(happening);
     }
 
-    /// A request of this end is not answered in time.
+    /// Schedules the failure of a request that is not answered in time.
     fn fails(&mut self, connection: Connection, end: usize, serial: u32, asked: u64) {
         let delay = (asked + UNANSWERED).saturating_sub(self.now).max(1);
         let answer = Happening::Answer {
@@ -699,7 +701,7 @@ impl Network {
             ToSwarm::NewExternalAddrOfPeer { peer_id, address } => {
                 self.tell_address(node, peer_id, &address);
             }
-            // Nobody listens anywhere, nor asks where it is.
+            // No node listens, nor asks for its own address.
             _ => {}
         }
     }
@@ -716,23 +718,23 @@ impl Network {
         usize::from(link.is_some_and(|link| link.ends[1].node == node))
     }
 
-    /// As a swarm does. Nodes have one address each, so that a dial under way is never repeated at another.
+    /// Dials as a swarm does. Nodes have one address each, so a pending dial is never repeated at another one.
     fn dial(&mut self, node: usize, opts: DialOpts) {
         let id = opts.connection_id();
         let Some(peer) = opts.get_peer_id() else {
             return;
         };
         let of = &self.nodes[node];
-        if of.connections.contains_key(&peer) || of.dialling.contains_key(&peer) {
+        if of.connections.contains_key(&peer) || of.dialing.contains_key(&peer) {
             let condition = PeerCondition::DisconnectedAndNotDialing;
             let error = DialError::DialPeerConditionFalse(condition);
             return self.dial_failed(node, peer, id, &error);
         }
         if self.parted {
-            // Nothing was sent: that says nothing of the other node.
+            // Nothing was sent, so the failure says nothing about the other node.
             return self.dial_failed(node, peer, id, &DialError::Aborted);
         }
-        // It is always denied, and says so.
+        // The dial is always denied, and its addresses are recorded.
         let _ = self.addresses.dial(opts);
         let mut addresses = std::mem::take(&mut self.addresses.behaviour_mut().0);
         if let Some(machine) = self.machine(node) {
@@ -748,7 +750,7 @@ impl Network {
         let Some(to) = to.filter(|to| *to < self.nodes.len()) else {
             return self.dial_failed(node, peer, id, &DialError::NoAddresses);
         };
-        *self.nodes[node].dialling.entry(peer).or_default() += 1;
+        *self.nodes[node].dialing.entry(peer).or_default() += 1;
         let arrives = Happening::DialArrives { from: node, to, id };
         self.after(self.delay(node, to), arrives);
     }
@@ -764,7 +766,7 @@ impl Network {
         }
     }
 
-    /// A node gives something to the handler of its end of a connection.
+    /// Gives an instruction from a node to the handler of its end of a connection.
     fn say(&mut self, connection: Connection, node: usize, event: Request) {
         let here = self.end_of(connection, node);
         let is_open = self
@@ -833,7 +835,7 @@ impl Network {
                     self.after(delay, answer);
                 }
             }
-            // All are servers throughout.
+            // All nodes are servers throughout.
             Request::ReconfigureMode { .. } => {}
         }
     }
@@ -872,7 +874,7 @@ impl Network {
         self.after(delay, arrives);
     }
 
-    /// The request of an end that this id stands for at the other end.
+    /// Returns the request of an end for which the other end has this id.
     fn sent(&mut self, connection: Connection, end: usize, id: Request) -> Option<Sent> {
         let is = |of: &Request| match (of, &id) {
             (Request::Reset(of), Request::Reset(id)) => of == id,
@@ -991,16 +993,16 @@ impl Network {
         connection: Option<Connection>,
     ) {
         let peer = self.nodes[to].peer;
-        let dialling = &mut self.nodes[from].dialling;
-        if let Some(count) = dialling.get_mut(&peer) {
+        let dialing = &mut self.nodes[from].dialing;
+        if let Some(count) = dialing.get_mut(&peer) {
             *count -= 1;
             if *count == 0 {
-                dialling.remove(&peer);
+                dialing.remove(&peer);
             }
         }
         match connection {
             Some(connection) if self.nodes[from].machine.is_some() => self.open(connection, 0),
-            // The other end never hears of it.
+            // The other end never learns of it.
             Some(connection) => self.forget_closed(connection),
             None => {
                 let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
@@ -1012,7 +1014,7 @@ impl Network {
 
     fn endpoint(&mut self, connection: Connection, end: usize) -> Option<ConnectedPoint> {
         let link = self.link(connection)?;
-        let [dialler, listener] = [0, 1].map(|end| address(place(link.ends[end].node)));
+        let [dialer, listener] = [0, 1].map(|end| address(place(link.ends[end].node)));
         Some(match end {
             0 => ConnectedPoint::Dialer {
                 address: listener,
@@ -1021,17 +1023,19 @@ impl Network {
             },
             _ => ConnectedPoint::Listener {
                 local_addr: listener,
-                send_back_addr: dialler,
+                send_back_addr: dialer,
             },
         })
     }
 
-    /// A connection is there, at this end.
+    /// Opens a connection at this end.
     fn open(&mut self, connection: Connection, end: usize) {
         let Some(endpoint) = self.endpoint(connection, end) else {
             return;
         };
-        let link = self.link(connection).expect("it has ends");
+        let link = self
+            .link(connection)
+            .expect("an open connection has a link");
         link.ends[end].is_open = true;
         let (node, id) = (link.ends[end].node, link.ends[end].id);
         let other = link.ends[1 - end].node;
@@ -1172,7 +1176,7 @@ impl Network {
         );
     }
 
-    /// An end closes; `tells`: the other end hears of it.
+    /// Closes an end. If `tells` is set, the other end is told.
     fn close(
         &mut self,
         connection: Connection,
@@ -1184,7 +1188,9 @@ impl Network {
             return;
         };
         let delay = self.delay_of(connection);
-        let link = self.link(connection).expect("it has ends");
+        let link = self
+            .link(connection)
+            .expect("an open connection has a link");
         let (other, closed) = (link.ends[1 - end].node, &mut link.ends[end]);
         if !std::mem::take(&mut closed.is_open) {
             return self.forget_closed(connection);
@@ -1226,7 +1232,7 @@ impl Network {
         }
     }
 
-    /// Does what is due; returns false if nothing was.
+    /// Runs the events that are due. Returns false if there were none.
     fn turn(&mut self) -> bool {
         let mut any = false;
         while let Some(mut due) = self
@@ -1236,7 +1242,7 @@ impl Network {
         {
             any = true;
             let due = std::mem::take(due.get_mut());
-            // What is added meanwhile is due later.
+            // Events added meanwhile are due later.
             self.coming.pop_first();
             for happening in due {
                 self.happen(happening);
@@ -1249,7 +1255,7 @@ impl Network {
         any
     }
 
-    /// Nodes that are there.
+    /// Returns the number of running nodes.
     fn alive(&self) -> usize {
         self.nodes
             .iter()
@@ -1269,7 +1275,7 @@ fn query_of(request: &Request) -> Option<QueryId> {
     }
 }
 
-/// The number of a place; see [`place`].
+/// Returns the number of a place; see [`place`].
 fn index(at: Ipv4Addr) -> usize {
     (u32::from(at).wrapping_sub(u32::from(place(0))) / 256) as usize
 }
@@ -1287,8 +1293,8 @@ impl Wake for Flag {
     }
 }
 
-/// Drives the nodes, and what is measured of them, until that has ended. `progress` is told of the virtual time, nodes
-/// and requests once a virtual second.
+/// Drives the nodes and the measurement until the measurement has ended. `progress` is called with the virtual time,
+/// the number of nodes and the number of requests once a virtual second.
 pub(super) async fn drive<T>(
     simulation: &Simulation,
     network: &RefCell<Network>,
@@ -1313,7 +1319,7 @@ pub(super) async fn drive<T>(
                     return result;
                 }
             }
-            // Signatures are checked in tasks; they take no time.
+            // Signatures are checked in tasks, which take no virtual time.
             if !any && nodes.is_empty() && runtime.num_alive_tasks() == 0 {
                 break;
             }
@@ -1337,7 +1343,7 @@ pub(super) async fn drive<T>(
                 network.requests,
             );
         }
-        // Tokio's timers wake whom they are due for.
+        // Tokio's timers wake the tasks that are due.
         tokio::task::yield_now().await;
     }
 }

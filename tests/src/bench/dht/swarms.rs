@@ -38,7 +38,7 @@ fn config() -> swarm::Config {
         .with_substream_upgrade_protocol_override(libp2p::core::upgrade::Version::V1Lazy)
 }
 
-/// Starts a node. It stops in order when it is told to, and without a word when the sender is dropped.
+/// Starts a node. A message stops it in order; dropping the sender stops it without a word.
 pub(super) fn start(
     side: Side,
     keys: &Keypair,
@@ -62,7 +62,7 @@ pub(super) fn start(
             let itself = dht.clone();
             tokio::spawn(async move {
                 let mut stopped = stopped;
-                // It ends before this.
+                // The swarm may end before this.
                 let _ = itself.set_reachable(true).await;
                 let orderly = loop {
                     tokio::select! {
@@ -87,7 +87,7 @@ pub(super) fn start(
 }
 
 fn join<B: NetworkBehaviour>(swarm: &mut Swarm<B>, place: Ipv4Addr, known: &[(PeerId, Ipv4Addr)]) {
-    // A link takes any address, and a dial that fails is seen in what is found.
+    // A link accepts any address, and a failed dial shows in the figures.
     let _ = swarm.listen_on(address(place));
     for (peer, at) in known {
         let dial = DialOpts::peer_id(*peer).addresses(vec![address(*at)]);
@@ -123,8 +123,8 @@ async fn run_stock(
     leave(swarm, orderly);
 }
 
-/// A node that stops in order closes its connections. Another falls silent: what it had open stays so, and nobody is
-/// told.
+/// Stops a node. A node that stops in order closes its connections. Otherwise it falls silent: its connections stay
+/// open, and no peer is told.
 fn leave<B: NetworkBehaviour>(swarm: Swarm<B>, orderly: bool) {
     match orderly {
         true => drop(swarm),

@@ -1,8 +1,8 @@
 //! The virtual clock of a simulation, and the random numbers that make it repeatable.
 //!
 //! The DHT and libp2p read the clock with `std::time::Instant`, and hash tables take their seeds from the operating
-//! system. The program `bench` therefore answers `clock_gettime` and `getrandom` itself (`src/bin/bench/system.rs`), and
-//! asks this module what to answer. Outside a simulation the answer is `None`: then the system is asked.
+//! system. The program `bench` therefore answers `clock_gettime` and `getrandom` itself (`src/bin/bench/system.rs`),
+//! with the values of this module. Outside a simulation the value is `None`, and the operating system is asked.
 //!
 //! Virtual time is set by one thread, in steps of a millisecond, and is the same for the whole process. The timers of
 //! `futures-timer` run in a thread of that crate; `settle_timers` waits until that thread has seen the new time.
@@ -23,11 +23,11 @@ use futures_timer::Delay;
 
 use super::super::Failure;
 
-/// The monotonic clock at the start of a simulation. It is so far ahead of the machine's that a thread that sleeps in
-/// the kernel until a virtual moment is woken by others only, and never by the machine's clock.
+/// The monotonic clock at the start of a simulation. It is so far ahead of the machine's clock that a thread that
+/// sleeps until a virtual moment is woken only by other threads, never by the kernel.
 const BEGIN: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// The date at the start of a simulation, 1 January 2026: records carry it, and their signatures depend on it.
+/// The date at the start of a simulation, 1 January 2026. Records and their signatures depend on it.
 const DATE: Duration = Duration::from_secs(1_767_225_600);
 
 /// Nanoseconds of the monotonic clock; 0 outside a simulation.
@@ -36,7 +36,7 @@ static NOW: AtomicU64 = AtomicU64::new(0);
 /// SplitMix64 (Steele, Lea, Flood 2014).
 static RANDOM: AtomicU64 = AtomicU64::new(0);
 
-/// One simulation of a process at a time.
+/// Allows one simulation at a time in the process.
 static RUNNING: Mutex<()> = Mutex::new(());
 
 /// Returns the virtual time of the monotonic clock.
@@ -52,7 +52,7 @@ pub fn since_1970() -> Option<Duration> {
     Some(monotonic()? - BEGIN + DATE)
 }
 
-/// Fills a buffer with numbers that depend on the seed only; returns false outside a simulation.
+/// Fills a buffer with numbers that depend only on the seed. Returns false outside a simulation.
 pub fn random(buffer: &mut [u8]) -> bool {
     if monotonic().is_none() {
         return false;
@@ -68,7 +68,7 @@ pub fn random(buffer: &mut [u8]) -> bool {
     true
 }
 
-/// Virtual time, while this value lives.
+/// Keeps time virtual until dropped.
 pub(super) struct Simulation {
     _only: MutexGuard<'static, ()>,
 }
@@ -77,7 +77,7 @@ impl Simulation {
     /// Stops the clock.
     ///
     /// # Errors
-    /// [`Failure`] if this program asks the operating system for the time: then nothing would be simulated.
+    /// [`Failure`] if this program asks the operating system for the time, because nothing would be simulated then.
     pub(super) fn begin(seed: u64) -> Result<Self, Failure> {
         let only = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
         RANDOM.store(seed, Ordering::Relaxed);
@@ -117,12 +117,12 @@ impl Wake for Unpark {
     }
 }
 
-/// Waits until the thread of `futures-timer` has woken whatever is due at the time that the clock shows.
+/// Waits until the thread of `futures-timer` has woken all tasks that are due at the current virtual time.
 pub(super) fn settle_timers() {
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let mut cx = Context::from_waker(&waker);
-    // That thread takes new timers, then wakes all that are due, and begins again: by the end of the second of two that
-    // are due now, it has woken all that were due at the first.
+    // That thread takes new timers, wakes all that are due, and begins again. When the second of two timers due now has
+    // ended, all timers that were due at the first have been woken.
     for _ in 0..2 {
         let mut due = pin!(Delay::new(Duration::ZERO));
         while due.as_mut().poll(&mut cx) == Poll::Pending {

@@ -1,11 +1,11 @@
-//! `clock_gettime` and `getrandom` of this program, so that a simulation can have virtual time and repeatable random
-//! numbers (`weft_tests::bench::dht::virtual_time`). Outside a simulation they are the C library's.
+//! `clock_gettime` and `getrandom` of this program, so that a simulation has virtual time and repeatable random numbers
+//! (`weft_tests::bench::dht::virtual_time`). Outside a simulation they call the C library's.
 //!
-//! The linker prefers a program's own definition to a library's; the standard library documents that `getrandom` may be
-//! replaced in this way, and madsim does the same with both. It is in this program only, and not in a library, so that
-//! no test gets it by linking.
+//! The linker prefers a program's own definition to a library's. The standard library documents that `getrandom` may be
+//! replaced in this way, and madsim does the same with both. The definitions are in this program and not in a library,
+//! so that no test gets them by linking.
 
-// The C library's functions can be replaced and found in no other way.
+// There is no other way to replace and find the C library's functions.
 #![allow(unsafe_code)]
 
 use std::{
@@ -17,7 +17,7 @@ use std::{
 
 use weft_tests::bench::dht::virtual_time;
 
-/// As Linux numbers them.
+/// The numbers of the clocks on Linux.
 const CLOCK_REALTIME: c_int = 0;
 const CLOCK_MONOTONIC: c_int = 1;
 
@@ -35,13 +35,13 @@ unsafe extern "C" {
     fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
 }
 
-/// The next definition of a function after this program's: the C library's. It is looked up once.
+/// Returns the next definition of a function after this program's, which is the C library's. Looked up once.
 fn next(cache: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
     /// `RTLD_NEXT`.
     const NEXT: *mut c_void = ptr::without_provenance_mut(usize::MAX);
     let mut found = cache.load(Ordering::Acquire);
     if found.is_null() {
-        // SAFETY: the name ends with a zero byte, and the handle is one that glibc defines.
+        // SAFETY: the name ends with a zero byte, and glibc defines the handle.
         found = unsafe { dlsym(NEXT, name.as_ptr()) };
         assert!(!found.is_null(), "the C library has {name:?}");
         cache.store(found, Ordering::Release);
@@ -49,7 +49,7 @@ fn next(cache: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
     found
 }
 
-/// The time of a clock; see clock_gettime(2).
+/// Returns the time of a clock; see clock_gettime(2).
 ///
 /// # Safety
 /// `time` points to a `struct timespec`.
@@ -66,7 +66,7 @@ unsafe extern "C" fn clock_gettime(clock: c_int, time: *mut Timespec) -> c_int {
             seconds: now.as_secs() as i64,
             nanoseconds: i64::from(now.subsec_nanos()),
         };
-        // SAFETY: the caller promises that it may be written.
+        // SAFETY: the caller promises that `time` may be written.
         unsafe { time.write(now) };
         return 0;
     }
@@ -77,7 +77,7 @@ unsafe extern "C" fn clock_gettime(clock: c_int, time: *mut Timespec) -> c_int {
     }
 }
 
-/// Random bytes; see getrandom(2).
+/// Fills `buffer` with random bytes; see getrandom(2).
 ///
 /// # Safety
 /// `buffer` has `length` bytes.

@@ -1,4 +1,4 @@
-//! The promises of the book of advertised records, with a clock that the tests move.
+//! Tests of the schedule of published records, with a clock that the tests move.
 
 use super::*;
 
@@ -21,9 +21,9 @@ fn id(name: impl ToString) -> RecordId {
     RecordId::of(name.to_string().into_bytes())
 }
 
-/// A book, its clock, and a DHT in which `takers` nodes take each record.
+/// A schedule, its clock, and a DHT in which `takers` nodes store each record.
 struct World {
-    book: Book<u32>,
+    schedule: Schedule<u32>,
     start: Instant,
     now: Instant,
     takers: usize,
@@ -33,7 +33,7 @@ impl World {
     fn new() -> Self {
         let now = Instant::now();
         Self {
-            book: Book::new(now),
+            schedule: Schedule::new(now),
             start: now,
             now,
             takers: 20,
@@ -41,35 +41,35 @@ impl World {
     }
 
     fn register(&mut self, name: impl ToString, terms: Terms) {
-        self.book
+        self.schedule
             .register([(id(name), 0)], 0, terms, false, self.now);
     }
 
     fn register_many(&mut self, count: usize) {
         let records = (0..count).map(|n| (id(n), 0));
-        self.book.register(records, 0, CONTENT, true, self.now);
+        self.schedule.register(records, 0, CONTENT, true, self.now);
     }
 
-    /// Does what is due first, at its time, if that comes before `until`.
+    /// Does the work that is due first, at its time, if that is before `until`.
     fn step(&mut self, until: Instant) -> Option<Work<u32>> {
-        let next = self.book.next().filter(|next| *next <= until)?;
+        let next = self.schedule.next().filter(|next| *next <= until)?;
         self.now = self.now.max(next);
-        let work = self.book.poll(self.now).expect("it said so");
+        let work = self.schedule.poll(self.now).expect("it said so");
         self.done(&work);
         Some(work)
     }
 
     fn done(&mut self, work: &Work<u32>) {
         let outcome = Outcome::Took(self.takers);
-        self.book.done(&work.id, outcome, false, self.now);
+        self.schedule.done(&work.id, outcome, false, self.now);
     }
 
     fn leaving(&self) -> Vec<RecordId> {
-        let leaving = self.book.leaving().into_iter();
+        let leaving = self.schedule.leaving().into_iter();
         leaving.map(|leaving| leaving.id).collect()
     }
 
-    /// Everything that is done within this time, with when.
+    /// Does all work within this time. Returns the work with its times.
     fn run(&mut self, time: Duration) -> Vec<(Duration, Work<u32>)> {
         let until = self.now + time;
         let mut done = Vec::new();
@@ -81,8 +81,8 @@ impl World {
     }
 }
 
-fn is_statement(work: &Work<u32>) -> bool {
-    matches!(work.deed, Deed::State { .. })
+fn is_publication(work: &Work<u32>) -> bool {
+    matches!(work.action, Action::Publish { .. })
 }
 
 fn seconds(done: &[(Duration, Work<u32>)]) -> Vec<u64> {
@@ -104,7 +104,7 @@ fn one_pace_holds_for_records_of_all_kinds() {
 }
 
 #[test]
-fn ten_thousand_records_are_stated_again_within_34_minutes() {
+fn ten_thousand_records_are_published_again_within_34_minutes() {
     let mut world = World::new();
     world.register_many(10_000);
     let done = world.run(34 * HOUR / 60);
@@ -113,7 +113,7 @@ fn ten_thousand_records_are_stated_again_within_34_minutes() {
 }
 
 #[test]
-fn many_are_stated_in_the_order_of_their_places() {
+fn many_records_are_published_in_the_order_of_their_positions() {
     let mut world = World::new();
     world.register_many(1000);
     let done = world.run(HOUR / 2);
@@ -123,12 +123,12 @@ fn many_are_stated_in_the_order_of_their_places() {
         .collect();
     assert_eq!(places.len(), 1000);
     assert!(places.is_sorted());
-    let again = |work: &Work<u32>| matches!(work.deed, Deed::State { again: true, .. });
+    let again = |work: &Work<u32>| matches!(work.action, Action::Publish { again: true, .. });
     assert!(done.iter().all(|(_, work)| again(work)));
 }
 
 #[test]
-fn a_topic_waits_for_no_model_and_what_is_new_for_nothing_old() {
+fn topics_go_before_models_and_new_records_before_old_ones() {
     let mut world = World::new();
     world.register_many(1000);
     world.run(Duration::from_secs(20));
@@ -145,7 +145,7 @@ fn a_topic_waits_for_no_model_and_what_is_new_for_nothing_old() {
 }
 
 #[test]
-fn a_presence_is_stated_in_time_however_much_else_is_due() {
+fn a_presence_is_published_in_time_however_much_else_is_due() {
     let mut world = World::new();
     world.register("topic", PRESENCE);
     world.register_many(30_000);
@@ -163,24 +163,24 @@ fn a_presence_is_stated_in_time_however_much_else_is_due() {
 }
 
 #[test]
-fn a_record_is_stated_again_three_times_within_its_life() {
+fn a_record_is_published_again_three_times_within_its_lifetime() {
     let mut world = World::new();
     world.register("model", CONTENT);
     world.register("topic", PRESENCE);
     let done = world.run(2 * HOUR + Duration::from_secs(1));
     let count = |name: &str| done.iter().filter(|(_, work)| work.id == id(name)).count();
     assert_eq!((count("model"), count("topic")), (4, 37));
-    // The first statement has a look-up of its own.
+    // The first publication has a lookup of its own.
     let again: Vec<_> = done
         .iter()
         .filter(|(_, work)| work.id == id("model"))
-        .map(|(_, work)| matches!(work.deed, Deed::State { again: true, .. }))
+        .map(|(_, work)| matches!(work.action, Action::Publish { again: true, .. }))
         .collect();
     assert_eq!(again, [false, true, true, true]);
 }
 
 #[test]
-fn a_record_that_nobody_takes_is_stated_again_after_longer_and_longer() {
+fn a_record_that_no_node_stores_is_published_again_after_growing_pauses() {
     let mut world = World::new();
     world.takers = 0;
     world.register("model", CONTENT);
@@ -195,10 +195,12 @@ fn a_record_that_nobody_takes_is_stated_again_after_longer_and_longer() {
 fn a_node_without_others_tries_again_when_it_meets_one() {
     let mut world = World::new();
     world.register("model", CONTENT);
-    let work = world.book.poll(world.now).expect("it is due");
-    world.book.done(&work.id, Outcome::Took(0), true, world.now);
+    let work = world.schedule.poll(world.now).expect("it is due");
+    world
+        .schedule
+        .done(&work.id, Outcome::Took(0), true, world.now);
     assert_eq!(world.run(HOUR / 2).len(), 0);
-    world.book.met(false, world.now);
+    world.schedule.met(false, world.now);
     let met = world.now - world.start;
     let done = world.run(Duration::from_secs(10));
     assert_eq!(done.len(), 1);
@@ -206,23 +208,28 @@ fn a_node_without_others_tries_again_when_it_meets_one() {
 }
 
 #[test]
-fn nodes_of_a_small_mesh_are_told_as_they_come_and_not_more_often_than_every_two_seconds() {
+fn a_small_mesh_is_told_of_records_with_each_new_node_at_most_every_two_seconds() {
     let mut world = World::new();
     world.register("model", CONTENT);
     world.run(Duration::from_secs(10));
-    world.book.met(true, world.now);
-    world.book.met(true, world.now);
+    world.schedule.met(true, world.now);
+    world.schedule.met(true, world.now);
     assert_eq!(world.run(SETTLE).len(), 1);
-    world.book.met(true, world.now);
-    assert_eq!(world.run(PAUSE - Duration::from_millis(1)).len(), 0);
+    world.schedule.met(true, world.now);
+    assert_eq!(
+        world
+            .run(SHORTEST_INTERVAL - Duration::from_millis(1))
+            .len(),
+        0
+    );
     assert_eq!(world.run(Duration::from_secs(60)).len(), 1);
-    // In a large one, the twenty nodes that keep the record know it.
-    world.book.met(false, world.now);
+    // In a large mesh, the twenty nodes that store the record know it.
+    world.schedule.met(false, world.now);
     assert_eq!(world.run(Duration::from_secs(60)).len(), 0);
 }
 
 #[test]
-fn changed_addresses_are_stated_in_every_record_that_has_some() {
+fn changed_addresses_are_published_in_every_record_that_has_some() {
     let mut world = World::new();
     world.register("model", CONTENT);
     let without = Terms {
@@ -231,35 +238,35 @@ fn changed_addresses_are_stated_in_every_record_that_has_some() {
     };
     world.register("name", without);
     world.run(Duration::from_secs(10));
-    world.book.addresses_changed(world.now);
+    world.schedule.addresses_changed(world.now);
     let done = world.run(Duration::from_secs(10));
     let ids: Vec<_> = done.iter().map(|(_, work)| work.id.clone()).collect();
     assert_eq!(ids, [id("model")]);
 }
 
 #[test]
-fn addresses_that_change_all_the_time_do_not_keep_later_records_from_being_stated() {
+fn addresses_that_change_all_the_time_do_not_delay_later_records_for_ever() {
     let mut world = World::new();
     world.register_many(1000);
-    let mut stated = std::collections::HashSet::new();
-    while stated.len() < 1000 {
+    let mut published = std::collections::HashSet::new();
+    while published.len() < 1000 {
         for _ in 0..70 {
             let work = world.step(world.now + HOUR).expect("some are due");
-            // None is stated twice before all are stated once.
-            assert!(stated.insert(work.id) || stated.len() >= 1000);
+            // No record is published twice before all are published once.
+            assert!(published.insert(work.id) || published.len() >= 1000);
         }
-        world.book.addresses_changed(world.now);
+        world.schedule.addresses_changed(world.now);
     }
 }
 
 #[test]
-fn a_caller_does_not_wait_for_the_pace_and_the_others_make_up_for_it() {
+fn work_of_a_caller_begins_at_once_and_delays_the_rest() {
     let mut world = World::new();
     world.register_many(1000);
     world.run(Duration::from_secs(10));
     for n in 0..10 {
         world.register(format!("mine {n}"), CONTENT);
-        let work = world.book.begin(&id(format!("mine {n}")), world.now);
+        let work = world.schedule.begin(&id(format!("mine {n}")), world.now);
         world.done(&work.expect("nothing else is done with it"));
     }
     assert_eq!(world.run(Duration::from_secs(2)).len(), 0);
@@ -271,62 +278,62 @@ fn a_removed_record_is_withdrawn_once() {
     let mut world = World::new();
     world.register("model", CONTENT);
     world.run(Duration::from_secs(10));
-    world.book.remove(&id("model"), 0, world.now);
+    world.schedule.remove(&id("model"), 0, world.now);
     let done = world.run(12 * HOUR);
-    let deeds: Vec<_> = done.into_iter().map(|(_, work)| work.deed).collect();
-    assert_eq!(deeds, [Deed::Withdraw]);
+    let actions: Vec<_> = done.into_iter().map(|(_, work)| work.action).collect();
+    assert_eq!(actions, [Action::Withdraw]);
 }
 
 #[test]
-fn a_record_removed_while_it_is_stated_is_withdrawn_after_that() {
+fn a_record_removed_while_it_is_published_is_withdrawn_after_that() {
     let mut world = World::new();
     world.register("model", CONTENT);
-    let work = world.book.poll(world.now).expect("it is due");
-    world.book.remove(&id("model"), 0, world.now);
-    assert_eq!(world.book.next(), None);
-    assert_eq!(world.book.begin(&id("model"), world.now), None);
+    let work = world.schedule.poll(world.now).expect("it is due");
+    world.schedule.remove(&id("model"), 0, world.now);
+    assert_eq!(world.schedule.next(), None);
+    assert_eq!(world.schedule.begin(&id("model"), world.now), None);
     world.done(&work);
     let next = world.step(world.now + HOUR).expect("a withdrawal is due");
-    assert_eq!(next.deed, Deed::Withdraw);
-    assert_eq!(world.book.next(), None);
+    assert_eq!(next.action, Action::Withdraw);
+    assert_eq!(world.schedule.next(), None);
 }
 
 #[test]
-fn a_record_registered_while_it_is_withdrawn_is_stated_after_that() {
+fn a_record_registered_while_it_is_withdrawn_is_published_after_that() {
     let mut world = World::new();
     world.register("model", CONTENT);
     world.run(Duration::from_secs(10));
-    world.book.remove(&id("model"), 0, world.now);
-    let work = world.book.poll(world.now).expect("a withdrawal is due");
-    assert_eq!(work.deed, Deed::Withdraw);
+    world.schedule.remove(&id("model"), 0, world.now);
+    let work = world.schedule.poll(world.now).expect("a withdrawal is due");
+    assert_eq!(work.action, Action::Withdraw);
     world.register("model", CONTENT);
     world.done(&work);
     let next = world.step(world.now + HOUR).expect("it is due");
-    assert!(is_statement(&next));
+    assert!(is_publication(&next));
 }
 
 #[test]
-fn a_record_that_two_have_registered_is_withdrawn_with_the_second() {
+fn a_record_with_two_registrations_is_withdrawn_when_both_have_ended() {
     let mut world = World::new();
     let mut register = |token, value| {
         let record = [(id("service"), value)];
         world
-            .book
+            .schedule
             .register(record, token, PRESENCE, false, world.now);
     };
     register(1, 10);
     register(2, 20);
     world.run(Duration::from_secs(10));
-    world.book.remove(&id("service"), 2, world.now);
+    world.schedule.remove(&id("service"), 2, world.now);
     let next = world.step(world.now + HOUR).expect("the first is due");
-    assert!(matches!(next.deed, Deed::State { value: 10, .. }));
-    world.book.remove(&id("service"), 1, world.now);
+    assert!(matches!(next.action, Action::Publish { value: 10, .. }));
+    world.schedule.remove(&id("service"), 1, world.now);
     let next = world.step(world.now + HOUR).expect("a withdrawal is due");
-    assert_eq!(next.deed, Deed::Withdraw);
+    assert_eq!(next.action, Action::Withdraw);
 }
 
 #[test]
-fn registering_a_record_again_states_nothing() {
+fn registering_a_record_again_publishes_nothing() {
     let mut world = World::new();
     world.register("document", CONTENT);
     world.run(Duration::from_secs(10));
@@ -335,18 +342,18 @@ fn registering_a_record_again_states_nothing() {
 }
 
 #[test]
-fn a_withdrawal_is_told_for_a_record_that_is_not_known_here() {
+fn a_record_that_is_not_known_here_can_be_withdrawn() {
     let mut world = World::new();
-    world.book.withdraw(&id("name"), CONTENT);
+    world.schedule.withdraw(&id("name"), CONTENT);
     let work = world
-        .book
+        .schedule
         .begin(&id("name"), world.now)
         .expect("nothing else is done with it");
-    assert_eq!(work.deed, Deed::Withdraw);
+    assert_eq!(work.action, Action::Withdraw);
 }
 
 #[test]
-fn records_that_hold_while_the_node_runs_are_withdrawn_when_it_stops_and_those_of_few_first() {
+fn records_valid_while_the_node_runs_are_withdrawn_when_it_stops_by_rank() {
     let mut world = World::new();
     world.register("model", CONTENT);
     world.register("topic", PRESENCE);
@@ -359,7 +366,7 @@ fn records_that_hold_while_the_node_runs_are_withdrawn_when_it_stops_and_those_o
 }
 
 #[test]
-fn what_was_removed_just_before_the_node_stops_is_withdrawn_whatever_kind_it_is_of() {
+fn a_record_removed_just_before_the_node_stops_is_withdrawn_whatever_its_terms() {
     let name = Terms {
         at_stop: AtStop::Keep,
         ..CONTENT
@@ -369,61 +376,65 @@ fn what_was_removed_just_before_the_node_stops_is_withdrawn_whatever_kind_it_is_
     world.register("other", name);
     world.run(Duration::from_secs(10));
     assert_eq!(world.leaving(), []);
-    world.book.remove(&id("name"), 0, world.now);
+    world.schedule.remove(&id("name"), 0, world.now);
     assert_eq!(world.leaving(), [id("name")]);
-    // Its withdrawal has begun: the local store may have it already, and others may not have heard of it.
-    let work = world.book.poll(world.now).expect("it is due");
-    assert_eq!(work.deed, Deed::Withdraw);
-    let leaving = world.book.leaving();
+    // The withdrawal has begun: the local store may have it, and other nodes may not.
+    let work = world.schedule.poll(world.now).expect("it is due");
+    assert_eq!(work.action, Action::Withdraw);
+    let leaving = world.schedule.leaving();
     assert_eq!(leaving[0].began, Some(name.ttl));
 }
 
 #[test]
-fn what_was_stated_before_anybody_was_met_is_stated_when_somebody_is() {
+fn a_record_published_before_any_node_was_met_is_published_when_one_is() {
     let mut world = World::new();
     world.register("model", CONTENT);
-    let work = world.book.poll(world.now).expect("it is due");
+    let work = world.schedule.poll(world.now).expect("it is due");
     let nobody = Outcome::Took(0);
-    world.book.done(&work.id, nobody, true, world.now);
+    world.schedule.done(&work.id, nobody, true, world.now);
     world.now += HOUR / 60;
-    world.book.joined(world.now);
+    world.schedule.joined(world.now);
     assert_eq!(world.run(Duration::from_secs(1)).len(), 1);
 }
 
 #[test]
-fn a_record_that_nobody_took_is_said_again_soon_also_if_an_older_one_was_under_way() {
+fn a_record_that_no_node_stored_is_renewed_soon_even_if_an_older_one_was_under_way() {
     let mut world = World::new();
     let record = || id("record");
     world
-        .book
-        .register_stated(record(), 0, CONTENT, 1, world.now);
+        .schedule
+        .register_published(record(), 0, CONTENT, 1, world.now);
     world.now += HOUR;
-    let work = world.book.poll(world.now).expect("it is due");
+    let work = world.schedule.poll(world.now).expect("it is due");
     world
-        .book
-        .register_stated(record(), 0, CONTENT, 0, world.now);
+        .schedule
+        .register_published(record(), 0, CONTENT, 0, world.now);
     world.done(&work);
     assert_eq!(world.run(Duration::from_secs(10)).len(), 1);
 }
 
 #[test]
-fn a_signed_record_is_said_again_until_it_ends_also_if_it_is_put_anew_at_that_moment() {
+fn a_signed_record_is_renewed_until_it_expires_even_if_replaced_at_that_moment() {
     let mut world = World::new();
     let record = || id("record");
     world
-        .book
-        .register_stated(record(), 0, CONTENT, 1, world.now);
+        .schedule
+        .register_published(record(), 0, CONTENT, 1, world.now);
     assert_eq!(world.run(HOUR / 2).len(), 0);
     let work = world.step(world.now + HOUR).expect("it is due");
-    assert!(is_statement(&work));
+    assert!(is_publication(&work));
     world.now += HOUR;
-    let work = world.book.poll(world.now).expect("it is due");
+    let work = world.schedule.poll(world.now).expect("it is due");
     world
-        .book
-        .register_stated(record(), 0, CONTENT, 1, world.now);
-    world.book.done(&work.id, Outcome::Over, false, world.now);
+        .schedule
+        .register_published(record(), 0, CONTENT, 1, world.now);
+    world
+        .schedule
+        .done(&work.id, Outcome::Over, false, world.now);
     world.now += HOUR;
-    let work = world.book.poll(world.now).expect("it is due again");
-    world.book.done(&work.id, Outcome::Over, false, world.now);
-    assert_eq!(world.book.next(), None);
+    let work = world.schedule.poll(world.now).expect("it is due again");
+    world
+        .schedule
+        .done(&work.id, Outcome::Over, false, world.now);
+    assert_eq!(world.schedule.next(), None);
 }

@@ -1,11 +1,11 @@
-//! Looking at what is here of models, on disks that may not answer.
+//! Checks which files of models are here, on disks that may not respond.
 //!
-//! One thread a mount looks. The caller waits for the thread as long as it finds one file after another. When the
-//! thread gets no further, the caller gets the result of the last look, and no other look begins there until the thread
-//! returns.
+//! One thread per mount checks files. The caller waits while the thread makes progress from file to file. When the
+//! thread stops making progress, the caller gets the result of the last check. No other check begins at that mount
+//! until the thread returns.
 //!
-//! Code that holds a lock of the store, or a transaction, has looked at other disks than the store's own beforehand,
-//! and uses the result ([`Sights`]): a disk that does not answer keeps nobody else waiting.
+//! Code that holds a lock of the store, or a transaction, checks other disks than the store's own beforehand, and uses
+//! the result ([`FileStates`]). A disk that does not respond therefore blocks nobody else.
 
 use std::{
     collections::HashMap,
@@ -26,57 +26,56 @@ use crate::{
     index::Location,
 };
 
-/// The longest time for which a look may find no further file: a disk that spins up takes longer, and answers the next
-/// time.
+/// The longest time without progress in a check. A disk that spins up takes longer, and responds to the next check.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Models of which is remembered what was found.
+/// The most models for which the last result is remembered.
 const MAX_KNOWN: usize = 10_000;
 
 #[derive(Debug, Clone, Default)]
-pub(super) struct Looks(Arc<Mutex<State>>);
+pub(super) struct DiskChecks(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     known: HashMap<Hash, Presence>,
-    /// The number of the last look.
+    /// Number of the last check.
     last: u64,
-    /// Looks that have begun and not ended, by number.
+    /// Checks that have begun and not ended, by number.
     running: HashMap<u64, Running>,
 }
 
 #[derive(Debug)]
 struct Running {
     mount: PathBuf,
-    /// Its caller waits no more.
+    /// True if the caller no longer waits.
     is_stuck: bool,
 }
 
-/// A look that has begun. Dropping it ends the look, and with it the mark that the mount does not answer: the mark is
-/// part of what is dropped, so that none can outlive its look.
+/// A check that has begun. Dropping it ends the check, and with it the mark that the mount does not respond. The mark
+/// is part of the check, so it cannot outlive it.
 #[derive(Debug)]
-struct Look {
-    looks: Looks,
+struct DiskCheck {
+    checks: DiskChecks,
     number: u64,
 }
 
-impl Drop for Look {
+impl Drop for DiskCheck {
     fn drop(&mut self) {
-        if let Ok(mut state) = self.looks.0.lock() {
+        if let Ok(mut state) = self.checks.0.lock() {
             state.running.remove(&self.number);
         }
     }
 }
 
-impl Looks {
+impl DiskChecks {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0
             .lock()
             .expect("nothing panics while holding the lock")
     }
 
-    /// Begins a look; `None` if another is stuck at the mount.
-    fn begin(&self, mount: &Path) -> Option<Look> {
+    /// Begins a check; returns `None` if another check is stuck at the mount.
+    fn begin(&self, mount: &Path) -> Option<DiskCheck> {
         let mut state = self.state();
         let mut running = state.running.values();
         if running.any(|one| one.is_stuck && one.mount == mount) {
@@ -89,13 +88,14 @@ impl Looks {
             is_stuck: false,
         };
         state.running.insert(number, running);
-        Some(Look {
-            looks: self.clone(),
+        Some(DiskCheck {
+            checks: self.clone(),
             number,
         })
     }
 
-    /// Waits no more for a look, and has its mount count as not answering until it ends. False if it has ended.
+    /// Stops waiting for a check, and marks its mount as not responding until the check ends. Returns false if the
+    /// check has ended.
     fn give_up(&self, number: u64) -> bool {
         match self.state().running.get_mut(&number) {
             Some(running) => {
@@ -106,20 +106,20 @@ impl Looks {
         }
     }
 
-    /// Does `work`, which looks at files at `mount`, on a thread of its own. `work` adds to the number that it is given
-    /// with each file. `None` if the mount does not answer.
+    /// Runs `work`, which checks files at `mount`, on its own thread. `work` increments the given counter with each
+    /// file. Returns `None` if the mount does not respond.
     ///
     /// # Errors
-    /// [`StoreError::Io`] if there can be no other thread.
+    /// [`StoreError::Io`] if the thread cannot be started.
     fn at<T: Send + 'static>(
         &self,
         mount: &Path,
         work: impl FnOnce(&AtomicU64) -> T + Send + 'static,
     ) -> Result<Option<T>, StoreError> {
-        let Some(look) = self.begin(mount) else {
+        let Some(check) = self.begin(mount) else {
             return Ok(None);
         };
-        let number = look.number;
+        let number = check.number;
         let looked = Arc::new(AtomicU64::new(0));
         let (sender, found) = channel();
         let counter = Arc::clone(&looked);
@@ -127,11 +127,11 @@ impl Looks {
             .name("weft-look".to_owned())
             .spawn(move || {
                 let result = work(&counter);
-                drop(look);
-                // Nobody may wait for it any more.
+                drop(check);
+                // The caller may have stopped waiting.
                 let _ = sender.send(result);
             })
-            .map_err(StoreError::io("cannot look at", mount))?;
+            .map_err(StoreError::io("cannot check", mount))?;
         let mut before = 0;
         loop {
             match found.recv_timeout(PATIENCE) {
@@ -143,11 +143,11 @@ impl Looks {
             if std::mem::replace(&mut before, now) != now {
                 continue;
             }
-            // If it has ended, its result is about to come.
+            // If the check has ended, its result arrives in a moment.
             if self.give_up(number) {
                 tracing::warn!(
                     disk = %mount.display(),
-                    "a disk does not answer: what was last known is shown of it, and nothing there is deleted"
+                    "a disk does not respond: its last known state is shown, and nothing on it is deleted"
                 );
                 return Ok(None);
             }
@@ -160,28 +160,28 @@ pub(super) fn presence(
     model: &Model,
     manifest: &Manifest,
 ) -> Result<Presence, StoreError> {
-    let looks = &store.inner.looks;
-    let look = {
+    let checks = &store.inner.disk_checks;
+    let check = {
         let (store, model, manifest) = (store.clone(), model.clone(), manifest.clone());
         move |looked: &AtomicU64| {
-            let presence = store.look(&model, &manifest, looked);
-            let mut state = store.inner.looks.state();
+            let presence = store.presence_now(&model, &manifest, looked);
+            let mut state = store.inner.disk_checks.state();
             if let Ok(presence) = &presence
                 && (state.known.len() < MAX_KNOWN || state.known.contains_key(&model.id))
             {
                 state.known.insert(model.id, *presence);
             }
             drop(state);
-            // Before the answer: whoever hears it may want to open the store again.
+            // Released before the answer: the receiver may want to open the store again.
             drop(store);
             presence
         }
     };
-    match looks.at(&mount_of(&model.root), look)? {
+    match checks.at(&mount_of(&model.root), check)? {
         Some(presence) => presence,
         None => Ok(Presence {
             answers: false,
-            ..looks
+            ..checks
                 .state()
                 .known
                 .get(&model.id)
@@ -191,21 +191,21 @@ pub(super) fn presence(
     }
 }
 
-/// The result of a look at a path.
+/// The result of checking one path.
 #[derive(Debug)]
-struct Sight {
-    /// Bytes, and those that the file takes on its disk; `None` if there is nothing.
+struct FileState {
+    /// Size of the file and its space on disk, in bytes; `None` if nothing is there.
     file: Option<(u64, u64)>,
-    /// The folder is there.
+    /// True if the folder exists.
     has_folder: bool,
-    /// The state of the file that is there, if it can be opened.
+    /// The state of the file, if it exists and can be opened.
     location: Option<Location>,
-    /// The states that rows gave the file when it was looked at.
+    /// The sizes and times that rows gave the file when it was checked.
     asked: Vec<(u64, i64)>,
 }
 
-impl Sight {
-    /// Looks at `path`, and opens the file if `open`. `None` if its disk does not answer.
+impl FileState {
+    /// Checks `path`, and opens the file if `open` is set. Returns `None` if the disk does not respond.
     fn of(path: &Path, open: bool) -> Option<Self> {
         let file = files::stat(path).ok();
         let location = match open && file.is_some() {
@@ -225,17 +225,17 @@ impl Sight {
     }
 }
 
-/// Paths on other disks than the store's own that are to be looked at.
+/// Paths to be checked on other disks than the store's own.
 #[derive(Debug)]
-pub(super) struct ToSee {
+pub(super) struct FileChecks {
     own: PathBuf,
-    /// Files are opened, too, as a file may have to be read to know that it is there.
+    /// True if files are opened too: some file systems show only on opening that a file is there.
     open: bool,
-    /// By mount: the paths, and the states that rows give the files.
+    /// By mount: the paths, with the sizes and times that rows give the files.
     paths: HashMap<PathBuf, HashMap<PathBuf, Vec<(u64, i64)>>>,
 }
 
-impl ToSee {
+impl FileChecks {
     pub(super) fn new(store: &Store, open: bool) -> Self {
         Self {
             own: mount_of(&store.inner.folder),
@@ -244,12 +244,12 @@ impl ToSee {
         }
     }
 
-    /// Adds a path, and returns true, if it is on another disk than the store's own.
+    /// Adds a path if it is on another disk than the store's own, and returns true then.
     pub(super) fn path(&mut self, path: &Path) -> bool {
         self.slot(path).is_some()
     }
 
-    /// Adds the file that a row speaks of.
+    /// Adds the file that a row lists.
     pub(super) fn file(&mut self, row: &LocationRow) {
         let location = Location::from(row);
         if let Some(asked) = self.slot(&location.path) {
@@ -266,130 +266,147 @@ impl ToSee {
         Some(of_mount.entry(path.to_owned()).or_default())
     }
 
-    /// Looks at everything: for at most [`PATIENCE`] at a mount that does not answer, and at no such mount again until
-    /// it does. Not to be called with a lock of the store.
+    /// Checks all paths. Waits at most [`PATIENCE`] at a mount that does not respond, and does not check that mount
+    /// again until it responds. Do not call this while holding a lock of the store.
     ///
     /// # Errors
-    /// [`StoreError::Io`] if there can be no other thread.
-    pub(super) fn look(self, store: &Store) -> Result<Sights, StoreError> {
+    /// [`StoreError::Io`] if the thread cannot be started.
+    pub(super) fn run(self, store: &Store) -> Result<FileStates, StoreError> {
         let mut seen = HashMap::new();
         for (mount, paths) in self.paths {
             let open = self.open;
-            let look = move |looked: &AtomicU64| {
+            let check = move |looked: &AtomicU64| {
                 let mut seen = Vec::new();
                 for (path, asked) in paths {
                     looked.fetch_add(1, Ordering::Relaxed);
-                    if let Some(sight) = Sight::of(&path, open) {
-                        seen.push((path, Sight { asked, ..sight }));
+                    if let Some(state) = FileState::of(&path, open) {
+                        seen.push((path, FileState { asked, ..state }));
                     }
                 }
                 seen
             };
-            seen.extend(store.inner.looks.at(&mount, look)?.into_iter().flatten());
+            seen.extend(
+                store
+                    .inner
+                    .disk_checks
+                    .at(&mount, check)?
+                    .into_iter()
+                    .flatten(),
+            );
         }
-        Ok(Sights {
+        Ok(FileStates {
             own: self.own,
             seen,
         })
     }
 }
 
-/// The results of looks at other disks than the store's own. On the store's own disk, each question is answered by
-/// looking now: without that disk nothing works.
+/// The results of checks on other disks than the store's own. Questions about the store's own disk are answered by
+/// checking now, because nothing works without that disk.
 ///
-/// `None` is the answer about what is not known, because its disk does not answer or nobody looked. It is then to be
-/// left as it is.
+/// The answer is `None` if the state is not known: the disk does not respond, or the path was not checked. The caller
+/// then leaves the file as it is.
 #[derive(Debug)]
-pub(super) struct Sights {
+pub(super) struct FileStates {
     own: PathBuf,
-    seen: HashMap<PathBuf, Sight>,
+    seen: HashMap<PathBuf, FileState>,
 }
 
-impl Sights {
-    fn ask<T>(&self, path: &Path, open: bool, of: impl FnOnce(&Sight) -> Option<T>) -> Option<T> {
+impl FileStates {
+    fn ask<T>(
+        &self,
+        path: &Path,
+        open: bool,
+        of: impl FnOnce(&FileState) -> Option<T>,
+    ) -> Option<T> {
         match mount_of(path) == self.own {
-            true => of(&Sight::of(path, open)?),
+            true => of(&FileState::of(path, open)?),
             false => of(self.seen.get(path)?),
         }
     }
 
-    /// Returns whether the file is as the row says. Not known if the row has become another since the look.
+    /// Returns true if the file is as the row says. Returns `None` if the row has changed since the check.
     pub(super) fn is_here(&self, row: &LocationRow) -> Option<bool> {
         let known = Location::from(row);
         if mount_of(&known.path) == self.own {
             return Some(known.open().is_some());
         }
-        let sight = self.seen.get(&known.path)?;
-        let is_here = sight.location.as_ref() == Some(&known);
-        let was_asked = sight.asked.contains(&(known.size, known.modified));
+        let state = self.seen.get(&known.path)?;
+        let is_here = state.location.as_ref() == Some(&known);
+        let was_asked = state.asked.contains(&(known.size, known.modified));
         (is_here || was_asked).then_some(is_here)
     }
 
-    /// Returns whether there is anything at the path.
+    /// Returns true if anything exists at the path.
     pub(super) fn is_there(&self, path: &Path) -> Option<bool> {
-        self.ask(path, false, |sight| Some(sight.file.is_some()))
+        self.ask(path, false, |state| Some(state.file.is_some()))
     }
 
-    /// Returns whether the folder of the path is there.
+    /// Returns true if the folder of the path exists.
     pub(super) fn has_folder(&self, path: &Path) -> Option<bool> {
-        self.ask(path, false, |sight| Some(sight.has_folder))
+        self.ask(path, false, |state| Some(state.has_folder))
     }
 
-    /// The file's size, in bytes; 0 if there is none.
+    /// Returns the file's size, in bytes; 0 if there is no file.
     pub(super) fn size(&self, path: &Path) -> Option<u64> {
-        self.ask(path, false, |sight| {
-            Some(sight.file.map_or(0, |(size, _)| size))
+        self.ask(path, false, |state| {
+            Some(state.file.map_or(0, |(size, _)| size))
         })
     }
 
-    /// Bytes that the file takes on its disk: of a part file, those that are set aside; 0 if there is none.
+    /// Returns the file's space on disk, in bytes, including allocated space of a part file; 0 if there is no file.
     pub(super) fn allocated(&self, path: &Path) -> Option<u64> {
-        self.ask(path, false, |sight| {
-            Some(sight.file.map_or(0, |(_, allocated)| allocated))
+        self.ask(path, false, |state| {
+            Some(state.file.map_or(0, |(_, allocated)| allocated))
         })
     }
 }
 
 impl Store {
-    /// Looks at all files on other disks that rows speak of, and at part files that may be there. `open`: see
-    /// [`ToSee`]. Not to be called with a lock of the store.
+    /// Checks all files on other disks that rows list, and part files that may be there. For `open`, see
+    /// [`FileChecks`]. Do not call this while holding a lock of the store.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub(super) fn see_all(&self, open: bool) -> Result<Sights, StoreError> {
-        let mut to_see = ToSee::new(self, open);
+    pub(super) fn check_all(&self, open: bool) -> Result<FileStates, StoreError> {
+        let mut checks = FileChecks::new(self, open);
         for row in self.blob_rows()?.values() {
-            row.locations.iter().for_each(|row| to_see.file(row));
+            row.locations.iter().for_each(|row| checks.file(row));
         }
         for (path, _) in self.all_parts()?.values().flatten() {
-            to_see.path(path);
+            checks.path(path);
         }
         for path in self.open_parts().iter() {
-            to_see.path(path);
+            checks.path(path);
         }
         for model in self.models()? {
-            self.see_model(&mut to_see, &model, self.manifest(&model.id)?.as_ref());
+            self.add_model_files(&mut checks, &model, self.manifest(&model.id)?.as_ref());
         }
-        self.see_discards(&mut to_see)?;
-        to_see.look(self)
+        self.add_discards(&mut checks)?;
+        checks.run(self)
     }
 
-    /// Adds what may be there of a model.
-    pub(super) fn see_model(&self, to_see: &mut ToSee, model: &Model, manifest: Option<&Manifest>) {
+    /// Adds the files of a model that may be there.
+    pub(super) fn add_model_files(
+        &self,
+        checks: &mut FileChecks,
+        model: &Model,
+        manifest: Option<&Manifest>,
+    ) {
         for location in &model.results {
-            to_see.file(&LocationRow::from(location));
+            checks.file(&LocationRow::from(location));
         }
-        // Any path in it tells whether the root is there.
-        if to_see.path(&model.root.join(IN_ROOT)) {
+        // Any path in the root tells whether the root exists.
+        if checks.path(&model.root.join(IN_ROOT)) {
             for file in manifest.iter().flat_map(|manifest| manifest.files()) {
                 let target = model.root.join(&file.path);
-                to_see.path(&part_path(&target, &file.blake3));
+                checks.path(&part_path(&target, &file.blake3));
             }
         }
     }
 }
 
-/// The name of a path in a model's root by which the root is looked at.
+/// Name of a path in a model's root by which the root is checked.
 pub(super) const IN_ROOT: &str = ".weft-root";
 
 #[cfg(test)]
@@ -403,30 +420,30 @@ mod tests {
     };
 
     #[test]
-    fn a_look_that_ended_while_its_caller_lost_patience_leaves_no_disk_marked() {
-        let looks = Looks::default();
+    fn a_check_that_ends_while_its_caller_gives_up_leaves_no_disk_marked() {
+        let checks = DiskChecks::default();
         let mount = Path::new("/mount");
-        let look = looks.begin(mount).unwrap();
-        let number = look.number;
-        // Its thread is between the end of the look and its answer.
-        drop(look);
-        assert!(!looks.give_up(number));
-        assert!(looks.begin(mount).is_some());
-        // One that goes on is marked until it ends, however it ends.
-        let look = looks.begin(mount).unwrap();
-        assert!(looks.give_up(look.number));
-        assert!(looks.begin(mount).is_none());
-        assert!(looks.begin(Path::new("/other")).is_some());
+        let check = checks.begin(mount).unwrap();
+        let number = check.number;
+        // The thread is between the end of the check and its answer.
+        drop(check);
+        assert!(!checks.give_up(number));
+        assert!(checks.begin(mount).is_some());
+        // A check that goes on is marked until it ends, however it ends.
+        let check = checks.begin(mount).unwrap();
+        assert!(checks.give_up(check.number));
+        assert!(checks.begin(mount).is_none());
+        assert!(checks.begin(Path::new("/other")).is_some());
         let panics = thread::spawn(move || {
-            let _look = look;
-            panic!("as a thread that looks might");
+            let _check = check;
+            panic!("as the thread of a check might");
         });
         assert!(panics.join().is_err());
-        assert!(looks.begin(mount).is_some());
+        assert!(checks.begin(mount).is_some());
     }
 
     #[test]
-    fn a_disk_that_does_not_answer_stops_neither_collecting_nor_usage_nor_removing() {
+    fn a_disk_that_does_not_respond_blocks_neither_collection_nor_usage_nor_removal() {
         use crate::store::testing::{Origin, content};
 
         let home = tempfile::tempdir().unwrap();
@@ -446,10 +463,10 @@ mod tests {
             move || {
                 assert_eq!(store.usage(&home).unwrap().models, before.models);
                 assert_eq!(store.collect_with(false, true).unwrap().locations, 0);
-                // The files stay until their disk answers.
+                // The files stay until their disk responds.
                 assert_eq!(store.remove(&gone, true).unwrap().files_deleted, 0);
                 assert_eq!(store.remove(&alive, true).unwrap().files_deleted, 1);
-                // Room for something large: what does not answer is not evicted.
+                // A large new model: models on a disk that does not respond are not evicted.
                 store.set_quota(Some(before.models)).unwrap();
                 let need = super::super::Need {
                     target: home.join("new"),
@@ -472,7 +489,7 @@ mod tests {
         blocked::release(&dead);
         working.join().unwrap();
         result.unwrap();
-        // Nothing was forgotten of what is still needed, and the rest goes once the disk answers.
+        // No model that is still needed was forgotten, and the rest is deleted once the disk responds.
         let begun = Instant::now();
         while dead.join("2/c").exists() {
             assert!(begun.elapsed() < Duration::from_secs(60));
@@ -485,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_disk_holds_that_does_not_answer_is_shown_as_it_was_and_others_go_on() {
+    fn presence_on_a_disk_that_does_not_respond_is_the_last_known_one_and_other_disks_go_on() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(&home.path().join("store")).unwrap();
         let add = |name: &str| {
@@ -503,7 +520,7 @@ mod tests {
         let first = store.presence(&dead.0, &dead.1).unwrap();
         assert!(!first.answers && first.complete);
         assert_eq!(first.bytes, before.bytes);
-        // The next ones do not wait, and begin no thread.
+        // The next calls neither wait nor start a thread.
         let begun = Instant::now();
         for _ in 0..100 {
             assert!(!store.presence(&dead.0, &dead.1).unwrap().answers);

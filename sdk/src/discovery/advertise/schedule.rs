@@ -1,14 +1,14 @@
-//! The book of what a node advertises: what is stated or withdrawn next, and when. A state machine without I/O; time
-//! comes in as an argument, and work comes out.
+//! The schedule of a node's records: what is published or withdrawn next, and when. It is a state machine without
+//! I/O: time comes in as an argument, and work comes out.
 //!
-//! - One [`Pace`] holds for everything in it. Work that a caller waits for begins at once and uses up the pace of the rest.
-//! - Of what is due, a lower [`Rank`] goes first, then what has never been stated (the newest first), then what has been
-//!   due for longest. Records that are due at the same time follow each other in the order of their places in the key
-//!   space, because neighbours are stored at the same nodes.
-//! - A record is stated again before its life ends, and when a value or the addresses in it change. Nodes of a small
-//!   mesh are told as they are met.
-//! - A record that nobody took is stated again after a pause that doubles.
-//! - Work on one record never overlaps, so that the last wish about it is what other nodes know.
+//! - One [`Pace`] holds for all records. Work that a caller waits for begins at once, and delays the rest.
+//! - Among due records, a lower [`Rank`] goes first, then records that were never published (the newest first), then
+//!   those that have been due for longest. Records that are due at the same time are ordered by their positions in
+//!   the key space, because neighbours are stored on the same nodes.
+//! - A record is published again before it expires, and when its value or its addresses change. In a small mesh, each
+//!   new node is told of all records.
+//! - A record that no other node stored is published again after a pause that doubles.
+//! - Work on one record never overlaps, so that other nodes know its latest state.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,42 +19,44 @@ use tokio::time::Instant;
 
 use super::{AtStop, Pace, Rank, RecordId, SETTLE, Terms};
 
-/// The least time between two statements of one record that somebody took, unless a caller waits for the second.
-const PAUSE: Duration = Duration::from_secs(2);
+/// The shortest time between two publications of a record that another node stored, unless a caller waits for the
+/// second.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(2);
 
-/// The first and the longest pause after which a record that nobody took is stated again.
-const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// The first and the longest pause before a record that no other node stored is published again.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Identifies one registration of a record.
 pub(super) type Token = u64;
 
-/// Work on one record. [`Book::done`] is to be called with its outcome.
+/// Work on one record. [`Schedule::done`] has to be called with its outcome.
 #[derive(Debug, PartialEq)]
 pub(super) struct Work<V> {
     pub(super) id: RecordId,
     pub(super) ttl: Duration,
-    pub(super) deed: Deed<V>,
+    pub(super) action: Action<V>,
 }
 
 /// The two kinds of work.
 #[derive(Debug, PartialEq)]
-pub(super) enum Deed<V> {
-    /// State the value. `again`: the record was stated before or is one of many, so a look-up of its own is not needed.
-    State { value: V, again: bool },
-    /// Take the record back.
+pub(super) enum Action<V> {
+    /// Publishes the value. `again` is true if the record was published before or is one of many, so that it needs no
+    /// lookup of its own.
+    Publish { value: V, again: bool },
+    /// Withdraws the record.
     Withdraw,
 }
 
 /// The outcome of work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// This many other nodes took the record, or heard of its withdrawal.
+    /// This many other nodes stored the record or its withdrawal.
     Took(usize),
     /// The DHT failed.
     Failed,
-    /// There is nothing to be stated now.
+    /// There is nothing to publish now.
     Nothing,
-    /// There will never be anything to be stated again.
+    /// There is nothing to publish any more.
     Over,
 }
 
@@ -62,59 +64,60 @@ pub(super) enum Outcome {
 #[derive(Debug, PartialEq)]
 pub(super) struct Leaving {
     pub(super) id: RecordId,
-    /// The record's lifetime, if its withdrawal has begun: then the local store has it as withdrawn, and others may
-    /// not have heard of that.
+    /// Lifetime of the record, if its withdrawal has begun. The local store then has it as withdrawn, and other nodes
+    /// may not know that yet.
     pub(super) began: Option<Duration>,
 }
 
-/// What is known of one record.
+/// The state of one record.
 #[derive(Debug)]
 struct Entry<V> {
     terms: Terms,
     place: [u8; 32],
-    /// One for each registration; the last one counts. Without any, the record is to be withdrawn.
+    /// One value for each registration; the last one counts. If there is none, the record is to be withdrawn.
     values: Vec<(Token, V)>,
     due: Instant,
     /// The work under way.
     doing: Option<Doing>,
-    /// It was registered since that work began.
+    /// True if the record was registered since that work began.
     renewed: bool,
-    /// It was stated before, or registered as one of many.
+    /// True if the record was published before, or registered as one of many.
     again: bool,
-    /// The last time that another node took it.
+    /// The last time at which another node stored the record.
     taken: Option<Instant>,
     retry: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Doing {
-    Stating,
+    Publishing,
     Withdrawing,
 }
 
 impl<V> Entry<V> {
-    /// The time for a statement that something new calls for.
+    /// Returns the time of a publication for which there is a new reason.
     fn soon(&self, now: Instant) -> Instant {
         let soon = now + SETTLE;
-        self.taken.map_or(soon, |taken| soon.max(taken + PAUSE))
+        self.taken
+            .map_or(soon, |taken| soon.max(taken + SHORTEST_INTERVAL))
     }
 }
 
 /// A record in a queue.
 type Due = (Instant, [u8; 32], RecordId);
 
-/// All records that a node advertises.
+/// All records that a node publishes.
 #[derive(Debug)]
-pub(super) struct Book<V> {
+pub(super) struct Schedule<V> {
     entries: HashMap<RecordId, Entry<V>>,
-    /// One for each rank.
+    /// One queue for each rank.
     queues: [BTreeSet<Due>; Rank::COUNT],
-    /// The front of the queues: a time before all others, and earlier each time.
+    /// The front of the queues: a time before all others, which becomes earlier with each use.
     front: Instant,
     pace: Pace,
 }
 
-impl<V: Clone> Book<V> {
+impl<V: Clone> Schedule<V> {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             entries: HashMap::new(),
@@ -124,8 +127,9 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// Advertises records from now on. A value that the same registration had before is replaced, which alone is no
-    /// reason to state the record. `many`: they are some of many, and stated in the order of their places.
+    /// Publishes records from now on. A value that the same registration had before is replaced, which alone is no
+    /// reason to publish the record. If `many` is true, the records are some of many, and are published in the order
+    /// of their positions in the key space.
     pub(super) fn register(
         &mut self,
         records: impl IntoIterator<Item = (RecordId, V)>,
@@ -153,8 +157,8 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// As [`register`](Self::register) for one record that has just been stated; so many other nodes `took` it.
-    pub(super) fn register_stated(
+    /// Registers one record that was just published, like [`register`](Self::register). `took` other nodes stored it.
+    pub(super) fn register_published(
         &mut self,
         id: RecordId,
         value: V,
@@ -164,13 +168,13 @@ impl<V: Clone> Book<V> {
     ) {
         self.pace.take(now);
         let again = match took {
-            0 => RETRY.0,
+            0 => RETRY_PAUSE.0,
             _ => terms.refresh(),
         };
         let mut entry = Entry::new(&id, terms, vec![(0, value)], true, now + again);
         entry.taken = (took > 0).then_some(now);
         match self.entries.get_mut(&id) {
-            // That work may have found the record before.
+            // The work under way may have used the earlier record.
             Some(known) if known.doing.is_some() => {
                 known.renewed = true;
                 known.taken = entry.taken.or(known.taken);
@@ -185,7 +189,7 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// States a record anew soon: its value has changed.
+    /// Publishes a record again soon, because its value has changed.
     pub(super) fn renew(&mut self, id: &RecordId, now: Instant) {
         if let Some(entry) = self.entries.get(id) {
             let soon = entry.soon(now);
@@ -193,7 +197,7 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// Ends a registration. With the last one of a record, the record is withdrawn.
+    /// Ends a registration. If it was the record's last, the record is withdrawn.
     pub(super) fn remove(&mut self, id: &RecordId, token: Token, now: Instant) {
         let Some(entry) = self.entries.get_mut(id) else {
             return;
@@ -208,7 +212,7 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// Ends all registrations of a record, which is withdrawn even if it is not known here.
+    /// Ends all registrations of a record and withdraws it, even if it is not known here.
     pub(super) fn withdraw(&mut self, id: &RecordId, terms: Terms) {
         let front = self.front();
         match self.entries.get_mut(id) {
@@ -223,30 +227,32 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// Addresses of this node have changed: a record that leads nowhere is worse than none.
+    /// Publishes records with addresses again after the addresses have changed: a record with wrong addresses is
+    /// worse than none.
     pub(super) fn addresses_changed(&mut self, now: Instant) {
         self.bring_all_forward(now, |entry| entry.terms.has_addresses);
     }
 
-    /// A node was met. In a `small` mesh every node keeps every record, and in any mesh it may be the first to take one.
+    /// Publishes records again after a node was met. In a `small` mesh every node stores every record, and in any
+    /// mesh the node may be the first to store one.
     pub(super) fn met(&mut self, small: bool, now: Instant) {
         self.bring_all_forward(now, |entry| small || entry.taken.is_none());
     }
 
-    /// The first node was met: what was stated before has reached nobody.
+    /// Publishes records again after the first node was met, because none has reached another node yet.
     pub(super) fn joined(&mut self, now: Instant) {
         self.pace.start_over(now);
         self.bring_all_forward(now, |entry| entry.taken.is_none());
     }
 
-    /// The time at which [`poll`](Self::poll) has work next.
+    /// Returns the time at which [`poll`](Self::poll) has work next.
     pub(super) fn next(&self) -> Option<Instant> {
         let firsts = self.queues.iter().filter_map(|queue| queue.first());
         let due = firsts.map(|(at, ..)| *at).min()?;
         Some(self.pace.next(due))
     }
 
-    /// The work that is due first, if the pace allows any.
+    /// Returns the work that is due first, if the pace allows any.
     pub(super) fn poll(&mut self, now: Instant) -> Option<Work<V>> {
         if self.pace.next(now) > now {
             return None;
@@ -257,47 +263,48 @@ impl<V: Clone> Book<V> {
         self.begin(&id, now)
     }
 
-    /// Work on a record that a caller waits for, ahead of everything. `None` while other work on it is under way, or if
-    /// the record is not known.
+    /// Returns work on a record that a caller waits for, ahead of everything. Returns `None` while other work on the
+    /// record is under way, or if the record is not known.
     pub(super) fn begin(&mut self, id: &RecordId, now: Instant) -> Option<Work<V>> {
         let entry = self.entries.get_mut(id)?;
         if entry.doing.is_some() {
             return None;
         }
         self.queues[entry.terms.rank as usize].remove(&(entry.due, entry.place, id.clone()));
-        let deed = match entry.values.last() {
-            Some((_, value)) => Deed::State {
+        let action = match entry.values.last() {
+            Some((_, value)) => Action::Publish {
                 value: value.clone(),
                 again: entry.again,
             },
-            None => Deed::Withdraw,
+            None => Action::Withdraw,
         };
-        entry.doing = Some(match deed {
-            Deed::State { .. } => Doing::Stating,
-            Deed::Withdraw => Doing::Withdrawing,
+        entry.doing = Some(match action {
+            Action::Publish { .. } => Doing::Publishing,
+            Action::Withdraw => Doing::Withdrawing,
         });
         entry.renewed = false;
-        // Sooner, if something happens meanwhile.
+        // May be brought forward meanwhile.
         entry.due = now + entry.terms.refresh();
         self.pace.take(now);
         Some(Work {
             id: id.clone(),
             ttl: entry.terms.ttl,
-            deed,
+            action,
         })
     }
 
-    /// Work has ended. `alone`: this node knows no other, so that another try would be in vain.
+    /// Notes the outcome of work. `alone` is true if this node knows no other, so that another attempt would be in
+    /// vain.
     pub(super) fn done(&mut self, id: &RecordId, outcome: Outcome, alone: bool, now: Instant) {
         let front = self.front();
         let Some(entry) = self.entries.get_mut(id) else {
             return;
         };
         let is_over = match (entry.doing.take(), entry.values.is_empty()) {
-            // Nodes that have not heard of a withdrawal forget the record by themselves.
+            // Nodes that miss a withdrawal forget the record when it expires.
             (Some(Doing::Withdrawing), true) => true,
-            // Removed while it was stated, or registered anew while it was withdrawn.
-            (Some(Doing::Stating), true) | (Some(Doing::Withdrawing), false) => {
+            // The record was removed while it was being published, or registered again while it was being withdrawn.
+            (Some(Doing::Publishing), true) | (Some(Doing::Withdrawing), false) => {
                 entry.due = front;
                 false
             }
@@ -305,12 +312,12 @@ impl<V: Clone> Book<V> {
                 Outcome::Took(1..) => {
                     entry.again = true;
                     entry.taken = Some(now);
-                    entry.retry = RETRY.0;
+                    entry.retry = RETRY_PAUSE.0;
                     false
                 }
                 Outcome::Took(0) | Outcome::Failed if !alone => {
                     entry.due = entry.due.min(now + entry.retry);
-                    entry.retry = (entry.retry * 2).min(RETRY.1);
+                    entry.retry = (entry.retry * 2).min(RETRY_PAUSE.1);
                     false
                 }
                 Outcome::Took(0) | Outcome::Failed | Outcome::Nothing => false,
@@ -329,8 +336,8 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// The records that are withdrawn when the node stops, in the order in which that matters to others: those that
-    /// hold only while it runs, and those whose withdrawal is due or under way.
+    /// Returns the records to withdraw when the node stops, the most important first: those that are valid only while
+    /// the node runs, and those whose withdrawal is due or under way.
     pub(super) fn leaving(&self) -> Vec<Leaving> {
         let entries = self.entries.iter();
         let leaving = entries.filter(|(_, entry)| {
@@ -349,7 +356,7 @@ impl<V: Clone> Book<V> {
             .collect()
     }
 
-    /// A place in the queues before all others.
+    /// Returns a time before all others in the queues.
     fn front(&mut self) -> Instant {
         let earlier = self.front.checked_sub(Duration::from_micros(1));
         self.front = earlier.unwrap_or(self.front);
@@ -367,13 +374,13 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// Has a record be due at `at`, if it is not due sooner.
+    /// Makes a record due at `at`, unless it is due sooner.
     fn bring_forward(&mut self, id: &RecordId, at: Instant) {
         let Some(entry) = self.entries.get_mut(id).filter(|entry| at < entry.due) else {
             return;
         };
         let before = std::mem::replace(&mut entry.due, at);
-        // What is under way is queued when it is done.
+        // A record with work under way is queued when the work is done.
         if entry.doing.is_none() {
             let queue = &mut self.queues[entry.terms.rank as usize];
             queue.remove(&(before, entry.place, id.clone()));
@@ -409,7 +416,7 @@ impl<V> Entry<V> {
             renewed: false,
             again,
             taken: None,
-            retry: RETRY.0,
+            retry: RETRY_PAUSE.0,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The whereabouts of nodes: what this one states of itself, and finding a peer by its id alone.
+//! The known addresses of nodes: publishing those of this node, and finding those of a peer by its id alone.
 
 use std::time::Duration;
 
@@ -14,27 +14,28 @@ use crate::discovery::{
     relays::relay_key,
 };
 
-/// The terms of a node's record of where it is, and of a relay's.
-pub(crate) const HERE: Terms = Terms {
+/// Terms of the records of a node's addresses, and of a relay's.
+pub(crate) const ADDRESS_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Presence,
     has_addresses: true,
     at_stop: AtStop::Withdraw,
 };
 
-/// How often it is looked whether strangers reach this node, if nothing tells.
-const REACHED: Duration = Duration::from_secs(15);
+/// Interval at which reachability is checked if no change is reported.
+const REACHABILITY_INTERVAL: Duration = Duration::from_secs(15);
 
 fn peer_key(peer: &PeerId) -> Vec<u8> {
     format!("peer/{peer}").into_bytes()
 }
 
-/// Where `peer` says that it is.
+/// Returns the addresses that `peer` claims in its record. They are unverified.
 ///
 /// # Errors
-/// [`DhtError::Stopped`].
+/// [`DhtError::Stopped`] after the network has stopped.
 pub(crate) async fn find(dht: &Dht, peer: &PeerId) -> Result<Heard, DhtError> {
-    // Only its own statement counts, so the first few are not enough if others have stated something there.
+    // Only the peer's own record counts. All records are read, because other nodes may have published some under the
+    // key.
     let records = dht.get(&peer_key(peer)).await?;
     let own = records.iter().filter(|record| record.publisher() == *peer);
     let mut found = Heard::default();
@@ -44,22 +45,22 @@ pub(crate) async fn find(dht: &Dht, peer: &PeerId) -> Result<Heard, DhtError> {
     Ok(found)
 }
 
-/// States where this node is, and for as long as it relays, that it does. Ends with the network.
-pub(crate) async fn tell(advertiser: Advertiser, network: Network) {
+/// Publishes this node's addresses, and a relay's record for as long as this node relays. Ends with the network.
+pub(crate) async fn advertise(advertiser: Advertiser, network: Network) {
     let mut addresses = network.watch_addresses();
     let own = network.local_peer();
     let value = || Value::of(|addresses| wire::PeerClaim { addresses }.encode_to_vec());
-    // The first addresses come one after the other.
+    // The first addresses arrive one after the other.
     sleep(SETTLE).await;
-    advertiser.register(RecordId::of(peer_key(&own)), value(), HERE);
-    let mut said_relay = false;
+    advertiser.register(RecordId::of(peer_key(&own)), value(), ADDRESS_TERMS);
+    let mut was_relay = false;
     loop {
         addresses.mark_unchanged();
         let is_relay = network.addresses().is_relay;
-        let before = std::mem::replace(&mut said_relay, is_relay);
+        let before = std::mem::replace(&mut was_relay, is_relay);
         let relay = RecordId::of(relay_key(&own));
         match (before, is_relay) {
-            (false, true) => advertiser.register(relay, value(), HERE),
+            (false, true) => advertiser.register(relay, value(), ADDRESS_TERMS),
             (true, false) => advertiser.remove(relay),
             _ => {}
         }
@@ -69,8 +70,9 @@ pub(crate) async fn tell(advertiser: Advertiser, network: Network) {
     }
 }
 
-/// Tells the DHT whether strangers reach this node: only then does it serve them. Ends with the network.
-pub(crate) async fn say_whether_reached(dht: Dht, network: Network) {
+/// Reports to the DHT whether peers outside reach this node, because it acts as a server only then. Ends with the
+/// network.
+pub(crate) async fn report_reachability(dht: Dht, network: Network) {
     let mut addresses = network.watch_addresses();
     loop {
         addresses.mark_unchanged();
@@ -82,7 +84,7 @@ pub(crate) async fn say_whether_reached(dht: Dht, network: Network) {
         }
         tokio::select! {
             changed = addresses.changed() => if changed.is_err() { return },
-            () = sleep(REACHED) => {}
+            () = sleep(REACHABILITY_INTERVAL) => {}
         }
     }
 }

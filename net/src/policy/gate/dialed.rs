@@ -1,5 +1,5 @@
-//! Addresses to which this node has sent packets lately. Packets from these addresses prove nothing about strangers,
-//! because a NAT or a firewall lets answers through.
+//! The record of addresses to which this node has sent packets lately. Packets from these addresses do not prove that
+//! this node is reachable, because a NAT or a firewall lets answers through.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -8,36 +8,37 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a NAT or firewall may remember what was sent: an hour and more for an open TCP connection, but that is ours then.
+/// Time for which a NAT or firewall may remember outgoing packets. Open TCP connections are remembered for an hour and
+/// more, but those belong to this node.
 const MEMORY: Duration = Duration::from_secs(600);
 
-/// Addresses remembered; beyond, the oldest goes. The gate admits 512 unproven destinations a minute: nobody can wash
-/// an address out by naming others within [`MEMORY`].
+/// Most addresses remembered; beyond it the oldest is dropped. The gate admits 512 unproven destinations per minute, so
+/// an attacker cannot displace an address within [`MEMORY`] by naming others.
 const MAX: usize = 8192;
 
-/// Ports remembered of one address; beyond, all of them count. A node listens on three.
+/// Most ports remembered per address; beyond it all ports count as dialed. A node listens on three.
 const MAX_PORTS: usize = 16;
 
-/// The time at which this node last sent to one address, and the ports to which it has sent.
+/// The time at which this node last sent to one address, and the ports to which it sent.
 #[derive(Debug)]
 struct Sent {
     last: Instant,
     ports: HashSet<u16>,
-    /// To any port.
+    /// True if all ports count as dialed.
     all: bool,
 }
 
-/// Cheap to clone; all clones are one.
+/// Remembers the sockets to which this node has sent packets. Clones share one state.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Dialled(Arc<Mutex<HashMap<IpAddr, Sent>>>);
+pub(crate) struct Dialed(Arc<Mutex<HashMap<IpAddr, Sent>>>);
 
-impl Dialled {
-    /// Something is sent to this socket.
+impl Dialed {
+    /// Records that packets are sent to this socket.
     pub(crate) fn note(&self, at: SocketAddr, now: Instant) {
         self.remember(at.ip(), Some(at.port()), now);
     }
 
-    /// Something is sent to many ports of this address.
+    /// Records that packets are sent to many ports of this address.
     pub(crate) fn note_all_ports(&self, ip: IpAddr, now: Instant) {
         self.remember(ip, None, now);
     }
@@ -72,14 +73,14 @@ impl Dialled {
         }
     }
 
-    /// Returns true if something was sent to this address.
+    /// Returns true if packets were sent to this address lately.
     pub(crate) fn contains(&self, ip: IpAddr, now: Instant) -> bool {
         let all = self.lock();
         let sent = all.get(&ip.to_canonical());
         sent.is_some_and(|sent| now.duration_since(sent.last) < MEMORY)
     }
 
-    /// Returns true if something was sent to this port of this address.
+    /// Returns true if packets were sent to this port of this address lately.
     pub(crate) fn contains_socket(&self, at: SocketAddr, now: Instant) -> bool {
         let all = self.lock();
         let sent = all.get(&at.ip().to_canonical());
@@ -100,38 +101,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_dialled_is_remembered_for_a_while_and_not_without_end() {
-        let dialled = Dialled::default();
+    fn dialed_addresses_are_remembered_for_a_limited_time() {
+        let dialed = Dialed::default();
         let now = Instant::now();
         let at = |ip: IpAddr| SocketAddr::new(ip, 9338);
         let one: IpAddr = [1, 1, 1, 1].into();
-        dialled.note(at(one), now);
-        assert!(dialled.contains(one, now));
-        assert!(dialled.contains_socket(at(one), now));
-        assert!(!dialled.contains_socket(SocketAddr::new(one, 1), now));
-        assert!(!dialled.contains([2, 2, 2, 2].into(), now));
-        assert!(!dialled.contains(one, now + MEMORY));
+        dialed.note(at(one), now);
+        assert!(dialed.contains(one, now));
+        assert!(dialed.contains_socket(at(one), now));
+        assert!(!dialed.contains_socket(SocketAddr::new(one, 1), now));
+        assert!(!dialed.contains([2, 2, 2, 2].into(), now));
+        assert!(!dialed.contains(one, now + MEMORY));
         for n in 0..2 * MAX as u32 {
-            dialled.note(at(IpAddr::V4(n.into())), now + Duration::from_secs(1));
+            dialed.note(at(IpAddr::V4(n.into())), now + Duration::from_secs(1));
         }
-        assert_eq!(dialled.lock().len(), MAX);
-        assert!(!dialled.contains(one, now));
+        assert_eq!(dialed.lock().len(), MAX);
+        assert!(!dialed.contains(one, now));
     }
 
     #[test]
-    fn an_address_of_which_many_ports_were_tried_counts_with_all_of_them() {
-        let (dialled, now) = (Dialled::default(), Instant::now());
+    fn all_ports_count_as_dialed_after_many_were_tried() {
+        let (dialed, now) = (Dialed::default(), Instant::now());
         let (one, two): (IpAddr, IpAddr) = ([1, 1, 1, 1].into(), [2, 2, 2, 2].into());
         for port in 1..=MAX_PORTS as u16 + 1 {
-            dialled.note(SocketAddr::new(one, port), now);
+            dialed.note(SocketAddr::new(one, port), now);
         }
-        dialled.note_all_ports(two, now);
+        dialed.note_all_ports(two, now);
         for ip in [one, two] {
-            assert!(dialled.contains_socket(SocketAddr::new(ip, 4000), now));
+            assert!(dialed.contains_socket(SocketAddr::new(ip, 4000), now));
         }
-        // After a long silence a NAT has forgotten them.
+        // After a long silence a NAT has forgotten the ports.
         let later = now + MEMORY;
-        dialled.note(SocketAddr::new(one, 1), later);
-        assert!(!dialled.contains_socket(SocketAddr::new(one, 2), later));
+        dialed.note(SocketAddr::new(one, 1), later);
+        assert!(!dialed.contains_socket(SocketAddr::new(one, 2), later));
     }
 }

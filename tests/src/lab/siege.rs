@@ -1,4 +1,4 @@
-//! Strangers who hold all connections of a node, in the handshake or open, and an honest node that wants to come in
+//! Strangers that hold all connections of a node, half-open or open, and an honest node that tries to connect
 //! meanwhile.
 
 use std::{
@@ -17,26 +17,27 @@ use weft_net::{Config, Network, identity::Keypair, split_peer_id};
 
 use super::{Host, LabError, forget_neighbours, wire};
 
-/// Sockets that each stranger keeps open: as many connections as one address may have.
+/// Sockets that each stranger keeps open: the limit on connections from one address.
 const SOCKETS: usize = 64;
 
-/// Addresses of strangers.
+/// Number of strangers' addresses.
 const STRANGERS: usize = 2;
 
-/// Open connections that the attacked node takes from others.
+/// Open connections that the attacked node accepts from others.
 const INCOMING: usize = 16;
 
-/// How long a connection to a killed node may take to be given up.
+/// Longest time until a connection to a killed node is given up.
 const GONE: Duration = Duration::from_secs(120);
 
 /// The result of an attack.
 #[derive(Debug)]
 pub struct Besieged {
-    /// The honest node was among the peers of the attacked one when a stranger's identities held all open connections.
+    /// True if the honest node was among the attacked node's peers while a stranger's identities held all open
+    /// connections.
     pub came_in: bool,
-    /// Exit code and message of each attempt of the honest node, by the address that it dialled.
+    /// Exit code and message of each attempt of the honest node, by the address that it dialed.
     pub attempts: Vec<(String, i32, String)>,
-    /// The rows of the attacked node's limits, by name: what is used, and what was refused.
+    /// Rows of the attacked node's limits: name, use, and number of refusals.
     pub limits: Vec<(String, u64, u64)>,
 }
 
@@ -52,13 +53,13 @@ struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended.
+        // The process may have ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Has strangers at two addresses hold sockets to a public node, and an honest node connect to it meanwhile.
+/// Lets strangers at two addresses hold sockets to a public node, while an honest node connects to it.
 ///
 /// # Errors
 /// [`LabError`] if the network or a node did not start.
@@ -114,7 +115,8 @@ pub async fn besiege() -> Result<Besieged, LabError> {
     }
     let limits = server.home.json(&["limits"]);
     drop(sieges);
-    // A connection of the honest node that was killed before it answered a ping holds a place for twenty seconds.
+    // A connection of the honest node that was killed before it answered a ping occupies a connection for twenty
+    // seconds.
     let begin = Instant::now();
     let incoming = || {
         let limits = rows(&server.home.json(&["limits"]));
@@ -154,7 +156,7 @@ fn rows(limits: &Value) -> Vec<(String, u64, u64)> {
     rows.collect()
 }
 
-/// Starts a stranger, and waits until it holds as many as it can get.
+/// Starts a stranger, and waits until it holds as many sockets as it can get.
 fn siege(stranger: &Device, arguments: &[String]) -> Result<Running, LabError> {
     let mut command = wire::this_program(arguments)?;
     command.stdout(Stdio::piped());
@@ -166,7 +168,7 @@ fn siege(stranger: &Device, arguments: &[String]) -> Result<Running, LabError> {
     Ok(siege)
 }
 
-/// A stranger with as many identities as the attacked node takes connections.
+/// A stranger with as many identities as the attacked node accepts connections.
 pub(super) fn run_identities(arguments: &[String]) -> anyhow::Result<()> {
     let [to] = arguments else {
         anyhow::bail!("one argument: an address");
@@ -184,8 +186,8 @@ pub(super) fn run_identities(arguments: &[String]) -> anyhow::Result<()> {
             config.port_mapping = false;
             config.listen = Some(Vec::new());
             let network = Network::spawn(config, dummy::Behaviour).await?;
-            // Handshakes of the silent sockets may not have ended yet, nor what the honest node left when it was killed: on
-            // a machine that is busy that takes longer than the timeouts say.
+            // Handshakes of the silent sockets may still be open, and so may connections of the killed honest node. On
+            // a busy machine both take longer than their timeouts.
             let begin = Instant::now();
             while let Err(error) = network.connect(peer, vec![address.clone()]).await {
                 anyhow::ensure!(begin.elapsed() < Duration::from_secs(60), "{error}");
@@ -202,7 +204,7 @@ pub(super) fn run_identities(arguments: &[String]) -> anyhow::Result<()> {
     })
 }
 
-/// A stranger, in its own namespace: holds sockets open, and opens new ones for those that are closed.
+/// A stranger in its own namespace: it holds sockets open, and replaces those that are closed.
 pub(super) fn run(arguments: &[String]) -> anyhow::Result<()> {
     let [to] = arguments else {
         anyhow::bail!("one argument: an address");

@@ -1,14 +1,14 @@
-//! A node whose connections, in the handshake or open, strangers hold.
+//! A node whose connections, half-open or open, are all held by strangers.
 
 use libtest_mimic::{Failed, Trial};
 use weft_tests::lab;
 
-/// Connections in the handshake from one address (`net/src/policy/pending.rs`).
+/// Half-open connections from one address (`net/src/policy/pending.rs`).
 const PER_ADDRESS: u64 = 16;
 
 pub(super) fn trial() -> Trial {
     Trial::test(
-        "crowded::an_honest_node_connects_at_once_though_strangers_hold_idle_sockets_or_all_open_connections",
+        "siege::an_honest_node_connects_at_once_while_strangers_hold_idle_sockets_or_all_connections",
         besieged,
     )
 }
@@ -23,7 +23,8 @@ fn besieged() -> Result<(), Failed> {
     if !besieged.came_in || besieged.attempts.iter().any(|(_, code, _)| *code != 0) {
         return Err(format!("{besieged:#?}").into());
     }
-    // An attack that did nothing shows nothing; and whoever looks for the cause finds it in the row of its limit.
+    // The attack must have reached the limit, or it shows nothing. The row of that limit must count the refusals, and
+    // no other row.
     let (used, refused) = besieged.limit("connections_pending_per_address");
     if used > PER_ADDRESS || refused == 0 || besieged.limit("connections").1 != 0 {
         return Err(format!("{besieged:#?}").into());

@@ -1,5 +1,5 @@
-//! The packets that a stranger has nodes send by stating addresses: none to their own machines and networks, and a
-//! stated number to anybody else.
+//! Limits the packets that a stranger can make nodes send by listing addresses: none to the nodes' own machines and
+//! networks, and a fixed number to others.
 
 use std::time::Duration;
 
@@ -9,16 +9,16 @@ use weft_tests::lab::{self, Sent};
 /// Duration of the attack, in seconds.
 const SECONDS: u64 = 60;
 
-/// Most packets that a node sends in a minute to one IP address that has not proved itself: twelve attempts of eight
-/// packets (`net/src/policy/gate/mod.rs`).
+/// Most packets that a node sends in a minute to one unproven IP address: twelve attempts of eight packets
+/// (`net/src/policy/gate/mod.rs`).
 const PER_MINUTE: u64 = 12 * 8;
 
-/// Packets that one search for a port sends; there is one search in ten minutes.
+/// Packets of one port search. There is one search in ten minutes.
 const SEARCH: u64 = 2048;
 
 pub(super) fn trial() -> Trial {
     Trial::test(
-        "hearsay::a_stranger_has_nodes_send_nothing_nearby_and_little_to_third_parties",
+        "unverified::a_stranger_makes_nodes_send_nothing_nearby_and_little_to_third_parties",
         attacked,
     )
 }
@@ -40,7 +40,7 @@ fn attacked() -> Result<(), Failed> {
     if !enough(&attacked.public) || !enough(&attacked.home) || !attacked.told.is_empty() {
         return Err(format!("{attacked:#?}").into());
     }
-    // An attack that did nothing shows nothing.
+    // The attack must have reached the nodes, or it shows nothing.
     let tried = attacked.public.third_party > 0 && attacked.home.third_party > 0;
     if !tried || attacked.took < Duration::from_secs(SECONDS) {
         return Err(format!("the attack did not reach the nodes: {attacked:#?}").into());

@@ -1,4 +1,4 @@
-//! Dialling: the one place where the driver has the swarm dial, and only what the gate has admitted.
+//! Dials of the swarm. All dials pass through this file, and go only to addresses that the gate has admitted.
 
 use std::{collections::HashMap, convert::Infallible, time::Instant};
 
@@ -29,23 +29,23 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Dial {
     pub(super) peer: PeerId,
-    /// Addresses that were dialled, for another try without those that turn out to be another peer's.
+    /// The dialed addresses. If another peer answers at some of them, the others are dialed again.
     pub(super) addresses: Vec<(Source, Multiaddr)>,
-    /// The name that has led to them, without the peer.
+    /// The name that resolved to the addresses, without `/p2p`.
     pub(super) name: Option<Multiaddr>,
 }
 
-/// The dials under way, and those that wait for them.
-pub(super) struct Dialling {
+/// Dials under way, and requests that wait for them.
+pub(super) struct Dialing {
     pub(super) dials: HashMap<ConnectionId, Dial>,
     /// Requests that wait for a connection to a peer.
     pub(super) waiting: HashMap<PeerId, Vec<oneshot::Sender<Result<Path, ConnectError>>>>,
     pub(super) names: Names,
-    /// The number of names that are being looked up for each peer that is to be dialled.
+    /// Number of names being looked up for each peer that is to be dialed.
     pub(super) resolving: HashMap<PeerId, usize>,
 }
 
-impl Dialling {
+impl Dialing {
     pub(super) fn new() -> Self {
         Self {
             dials: HashMap::new(),
@@ -59,15 +59,15 @@ impl Dialling {
 /// Options of a dial.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct How {
-    /// Also if there is a connection to the peer.
+    /// Dial even if there is a connection to the peer.
     pub(super) always: bool,
-    /// From a new port.
+    /// Dial from a new port.
     pub(super) new_port: bool,
-    /// On TCP, as the side that listens.
+    /// Take the listener's role, on TCP.
     pub(super) as_listener: bool,
-    /// The connection is not to be used as a path to the peer.
+    /// Do not use the connection as a path to the peer.
     pub(super) set_aside: bool,
-    /// Repeated while the last attempt is under way.
+    /// The dial is repeated while the last attempt is still under way.
     pub(super) again: bool,
 }
 
@@ -80,7 +80,7 @@ pub(super) struct Resolved {
     found: Result<Vec<Multiaddr>, String>,
 }
 
-/// The next change of our interfaces.
+/// Waits for the next change of this node's interfaces.
 pub(super) async fn next_change(interfaces: &mut Option<IfWatcher>) -> IfEvent {
     let Some(watcher) = interfaces else {
         return std::future::pending().await;
@@ -88,7 +88,7 @@ pub(super) async fn next_change(interfaces: &mut Option<IfWatcher>) -> IfEvent {
     match std::future::poll_fn(|cx| watcher.poll_if_event(cx)).await {
         Ok(event) => event,
         Err(error) => {
-            tracing::warn!(%error, "the interfaces cannot be watched any more");
+            tracing::warn!(%error, "cannot watch the network interfaces any longer");
             *interfaces = None;
             std::future::pending().await
         }
@@ -99,17 +99,17 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Returns the evidence for the addresses of `peer`.
+    /// Returns what this node knows about `peer`, for the gate.
     pub(super) fn evidence(&self, peer: &PeerId) -> Evidence {
         let direct = |c: &&Connection| c.path.kind < PathKind::Relayed;
         let connections = self.peers.get(peer).into_iter();
-        let dialled = connections
+        let dialed = connections
             .flat_map(|peer| peer.connections.values())
             .filter(direct)
-            .filter(|c| c.dialled);
+            .filter(|c| c.dialed);
         let relays = self.peers.iter().filter(|(_, peer)| peer.is_direct());
         Evidence {
-            dialled_at: dialled
+            dialed_at: dialed
                 .filter_map(|c| socket_within(&c.path.address))
                 .collect(),
             relays: relays.map(|(id, _)| *id).collect(),
@@ -117,12 +117,12 @@ where
         }
     }
 
-    /// Returns true if the mesh does not reach beyond our own networks.
+    /// Returns true if the mesh does not reach beyond this node's own networks.
     pub(super) fn is_near(&self) -> bool {
         self.gate.extent() < Extent::World
     }
 
-    /// Asks the gate which of these addresses may be dialled.
+    /// Asks the gate which of these addresses may be dialed.
     pub(super) fn admit(
         &self,
         peer: PeerId,
@@ -134,7 +134,7 @@ where
         self.gate.admit(peer, sources, &evidence, Instant::now())
     }
 
-    /// The only function that has the swarm dial. Without addresses, it tells the behaviours that there are none.
+    /// Makes the swarm dial; no other function does. Without addresses, the behaviours are told that the dial failed.
     pub(super) fn dial_admitted(
         &mut self,
         admitted: &Admitted,
@@ -173,20 +173,20 @@ where
 
     pub(super) fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
         match error {
-            // Another peer has answered there, or this node itself: the destination is none that does not answer.
+            // Another peer has answered, or this node itself: the destination does answer.
             DialError::WrongPeerId { .. } | DialError::LocalPeerId { .. } => {
                 self.gate.connected(id);
             }
             _ => self.gate.failed(id, Instant::now()),
         }
-        self.punching.dialled(id);
+        self.punching.dialed(id);
         if self.on_probe(id, false) {
             return;
         }
-        let Some(dial) = self.dialling.dials.remove(&id) else {
+        let Some(dial) = self.dialing.dials.remove(&id) else {
             return;
         };
-        tracing::debug!(peer = %dial.peer, %error, "a dial failed");
+        tracing::debug!(peer = %dial.peer, %error, "dial failed");
         self.bootstrap_dial_failed(&dial, error);
         let Dial {
             peer,
@@ -196,7 +196,7 @@ where
         let quic = |(_, address): &(Source, Multiaddr)| {
             socket(address).is_some_and(|(at, t)| t == Transport::Quic && is_public(&at.ip()))
         };
-        // It answers over TCP, and not over UDP at the same time.
+        // The peer answers over TCP, and at the same time not over UDP.
         let answers = self.peers.get(&peer).is_some_and(Peer::is_direct);
         let guessed = addresses
             .iter()
@@ -204,8 +204,8 @@ where
         if answers && !guessed && !addresses.is_empty() && addresses.iter().all(quic) {
             self.autonat.udp_got_lost(Instant::now());
         }
-        // The first to answer ends a dial, and it was another node, as happens with private addresses from another
-        // network: the rest have not been tried.
+        // The first node to answer ends a dial. It was another node, as happens with private addresses from another
+        // network. The remaining addresses have not been tried.
         let elsewhere = match error {
             DialError::WrongPeerId { address, .. } | DialError::LocalPeerId { address } => {
                 Some(split_peer_id(address.clone()).0)
@@ -221,20 +221,20 @@ where
             }
         }
         // Another dial to the same peer may still succeed.
-        if self.is_dialling(&peer) {
+        if self.is_dialing(&peer) {
             return;
         }
         self.give_up(&peer, || dial_error(peer, error));
     }
 
-    /// Dials a peer that is not connected. An address with a name is dialled once the name is resolved.
+    /// Dials a peer that is not connected. Addresses with a name are dialed once the name is resolved.
     pub(super) fn dial(
         &mut self,
         peer: PeerId,
         mut sources: Vec<(Source, Multiaddr)>,
     ) -> Result<(), ConnectError> {
         if sources.is_empty() {
-            // Addresses that the DHT has heard of the peer may come from anybody: a last resort.
+            // Unverified addresses that the DHT knows for the peer are a last resort: any node may have reported them.
             sources.extend(heard(self.swarm.behaviour_mut().heard_of(peer)));
             sources.extend(self.gate.neighbour(&peer));
         }
@@ -244,22 +244,24 @@ where
         let (names, sockets): (Vec<_>, Vec<_>) = sources.into_iter().partition(named);
         let resolving = self.resolve(peer, names);
         let admitted = self.admit(peer, sockets, How::default());
-        if admitted.is_empty() && (resolving || self.is_dialling(&peer)) {
+        if admitted.is_empty() && (resolving || self.is_dialing(&peer)) {
             return Ok(());
         }
         let refused = admitted.is_empty() && !none;
         match self.begin(admitted, None) {
             Ok(()) => Ok(()),
-            Err(_) if resolving || self.is_dialling(&peer) => Ok(()),
+            Err(_) if resolving || self.is_dialing(&peer) => Ok(()),
             Err(_) if refused => Err(not_admitted(peer)),
             Err(error) => Err(dial_error(peer, &error)),
         }
     }
 
-    /// Dials a bootstrap address. Its result is its own, whatever becomes of other addresses of the peer.
+    /// Dials a bootstrap address. The result is recorded for this address alone, whatever the results of other
+    /// addresses of the peer.
     ///
     /// # Errors
-    /// The reason, if the attempt has failed already.
+    ///
+    /// Returns the reason if the attempt has failed already.
     pub(super) fn dial_given(&mut self, peer: PeerId, address: Multiaddr) -> Result<(), String> {
         let given = vec![(Source::Given, address.clone())];
         if starts_with_name(&address) && !is_relayed(&address) {
@@ -267,16 +269,16 @@ where
             return Ok(());
         }
         match self.dial_known(peer, given, None) {
-            // It is connected already: there was no attempt.
+            // The peer is connected already, so there was no attempt.
             Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => Ok(()),
             Err(DialError::NoAddresses) => {
-                Err("not an address that can be dialled from here".to_owned())
+                Err("not an address that can be dialed from here".to_owned())
             }
             Err(error) => Err(bootstrap::text(&dial_error(peer, &error))),
         }
     }
 
-    /// Dials addresses without names; `name`: the name that has led to them.
+    /// Dials addresses without names. `name` is the name that resolved to them.
     pub(super) fn dial_known(
         &mut self,
         peer: PeerId,
@@ -297,16 +299,16 @@ where
             addresses: admitted.addresses().to_vec(),
             name,
         };
-        self.dialling.dials.insert(id, dial);
+        self.dialing.dials.insert(id, dial);
         Ok(())
     }
 
-    pub(super) fn is_dialling(&self, peer: &PeerId) -> bool {
-        self.dialling.dials.values().any(|dial| dial.peer == *peer)
-            || self.dialling.resolving.contains_key(peer)
+    pub(super) fn is_dialing(&self, peer: &PeerId) -> bool {
+        self.dialing.dials.values().any(|dial| dial.peer == *peer)
+            || self.dialing.resolving.contains_key(peer)
     }
 
-    /// Begins to look up names; whether any is.
+    /// Begins to look up names. Returns true if a lookup has begun.
     fn resolve(&mut self, peer: PeerId, names: Vec<(Source, Multiaddr)>) -> bool {
         let (near, now) = (self.is_near(), Instant::now());
         let (given, stated): (Vec<_>, Vec<_>) = names
@@ -314,16 +316,16 @@ where
             .partition(|(source, _)| *source == Source::Given);
         let stated = stated.into_iter().map(|(_, address)| address);
         let mut all = given;
-        let few = self.dialling.names.few(stated, near, now).into_iter();
+        let few = self.dialing.names.few(stated, near, now).into_iter();
         all.extend(few.map(|address| (Source::Heard, address)));
         let mut any = false;
         for (source, name) in all {
             let given = source == Source::Given;
-            let Some(resolution) = self.dialling.names.resolve(name.clone(), given, near) else {
+            let Some(resolution) = self.dialing.names.resolve(name.clone(), given, near) else {
                 continue;
             };
             any = true;
-            *self.dialling.resolving.entry(peer).or_default() += 1;
+            *self.dialing.resolving.entry(peer).or_default() += 1;
             let outcomes = self.outcomes.clone();
             span::spawn(peer, async move {
                 let resolved = Resolved {
@@ -339,7 +341,7 @@ where
         any
     }
 
-    /// A name has been looked up: where it leads passes the gate like any address.
+    /// Dials the addresses that a name resolved to, if the gate admits them.
     pub(super) fn on_resolved(&mut self, resolved: Resolved) {
         let Resolved {
             peer,
@@ -348,21 +350,21 @@ where
             found,
         } = resolved;
         let now = Instant::now();
-        if let Some(left) = self.dialling.resolving.get_mut(&peer) {
+        if let Some(left) = self.dialing.resolving.get_mut(&peer) {
             *left -= 1;
             if *left == 0 {
-                self.dialling.resolving.remove(&peer);
+                self.dialing.resolving.remove(&peer);
             }
         }
         let mut addresses = found.as_ref().cloned().unwrap_or_default();
-        self.dialling.names.done(&name, !addresses.is_empty(), now);
+        self.dialing.names.done(&name, !addresses.is_empty(), now);
         if source == Source::Given {
             self.gate.resolved(&name, &addresses);
         } else {
             addresses.retain(|address| !first_ip(address).is_some_and(is_made_up));
         }
         let short = split_peer_id(name.clone()).0;
-        let none = "the name leads to no address that may be dialled from here";
+        let none = "the name leads to no address that may be dialed from here";
         let failed = match &found {
             Err(error) => Some(error.as_str()),
             Ok(_) => addresses.is_empty().then_some(none),
@@ -383,10 +385,10 @@ where
             Err(_) if failed.is_some() => {}
             Err(_) => self.bootstrap_failed(peer, &short, none),
         }
-        if self.is_dialling(&peer) {
+        if self.is_dialing(&peer) {
             return;
         }
-        // The behaviours are told as well.
+        // Tell the behaviours as well, by a dial without addresses.
         let nowhere = self.admit(peer, Vec::new(), How::default());
         let _ = self.dial_admitted(&nowhere, How::default());
         let reason = format!("{name}: {}", failed.unwrap_or(none));
@@ -396,24 +398,24 @@ where
         });
     }
 
-    /// A behaviour wants a peer to be dialled.
+    /// Dials a peer for a behaviour.
     pub(super) fn on_wanted(&mut self, wanted: WantedDial) {
         let WantedDial { peer, heard: known } = wanted;
         if self.peers.contains_key(&peer) {
             return;
         }
-        if known.is_empty() && self.is_dialling(&peer) {
+        if known.is_empty() && self.is_dialing(&peer) {
             return;
         }
         if let Err(error) = self.dial(peer, heard(known).collect()) {
-            tracing::debug!(%peer, %error, "a behaviour's dial");
+            tracing::debug!(%peer, %error, "dial for a behaviour failed");
         }
     }
 
-    /// No dial to `peer` is under way any more: whoever waits for one is told.
+    /// Reports `error` to all who wait for a dial to `peer`; no dial is under way any more.
     pub(super) fn give_up(&mut self, peer: &PeerId, error: impl Fn() -> ConnectError) {
         self.refuse_circuits(peer, &error().to_string());
-        for reply in self.dialling.waiting.remove(peer).unwrap_or_default() {
+        for reply in self.dialing.waiting.remove(peer).unwrap_or_default() {
             // The caller may be gone.
             let _ = reply.send(Err(error()));
         }
@@ -423,7 +425,7 @@ where
 fn not_admitted(peer: PeerId) -> ConnectError {
     ConnectError::Failed {
         peer,
-        reason: "none of the addresses that others state for it may be dialled from here, or not so soon again; \
+        reason: "none of the addresses that others state for it may be dialed from here, or not so soon again; \
                  name an address yourself to dial it in any case"
             .to_owned(),
     }

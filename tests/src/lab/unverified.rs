@@ -1,6 +1,6 @@
-//! A stranger who has others dial: it states addresses of a third party, of the nodes' own machines and of their
-//! networks, in every message that carries addresses. The packets that the nodes then send are counted where they leave
-//! and where they arrive.
+//! A stranger that makes other nodes dial. In every message that carries addresses, it lists addresses of a third
+//! party, of the nodes' own machines, and of their networks. The packets that the nodes then send are counted at their
+//! source and at their destination.
 
 use std::{
     net::Ipv4Addr,
@@ -36,17 +36,17 @@ use weft_proto::{
 
 use super::{Host, LabError, forget_neighbours, shield, wire};
 
-/// Ports that the stranger has others dial, and nobody else uses.
+/// Ports that the stranger makes others dial. No other node uses them.
 const PORTS: (u16, u16) = (4100, 4199);
 
-/// Identities of the stranger.
+/// Number of the stranger's identities.
 const IDENTITIES: u8 = 8;
 
-/// The model, document, topic and service that the stranger says it has.
+/// The model and service that the stranger claims to have.
 const MODEL: [u8; 32] = [7; 32];
 const NAME: &str = "a.service";
 
-/// The packets that were counted.
+/// The counted packets.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Sent {
     /// Packets that left for the node's own machine.
@@ -55,26 +55,26 @@ pub struct Sent {
     pub private: u64,
     /// Packets of dials that arrived at the third party.
     pub third_party: u64,
-    /// Packets of searches that arrived there.
+    /// Packets of port searches that arrived at the third party.
     pub searches: u64,
 }
 
 /// The result of an attack.
 #[derive(Debug)]
 pub struct Attacked {
-    /// By the node with a public address.
+    /// Packets of the node with a public address.
     pub public: Sent,
-    /// By the one at home.
+    /// Packets of the node behind a home router.
     pub home: Sent,
     /// Duration of the attack.
     pub took: Duration,
-    /// Private addresses that the node at home has told the stranger.
+    /// Private addresses that the node behind the home router has told the stranger.
     pub told: Vec<String>,
     /// The stranger's own report of what it did.
     pub done: String,
 }
 
-/// Has a stranger attack a node with a public address and one at home for so many seconds.
+/// Lets a stranger attack a node with a public address and one behind a home router, for this many seconds.
 ///
 /// # Errors
 /// [`LabError`] if the network or a node did not start.
@@ -145,7 +145,7 @@ pub async fn attack(seconds: u64) -> Result<Attacked, LabError> {
     let at = at.iter().find(|address| address.contains("/tcp/"));
     let at = at.ok_or_else(|| LabError("the server has no address".to_owned()))?;
     let begin = Instant::now();
-    let mut arguments = vec![wire::HEARSAY.to_owned(), at.clone(), relayed.clone()];
+    let mut arguments = vec![wire::UNVERIFIED.to_owned(), at.clone(), relayed.clone()];
     arguments.extend(ips.iter().map(ToString::to_string));
     arguments.push(seen[1].to_string());
     arguments.push(ip(&stranger)?.to_string());
@@ -156,7 +156,7 @@ pub async fn attack(seconds: u64) -> Result<Attacked, LabError> {
     let mut command = wire::this_program(&arguments)?;
     command.stdout(Stdio::piped());
     let attack = stranger.spawn_command_sync(command)?;
-    // The users' work meanwhile.
+    // Commands that users run meanwhile.
     let model = blake3_hex();
     let end = begin + Duration::from_secs(seconds);
     while Instant::now() + Duration::from_secs(6) < end {
@@ -170,7 +170,7 @@ pub async fn attack(seconds: u64) -> Result<Attacked, LabError> {
                 &["doc", "open", &document, "--wait", "1s"],
             ];
             for command in commands {
-                // None of it succeeds, or has to.
+                // None of these commands has to succeed, and none does.
                 running.push(host.home.start(command));
             }
         }
@@ -204,7 +204,7 @@ pub async fn attack(seconds: u64) -> Result<Attacked, LabError> {
     })
 }
 
-/// Counts what leaves for where nothing has to.
+/// Counts packets that leave for destinations that no node has a reason to reach.
 const OUT: &str = "table inet watch { counter loopback {}; counter private {}; \
     chain output { type filter hook output priority 0; \
     ip daddr 127.0.0.0/8 th dport 4100-4199 counter name loopback; \
@@ -288,7 +288,7 @@ struct Stranger {
 }
 
 impl Stranger {
-    /// Returns the addresses that others are to send to: other ones for each `n`.
+    /// Returns the addresses that others are to send to. They differ for each `n`.
     fn evil(&self, n: usize) -> Vec<Multiaddr> {
         let port = |step: usize| usize::from(PORTS.0) + (n * 5 + step) % 100;
         let relay = PeerId::random();
@@ -334,7 +334,8 @@ impl Stranger {
         Ok(())
     }
 
-    /// One identity: records, identify, swarm messages, grants; then punching, AutoNAT and lanes.
+    /// Attacks with one identity: by records, identify, swarm messages and relay reservations; then by hole punching,
+    /// AutoNAT and lanes.
     async fn peer(self, n: u8) -> anyhow::Result<String> {
         let key = Keypair::generate_ed25519();
         let own = key.public().to_peer_id();
@@ -346,7 +347,7 @@ impl Stranger {
         config.bootstrap = vec![self.server.clone()];
         let port = 9400 + u16::from(n);
         config.listen = Some(vec![format!("/ip4/0.0.0.0/tcp/{port}").parse()?]);
-        // By identify.
+        // Told by identify.
         config.external = self.evil(usize::from(n));
         let (dht, behaviour) = Dht::new(&key);
         let network = Network::spawn(config, behaviour).await?;
@@ -358,7 +359,7 @@ impl Stranger {
         while Instant::now() < self.end {
             let mut addresses = self.bytes(round);
             if n < 2 {
-                // These are to be reached, and do more then.
+                // These records lead to the stranger, so that peers connect to it.
                 let real: Multiaddr = format!("/ip4/{}/tcp/{port}", self.own).parse()?;
                 addresses[0] = real.to_vec().into();
             }
@@ -421,7 +422,7 @@ impl Stranger {
         ))
     }
 
-    /// Answers the requests of the other side: introductions and reservations.
+    /// Answers the requests of the other side: swarm messages and reservations.
     fn answer(&self, network: &Network) -> anyhow::Result<()> {
         let mut swarm = network.accept(StreamProtocol::new("/weft/swarm/1"))?;
         let this = self.clone();
@@ -486,7 +487,7 @@ impl Stranger {
         Ok(network.open(peer, protocol, Class::Control).await?)
     }
 
-    /// Says that it is where the node at home is seen, and has it search for a port of somebody else.
+    /// Claims to be where the node behind the home router is seen, and lets it search a port of a third party.
     async fn punch(&self, network: &Network, round: usize) -> anyhow::Result<()> {
         let mut stream = Self::open(network, &self.home, "/weft/punch/1").await?;
         let claimed: Multiaddr = format!("/ip4/{}/tcp/1", self.nat).parse()?;
@@ -551,8 +552,7 @@ impl Stranger {
         Ok(())
     }
 
-    /// libp2p's own identify and Kademlia, which say whatever they are given: private addresses too, of this peer and
-    /// of others.
+    /// libp2p's own identify and Kademlia, which pass on any address: also private ones, of this peer and of others.
     async fn routes(self) -> anyhow::Result<String> {
         #[derive(libp2p::swarm::NetworkBehaviour)]
         struct Both {
