@@ -221,7 +221,7 @@ struct ProbeOptions {
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_network)]
     pub(crate) autonat_per_minute_per_network: usize,
 
-    /// Most probes at the same moment
+    /// Most simultaneous probes
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().concurrent)]
     pub(crate) autonat_concurrent: usize,
 }
@@ -330,11 +330,11 @@ pub(crate) struct RelayLimitOptions {
     #[arg(long, value_name = "SECONDS", default_value_t = weft::RelayLimits::default().reservation_duration.as_secs())]
     pub(crate) relay_reservation_seconds: u64,
 
-    /// Most circuits (relayed connections) at the same moment
+    /// Most simultaneous circuits (relayed connections)
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits)]
     pub(crate) relay_circuits: usize,
 
-    /// Most circuits (relayed connections) of one peer at the same moment
+    /// Most simultaneous circuits (relayed connections) of one peer
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits_per_peer)]
     pub(crate) relay_circuits_per_peer: usize,
 
