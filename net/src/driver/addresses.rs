@@ -196,9 +196,9 @@ where
             return;
         };
         // A NAT or firewall lets in packets from addresses that were dialed, so they prove nothing.
-        let stranger =
+        let is_unknown =
             is_public(&from.ip()) && !self.addressing.dialed.contains(from.ip(), Instant::now());
-        if !stranger || !is_public(&at.ip()) {
+        if !is_unknown || !is_public(&at.ip()) {
             return;
         }
         let address = of_socket(at, transport);

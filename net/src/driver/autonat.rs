@@ -27,7 +27,7 @@ use crate::{
     streams::Protocols,
 };
 
-/// Time for which an address stays public after an unknown peer has connected at it, whatever servers report: two of
+/// Time for which an address stays public after an unknown peer has connected at it, despite reports of servers: two of
 /// them may lie.
 const PROVEN: Duration = Duration::from_secs(600);
 

@@ -256,7 +256,7 @@ where
         }
     }
 
-    /// Dials a bootstrap address. The result is recorded for this address alone, whatever the results of other
+    /// Dials a bootstrap address. The result is recorded for this address alone, regardless of the results of other
     /// addresses of the peer.
     ///
     /// # Errors

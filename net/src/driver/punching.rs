@@ -196,7 +196,7 @@ where
     }
 
     /// Returns how the NAT maps this node's QUIC port. If only one observer has reported, and the port is not the
-    /// listening port, the NAT is taken for symmetric: a search in vain costs little.
+    /// listening port, the NAT is taken for symmetric: an unsuccessful search costs little.
     fn udp_mapping(&self) -> UdpMapping {
         let own: Vec<_> = self.swarm.listeners().filter_map(socket).collect();
         let ips: Vec<_> = own.iter().map(|(at, _)| at.ip()).collect();

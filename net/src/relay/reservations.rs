@@ -22,7 +22,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs
 /// A relay whose reservation lasted this long may be asked again at once when it is back.
 const PROVEN: Duration = Duration::from_secs(60);
 
-/// Shortest time between renewals at a relay that the user has not named, whatever expiry the relay names.
+/// Shortest time between renewals at a relay that the user has not named, regardless of the expiry that it names.
 const RENEW: Duration = Duration::from_secs(120);
 
 /// Time for which a relay has to name the same new addresses before they replace the advertised ones. Each change is

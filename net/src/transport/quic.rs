@@ -250,7 +250,7 @@ impl Libp2pTransport for Quic {
         let listener = listener.map_err(TransportError::Other)?;
         let socket = listener.socket.try_clone().map_err(TransportError::Other)?;
         self.sockets.lock().listening.insert(id, socket);
-        // Later dials use the listener, so that peers can reach it by the answer.
+        // Later dials use the listener's endpoint.
         self.dialers[usize::from(at.is_ipv6())] = None;
         self.listeners.push(listener);
         self.wake();
