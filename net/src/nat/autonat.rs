@@ -157,8 +157,8 @@ pub(crate) struct Wanted {
 }
 
 /// Runs the server's part until it dials: reads the request, and the data that the client has to send first. `from` is
-/// the IP address of the client; `mine` are the IP addresses of this node, as seen by itself and by other peers. Returns
-/// `Ok(None)` if the request was refused; the client has been told.
+/// the IP address of the client; `mine` are the IP addresses of this node, as seen by itself and by other peers.
+/// Returns `Ok(None)` if the request was refused; the client has been told.
 pub(crate) async fn receive<S>(
     stream: &mut S,
     from: IpAddr,

@@ -148,8 +148,8 @@ async fn receive(
     }
 }
 
-/// Runs the search on the sending side. Sends from `socket` to many ports at the IP address of `target`, where the remote
-/// side was last seen. The connection is expected on `socket`.
+/// Runs the search on the sending side. Sends from `socket` to many ports at the IP address of `target`, where the
+/// remote side was last seen. The connection is expected on `socket`.
 ///
 /// # Errors
 ///
