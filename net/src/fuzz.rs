@@ -81,8 +81,11 @@ fn at_once<T>(work: impl Future<Output = T>) -> T {
 /// Returns the first inputs for [`head`].
 pub fn heads() -> Vec<Vec<u8>> {
     [
-        &b"\x07GET /weft HTTP/1.1\r\nHost: a\r\nOrigin: https://b\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\nX-Forwarded-For: 10.0.0.1, [2001:db8::7]:99\r\n\r\n\x82\x01a"[..],
-        b"\xffHTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: AAAAAAAAAAAAAAAAAAAAAAAAAAA=\r\n\r\n",
+        &b"\x07GET /weft HTTP/1.1\r\nHost: a\r\nOrigin: https://b\r\nUpgrade: websocket\r\n\
+           Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\
+           X-Forwarded-For: 10.0.0.1, [2001:db8::7]:99\r\n\r\n\x82\x01a"[..],
+        b"\xffHTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+          Sec-WebSocket-Accept: AAAAAAAAAAAAAAAAAAAAAAAAAAA=\r\n\r\n",
         b"\x01HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\n\r\n",
     ]
     .map(<[u8]>::to_vec)
@@ -150,9 +153,9 @@ pub fn proxy(bytes: &[u8]) {
 
 /// Returns the first inputs for [`clocks`].
 pub fn clock_answers() -> Vec<Vec<u8>> {
-    let answer = |place: u8, millis: u64| [&[place][..], &millis.to_le_bytes()].concat();
+    let answer = |network: u8, millis: u64| [&[network][..], &millis.to_le_bytes()].concat();
     let now = 1_800_000_000_000_u64;
-    let [near, far] = [0, 0xff].map(|place| answer(place, now));
+    let [near, far] = [0, 0xff].map(|network| answer(network, now));
     vec![
         [answer(0x10, now), answer(0x20, now + 7_200_000)].concat(),
         [near, far, answer(0x30, u64::MAX), answer(0x31, 0)].concat(),
@@ -164,7 +167,7 @@ pub fn clock_answers() -> Vec<Vec<u8>> {
 /// answer to a ping.
 pub fn clocks(bytes: &[u8]) {
     if let Some(answer) = bytes.first_chunk() {
-        let _ = ping::told(&ping::question([7; 16]), answer);
+        let _ = ping::clock_in(&ping::question([7; 16]), answer);
         let mut asked = *answer;
         ping::add_clock(&mut asked, 1_800_000_000_000);
         assert_eq!(asked[..24], answer[..24]);
@@ -176,11 +179,11 @@ pub fn clocks(bytes: &[u8]) {
     let mut clocks = Clocks::new(clock, now);
     let (mut networks, mut near) = (HashSet::new(), false);
     for answer in bytes.chunks_exact(9).take(64) {
-        let place = answer[0];
-        let address: Multiaddr = match place {
+        let network = answer[0];
+        let address: Multiaddr = match network {
             0 => "/ip4/192.168.1.7/tcp/1".to_owned(),
             0xff => format!("/ip4/11.0.0.1/tcp/1/p2p/{}/p2p-circuit", PeerId::random()),
-            place => format!("/ip4/11.0.{place}.1/tcp/1"),
+            network => format!("/ip4/11.0.{network}.1/tcp/1"),
         }
         .parse()
         .expect("an address");
@@ -195,16 +198,16 @@ pub fn clocks(bytes: &[u8]) {
             at: now,
         };
         clocks.answered(peer, &address, reading);
-        networks.insert(place);
-        near |= place == 0;
+        networks.insert(network);
+        near |= network == 0;
     }
-    let told = clocks.difference(clock, now);
+    let difference = clocks.difference(clock, now);
     // A single unknown peer does not count.
-    assert!(networks.len() > 1 || near || told.is_none());
-    if let Some(told) = told {
-        assert!(told.peers <= 16);
-        assert!(told.to_string().contains("clock"));
-        let _ = (told.seconds(), told.is_wrong());
+    assert!(networks.len() > 1 || near || difference.is_none());
+    if let Some(difference) = difference {
+        assert!(difference.peers <= 16);
+        assert!(difference.to_string().contains("clock"));
+        let _ = (difference.seconds(), difference.is_wrong());
     }
 }
 

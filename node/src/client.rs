@@ -30,7 +30,7 @@ const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
 /// Time without traffic after which the client sends a keep-alive ping, and the longest wait for its answer. The ping
 /// distinguishes a suspended node from one that is busy for long.
-const ALIVE: Duration = Duration::from_secs(10);
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// A connection to the node of a home.
 #[derive(Debug, Clone)]
@@ -75,8 +75,8 @@ impl Client {
             .map_err(|_| damaged(&files.token))?;
         let channel = Endpoint::from_shared(format!("http://{}", address.trim()))
             .map_err(|_| damaged(&files.address))?
-            .http2_keep_alive_interval(ALIVE)
-            .keep_alive_timeout(ALIVE)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
             .connect()
             .await
             .map_err(|error| not_connected(&home, &error))?;
@@ -92,8 +92,8 @@ impl Client {
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         });
         let channel = Endpoint::from_static("http://localhost")
-            .http2_keep_alive_interval(ALIVE)
-            .keep_alive_timeout(ALIVE)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
             .connect_with_connector(connector)
             .await
             .map_err(|error| not_connected(home, &error))?;

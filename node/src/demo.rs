@@ -167,7 +167,7 @@ async fn play(
     let receiver = node(&folder.path().join("receiver"), Some(&meeting)).await?;
     nodes.push(receiver.clone());
     for node in [&publisher, &receiver] {
-        met(node).await?;
+        wait_for_mesh(node).await?;
     }
 
     phases.begin(&format!("adding the model on the publisher as {NAME}"));
@@ -260,7 +260,7 @@ async fn node(home: &Path, bootstrap: Option<&Node>) -> Result<Node, Failure> {
 }
 
 /// Waits until `node` has another node in its routing table.
-async fn met(node: &Node) -> Result<(), Failure> {
+async fn wait_for_mesh(node: &Node) -> Result<(), Failure> {
     let wait = async {
         loop {
             if node.status().await?.dht_nodes > 0 {

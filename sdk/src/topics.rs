@@ -54,19 +54,19 @@ fn key(topic: &str) -> Vec<u8> {
 #[derive(Debug, Default)]
 pub(crate) struct KnownTopics {
     members: HashMap<String, Weak<Member>>,
-    looked: HashMap<String, Instant>,
+    searched: HashMap<String, Instant>,
 }
 
 /// This node's part in a topic: it advertises itself and searches for other subscribers.
 #[derive(Debug)]
 struct Member {
     _presence: Presence,
-    looking: AbortHandle,
+    searching: AbortHandle,
 }
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.looking.abort();
+        self.searching.abort();
     }
 }
 
@@ -174,10 +174,10 @@ impl Topics {
         let presence =
             advertiser.register_while_held(RecordId::of(key(topic)), value, Terms::PRESENCE);
         let (finder, topic) = (Finder::new(&self.node), topic.to_owned());
-        let looking = tokio::spawn(async move { finder.keep_looking(&topic).await });
+        let searching = tokio::spawn(async move { finder.keep_searching(&topic).await });
         Member {
             _presence: presence,
-            looking: looking.abort_handle(),
+            searching: searching.abort_handle(),
         }
     }
 
@@ -197,7 +197,7 @@ impl Topics {
             self.node.meet().await;
             let finder = Finder::new(&self.node);
             // A search that takes longer counts as having found nobody.
-            let _ = timeout(SEARCH_TIMEOUT, finder.look(topic)).await;
+            let _ = timeout(SEARCH_TIMEOUT, finder.search(topic)).await;
         }
         Ok(topics.publish(topic, data.into()).await?)
     }
@@ -219,12 +219,12 @@ impl Topics {
     fn is_search_due(&self, topic: &str) -> bool {
         let (mut known, now) = (self.known(), Instant::now());
         known
-            .looked
+            .searched
             .retain(|_, at| now.duration_since(*at) < SEARCH_INTERVAL);
-        if known.looked.contains_key(topic) || known.looked.len() >= MAX_SEARCHED {
+        if known.searched.contains_key(topic) || known.searched.len() >= MAX_SEARCHED {
             return false;
         }
-        known.looked.insert(topic.to_owned(), now);
+        known.searched.insert(topic.to_owned(), now);
         true
     }
 }
@@ -237,7 +237,7 @@ impl Finder {
         Self(node.discovery().clone())
     }
 
-    async fn keep_looking(&self, topic: &str) {
+    async fn keep_searching(&self, topic: &str) {
         let mut pause = SEARCH_PAUSE.0;
         let mut meetings = self.0.dht().meetings();
         loop {
@@ -247,7 +247,7 @@ impl Finder {
             };
             let subject = weft_dht::place(&key(topic));
             self.0.proved(&subject, peers.iter().copied());
-            if peers.len() >= WANTED_SUBSCRIBERS || self.look(topic).await == 0 {
+            if peers.len() >= WANTED_SUBSCRIBERS || self.search(topic).await == 0 {
                 pause = (pause * 2).min(SEARCH_PAUSE.1);
             } else {
                 pause = SEARCH_PAUSE.0;
@@ -266,7 +266,7 @@ impl Finder {
     }
 
     /// Connects to subscribers until there are enough. Returns the number of new connections.
-    async fn look(&self, topic: &str) -> usize {
+    async fn search(&self, topic: &str) -> usize {
         let topics = self.0.network().topics();
         let subscribed = topics.peers(topic).await.map_or(0, |peers| peers.len());
         let wanted = WANTED_SUBSCRIBERS.saturating_sub(subscribed);

@@ -366,9 +366,9 @@ fn kind(address: &Multiaddr) -> PathKind {
 }
 
 /// Returns true if `candidate`, which a peer seen at `seen_at` claims as its own, can lead to that peer from here. A
-/// loopback address can only from the same machine, a private one only from a private network. Dialing others would
-/// fail or reach another node. A peer seen through a relay may be anywhere, even if the relay is near; of its
-/// addresses, only relayed ones are judged by the relay.
+/// loopback address can lead there only from the same machine, a private one only from a private network. Dialing
+/// others would fail or reach another node. A peer seen through a relay may be anywhere, even if the relay is near; of
+/// its addresses, only relayed ones are judged by the relay.
 pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
     let unspecified = first_ip(candidate).is_some_and(|ip| ip.is_unspecified());
     let seen = match is_relayed(seen_at) && !is_relayed(candidate) {

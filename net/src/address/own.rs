@@ -20,7 +20,7 @@ pub const MAX_PLACES: usize = 16;
 pub(crate) const MAX_ADDRESSES: usize = 2 * MAX_PLACES;
 
 /// Most addresses of one host and port: TCP, WebSocket, WebSocket within TLS, QUIC.
-const AT_PLACE: usize = 4;
+const PER_ENDPOINT: usize = 4;
 
 /// Most own IP addresses that are remembered as used.
 const MAX_USED: usize = 64;
@@ -31,7 +31,7 @@ const INTERNET: [IpAddr; 2] = [
     IpAddr::V6(Ipv6Addr::new(0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1111)),
 ];
 
-/// What is known about this node's own IP addresses.
+/// Facts about this node's own IP addresses that decide their order.
 #[derive(Debug, Default)]
 pub(crate) struct Own {
     /// Source addresses of packets to the internet: those of the interfaces with the default route.
@@ -69,7 +69,7 @@ impl Own {
     /// the default route; with connections; public ones; through relays; the rest. Addresses with the same host and
     /// port stay together.
     pub(crate) fn sort(&self, addresses: &mut [Multiaddr], proven: &HashSet<Multiaddr>) {
-        addresses.sort_by_cached_key(|address| (place(address), address.to_vec()));
+        addresses.sort_by_cached_key(|address| (endpoint(address), address.to_vec()));
         self.order(addresses, proven);
     }
 
@@ -92,33 +92,33 @@ impl Own {
 
 /// Returns a key for the host and port that an address leads to. For a relayed address, it is the relay's with the rest
 /// of the address.
-fn place(address: &Multiaddr) -> Vec<u8> {
-    let mut place = Vec::new();
+fn endpoint(address: &Multiaddr) -> Vec<u8> {
+    let mut endpoint = Vec::new();
     for part in address {
         match part {
-            Protocol::Tcp(port) | Protocol::Udp(port) => place.extend(port.to_be_bytes()),
+            Protocol::Tcp(port) | Protocol::Udp(port) => endpoint.extend(port.to_be_bytes()),
             Protocol::QuicV1 | Protocol::Ws(_) | Protocol::Wss(_) | Protocol::Tls => {}
-            other => place.extend(Multiaddr::empty().with(other).to_vec()),
+            other => endpoint.extend(Multiaddr::empty().with(other).to_vec()),
         }
     }
-    place
+    endpoint
 }
 
 /// Returns the addresses of the first `endpoints` host and port pairs. A host and port counts once, regardless of
 /// transport. At most thirty-two addresses are returned.
 pub fn first_places(
     addresses: impl IntoIterator<Item = Multiaddr>,
-    places: usize,
+    endpoints: usize,
 ) -> Vec<Multiaddr> {
     let mut known: HashMap<Vec<u8>, usize> = HashMap::new();
     let mut all: Vec<Multiaddr> = Vec::new();
     // An endless list is not read to its end.
     for address in addresses.into_iter().take(8 * MAX_ADDRESSES) {
-        let place = place(&address);
-        let room = known.len() < places;
-        match known.get_mut(&place) {
-            Some(count) if *count < AT_PLACE && !all.contains(&address) => *count += 1,
-            None if room => drop(known.insert(place, 1)),
+        let endpoint = endpoint(&address);
+        let room = known.len() < endpoints;
+        match known.get_mut(&endpoint) {
+            Some(count) if *count < PER_ENDPOINT && !all.contains(&address) => *count += 1,
+            None if room => drop(known.insert(endpoint, 1)),
             _ => continue,
         }
         all.push(address);

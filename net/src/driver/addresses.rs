@@ -34,7 +34,7 @@ const GATHER: Duration = Duration::from_secs(1);
 const TOGETHER: Duration = Duration::from_millis(100);
 
 /// Most addresses that libp2p's behaviours keep of this node (libp2p-swarm, `MAX_LOCAL_EXTERNAL_ADDRS`).
-const MAX_TOLD: usize = 20;
+const MAX_EXTERNAL: usize = 20;
 
 /// Most changed addresses remembered: more than any machine has interfaces that carry connections.
 const MAX_CHANGED: usize = 256;
@@ -55,7 +55,7 @@ pub(super) fn source(to: SocketAddr) -> Option<IpAddr> {
 }
 
 /// Returns the part of an address that leads to the first machine on the way: all of it, or the part before the relay.
-fn place(address: &Multiaddr) -> Multiaddr {
+fn first_hop(address: &Multiaddr) -> Multiaddr {
     address
         .iter()
         .take_while(|part| !matches!(part, Protocol::P2p(_) | Protocol::P2pCircuit))
@@ -98,14 +98,17 @@ pub(super) struct Addressing {
     /// private addresses.
     pub(super) outside: bool,
     /// This node's addresses, for subscribers to changes.
-    pub(super) told: watch::Sender<Addresses>,
+    pub(super) published: watch::Sender<Addresses>,
 }
 
 impl Addressing {
     /// Makes the state; `open` are the listeners with the addresses they were opened for.
     pub(super) fn new(config: &Config, open: Vec<(ListenerId, Multiaddr)>, dialed: Dialed) -> Self {
         let interfaces = IfWatcher::new().inspect_err(|error| {
-            tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialed");
+            tracing::warn!(
+                %error,
+                "cannot watch the network interfaces: unverified private addresses are not dialed"
+            );
         });
         let external = config.external.iter().cloned().map(split_peer_id);
         let mut named = config.bootstrap.iter().chain(&config.relays);
@@ -120,7 +123,7 @@ impl Addressing {
             reach: Reach::default(),
             dialed,
             outside: named.any(is_outside),
-            told: watch::Sender::default(),
+            published: watch::Sender::default(),
         }
     }
 }
@@ -130,7 +133,7 @@ where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
     /// Publishes the current addresses to subscribers and, by identify, to peers.
-    pub(super) fn tell_addresses(&mut self) {
+    pub(super) fn publish_addresses(&mut self) {
         let all = self.addresses();
         let now = Addresses {
             for_strangers: for_strangers(&all, self.addressing.outside),
@@ -138,17 +141,20 @@ where
             is_relay: self.is_relay(),
         };
         // Identify keeps the last twenty addresses it was given, the last one first.
-        let told: Vec<_> = self.swarm.external_addresses().cloned().collect();
-        let tell = &now.for_strangers[..now.for_strangers.len().min(MAX_TOLD)];
-        for address in told.iter().filter(|told| !tell.contains(told)) {
+        let published: Vec<_> = self.swarm.external_addresses().cloned().collect();
+        let tell = &now.for_strangers[..now.for_strangers.len().min(MAX_EXTERNAL)];
+        for address in published
+            .iter()
+            .filter(|published| !tell.contains(published))
+        {
             self.swarm.remove_external_address(address);
         }
-        for address in tell.iter().rev().filter(|new| !told.contains(new)) {
+        for address in tell.iter().rev().filter(|new| !published.contains(new)) {
             self.swarm.add_external_address(address.clone());
         }
-        self.addressing.told.send_if_modified(|told| {
-            let changed = *told != now;
-            *told = now;
+        self.addressing.published.send_if_modified(|published| {
+            let changed = *published != now;
+            *published = now;
             changed
         });
     }
@@ -167,7 +173,7 @@ where
             // A link-local address has a meaning only together with the interface.
             .filter(|address| !is_link_local(address))
             .collect();
-        let local = |address: &Multiaddr| Path::of(&place(address)).kind == PathKind::Loopback;
+        let local = |address: &Multiaddr| Path::of(&first_hop(address)).kind == PathKind::Loopback;
         if all.iter().any(|address| !local(address)) {
             all.retain(|address| !local(address));
         }
@@ -180,7 +186,7 @@ where
     pub(super) fn on_address_gone(&mut self, address: &Multiaddr) {
         self.addressing.public.remove(address);
         self.update_relay_server();
-        self.tell_addresses();
+        self.publish_addresses();
     }
 
     /// Records that a peer has opened a connection to this node.
@@ -190,9 +196,9 @@ where
             return;
         };
         // A NAT or firewall lets in packets from addresses that were dialed, so they prove nothing.
-        let stranger =
+        let is_unknown =
             is_public(&from.ip()) && !self.addressing.dialed.contains(from.ip(), Instant::now());
-        if !stranger || !is_public(&at.ip()) {
+        if !is_unknown || !is_public(&at.ip()) {
             return;
         }
         let address = of_socket(at, transport);
@@ -204,7 +210,7 @@ where
         {
             tracing::info!(%address, "unknown peers reach this node at this address");
             self.update_relay_server();
-            self.tell_addresses();
+            self.publish_addresses();
         }
     }
 
@@ -264,7 +270,7 @@ where
             self.autonat.verdicts.ask_again(now);
         }
         self.leave_old_addresses(&changed, &own);
-        self.tell_addresses();
+        self.publish_addresses();
     }
 
     /// Returns the port of this transport on which other machines can reach this node.

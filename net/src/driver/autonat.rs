@@ -13,7 +13,7 @@ use libp2p::{
 };
 use tokio::{sync::oneshot, time::timeout};
 
-use super::{Driver, How, Outcome, accept, dialing::Dial, opened};
+use super::{DialMode, Driver, Outcome, accept, dialing::Dial, opened};
 use crate::{
     AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Shares, Stream, Transport,
     address::{is_public, of_socket, socket},
@@ -27,7 +27,7 @@ use crate::{
     streams::Protocols,
 };
 
-/// Time for which an address stays public after an unknown peer has connected at it, whatever servers report: two of
+/// Time for which an address stays public after an unknown peer has connected at it, despite reports of servers: two of
 /// them may lie.
 const PROVEN: Duration = Duration::from_secs(600);
 
@@ -80,9 +80,9 @@ struct Probe {
 
 /// A server's answer.
 #[derive(Debug)]
-pub(super) struct Told {
+pub(super) struct Answer {
     address: Multiaddr,
-    place: IpAddr,
+    server_ip: IpAddr,
     nonce: u64,
     result: Result<bool, AutonatError>,
 }
@@ -207,12 +207,12 @@ where
             let fitting = servers
                 .iter()
                 // A server that is reached over IPv4 may have no IPv6, and the reverse.
-                .filter(|(_, place)| place.is_ipv4() == v4 && !tried.covers(place));
+                .filter(|(_, server_ip)| server_ip.is_ipv4() == v4 && !tried.covers(server_ip));
             // Prefer a server to which this node has never sent packets: its result holds for any unknown peer.
-            let best =
-                fitting.min_by_key(|(_, place)| self.addressing.dialed.contains(*place, now));
+            let best = fitting
+                .min_by_key(|(_, server_ip)| self.addressing.dialed.contains(*server_ip, now));
             match best {
-                Some((server, place)) => self.ask_server(*server, *place, address),
+                Some((server, server_ip)) => self.ask_server(*server, *server_ip, address),
                 None => self.autonat.verdicts.put_off(&address, now),
             }
         }
@@ -229,13 +229,13 @@ where
                 let direct = peer.connections.values();
                 let mut direct = direct.filter(|c| c.path.kind == PathKind::Direct);
                 let ip = socket(&direct.next()?.path.address)?.0.ip().to_canonical();
-                let elsewhere = is_public(&ip) && !own.contains(&ip) && !seen.contains(&ip);
-                elsewhere.then_some((*id, ip))
+                let outside = is_public(&ip) && !own.contains(&ip) && !seen.contains(&ip);
+                outside.then_some((*id, ip))
             })
             .collect()
     }
 
-    fn ask_server(&mut self, server: PeerId, place: IpAddr, address: Multiaddr) {
+    fn ask_server(&mut self, server: PeerId, server_ip: IpAddr, address: Multiaddr) {
         let mut nonce = [0; 8];
         if getrandom::fill(&mut nonce).is_err() {
             return self.autonat.verdicts.put_off(&address, Instant::now());
@@ -260,14 +260,14 @@ where
                 Ok(stream) => autonat::ask(stream, &address, nonce).await,
                 Err(error) => Err(error.into()),
             };
-            let told = Told {
+            let answer = Answer {
                 address,
-                place,
+                server_ip,
                 nonce,
                 result,
             };
             // The network may have stopped.
-            let _ = outcomes.send(Outcome::Told(told)).await;
+            let _ = outcomes.send(Outcome::AutonatAnswer(answer)).await;
         });
     }
 
@@ -348,14 +348,14 @@ where
         span::spawn(server, autonat::acknowledge(stream));
     }
 
-    pub(super) fn on_told(&mut self, told: Told) {
+    pub(super) fn on_answer(&mut self, answer: Answer) {
         let now = Instant::now();
-        let Told {
+        let Answer {
             address,
-            place,
+            server_ip,
             nonce,
             result,
-        } = told;
+        } = answer;
         let asked = self.autonat.asked.remove(&nonce);
         let came = asked.and_then(|asked| asked.came);
         let own = socket(&address)
@@ -364,15 +364,23 @@ where
             (Ok(_), Some(came)) => Some(came),
             (Ok(false), None) => None,
             (Ok(true), None) => {
-                tracing::debug!(%address, %place, "a server claims to have reached this node, but no dial-back came");
+                tracing::debug!(
+                    %address,
+                    place = %server_ip,
+                    "a server claims to have reached this node, but no dial-back came"
+                );
                 return self.autonat.verdicts.put_off(&address, now);
             }
             (Err(error), _) => {
-                tracing::debug!(%address, %place, %error, "a server gave no result");
+                tracing::debug!(%address, place = %server_ip, %error, "a server gave no result");
                 return self.autonat.verdicts.put_off(&address, now);
             }
         };
-        if !self.autonat.verdicts.told(&address, place, reached, now) {
+        if !self
+            .autonat
+            .verdicts
+            .record(&address, server_ip, reached, now)
+        {
             return;
         }
         let verdict = self.autonat.verdicts.of(&address);
@@ -392,7 +400,7 @@ where
             }
         }
         self.update_relay_server();
-        self.tell_addresses();
+        self.publish_addresses();
     }
 
     /// Handles a peer's request to be dialed.
@@ -405,8 +413,8 @@ where
         let from = from.filter(is_public);
         let Some(from) = from.filter(|from| self.autonat.bounds.begin(peer, *from, now)) else {
             // If too many requests are being refused, the stream is dropped, and so reset.
-            let place = Place::of(stream.path());
-            if let Ok(permit) = self.autonat.rejections.take(peer, place) {
+            let group = Place::of(stream.path());
+            if let Ok(permit) = self.autonat.rejections.take(peer, group) {
                 span::spawn(peer, async move {
                     let _permit = permit;
                     // The peer may ignore the rejection, but must not hold the stream for ever.
@@ -436,15 +444,15 @@ where
         let Some(wanted) = wanted else {
             return self.autonat.bounds.ended();
         };
-        let how = How {
+        let mode = DialMode {
             always: true,
             // From the listening port, which the peer knows, the dial could pass the peer's NAT as an answer.
             new_port: true,
             set_aside: true,
-            ..How::default()
+            ..DialMode::default()
         };
-        let stated = heard(Heard::new([wanted.address.clone()])).collect();
-        let admitted = self.admit(stream.peer(), stated, how);
+        let unverified = heard(Heard::new([wanted.address.clone()])).collect();
+        let admitted = self.admit(stream.peer(), unverified, mode);
         if admitted.is_empty() {
             // The rejection keeps the address from being taken for unreachable.
             self.autonat.bounds.ended();
@@ -461,7 +469,7 @@ where
             wanted,
             since: Instant::now(),
         };
-        match self.dial_admitted(&admitted, how) {
+        match self.dial_admitted(&admitted, mode) {
             Ok(id) => drop(self.autonat.probes.insert(id, probe)),
             Err(error) => {
                 tracing::debug!(%error, "cannot dial for a peer");
@@ -490,12 +498,12 @@ where
         streams.open_on(probe.stream.peer(), id, DIAL_BACK, reply);
         let outcomes = self.outcomes.clone();
         span::spawn_on(probe.stream.peer(), id, async move {
-            let told = match answer.await {
+            let nonce_sent = match answer.await {
                 Ok(Ok(back)) => autonat::call(back, probe.wanted.nonce).await.is_ok(),
                 _ => false,
             };
             // The peer may ignore the answer.
-            let _ = autonat::respond(&mut probe.stream, &probe.wanted, true, told).await;
+            let _ = autonat::respond(&mut probe.stream, &probe.wanted, true, nonce_sent).await;
             // The network may have stopped.
             let _ = outcomes.send(Outcome::Probed(id)).await;
         });
@@ -548,16 +556,16 @@ where
             return;
         };
         self.autonat.udp_tried = Some(now);
-        let how = How {
+        let mode = DialMode {
             always: true,
-            ..How::default()
+            ..DialMode::default()
         };
-        let stated = heard(Heard::new([address])).collect();
-        let admitted = self.admit(peer, stated, how);
+        let unverified = heard(Heard::new([address])).collect();
+        let admitted = self.admit(peer, unverified, mode);
         if admitted.is_empty() {
             return;
         }
-        if let Ok(id) = self.dial_admitted(&admitted, how) {
+        if let Ok(id) = self.dial_admitted(&admitted, mode) {
             let addresses = admitted.addresses().to_vec();
             self.dialing.dials.insert(
                 id,

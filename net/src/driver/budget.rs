@@ -5,7 +5,9 @@ use libp2p::swarm::ConnectionDenied;
 use super::{LoweredLimits, descriptors::Fitted};
 use crate::{
     Limits,
-    policy::{access::KeptOut, crowd::Crowd, limits::Memory, pending::Pending},
+    policy::{
+        access::KeptOut, connection_manager::ConnectionManager, limits::Memory, pending::Pending,
+    },
 };
 
 /// The limits of a node, and the counters for them.
@@ -15,7 +17,7 @@ pub(super) struct Budget {
     pub(super) lowered: Option<LoweredLimits>,
     pub(super) memory: Memory,
     /// Counts open connections.
-    pub(super) crowd: Crowd,
+    pub(super) connections: ConnectionManager,
     /// Counts connections in the handshake.
     pub(super) pending: Pending,
     /// Connections that the access lists have refused since the start.
@@ -29,13 +31,13 @@ impl Budget {
         }
         let limits = fitted.limits.clone();
         let memory = Memory::new(limits.memory);
-        let crowd = Crowd::new(&limits, memory.clone());
+        let manager = ConnectionManager::new(&limits, memory.clone());
         Self {
-            pending: Pending::new(limits.pending_incoming, crowd.clone()),
+            pending: Pending::new(limits.pending_incoming, manager.clone()),
             lowered: fitted.lowered.clone(),
             limits,
             memory,
-            crowd,
+            connections: manager,
             kept_out: 0,
         }
     }

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Longest time that a peer may take to send its time. A slower answer is less exact.
-const TELL: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// Most peers asked at a time, and so per second. Their answers decide whether others are asked at all.
 const AT_A_TIME: usize = 4;
@@ -45,7 +45,7 @@ where
             streams.open_on(peer, connection, PING_PROTOCOL, reply);
             let outcomes = self.outcomes.clone();
             span::spawn_on(peer, connection, async move {
-                let told = timeout(TELL, async {
+                let reading = timeout(ANSWER, async {
                     let mut stream = answer.await.ok()?.ok()?;
                     ping::echo(&mut stream).await.ok()?.reading
                 });
@@ -53,7 +53,7 @@ where
                     peer,
                     address,
                     // A peer that does not answer is not counted.
-                    reading: told.await.ok().flatten(),
+                    reading: reading.await.ok().flatten(),
                 };
                 // The network may have stopped.
                 let _ = outcomes.send(clock).await;

@@ -16,10 +16,10 @@ pub(crate) const CONNECT: Duration = Duration::from_secs(15);
 #[non_exhaustive]
 pub enum ConnectError {
     /// No address of the peer is known.
-    #[error("no address of {0} is known")]
+    #[error("cannot reach peer {0}: no known address; give one, or check the PeerId")]
     NoAddress(PeerId),
     /// Every address failed.
-    #[error("cannot reach {peer}: {reason}")]
+    #[error("cannot reach peer {peer}: {reason}")]
     Failed {
         /// The peer that could not be reached.
         peer: PeerId,
@@ -27,7 +27,7 @@ pub enum ConnectError {
         reason: String,
     },
     /// The peer did not answer in time.
-    #[error("{peer} did not answer within {} s", CONNECT.as_secs())]
+    #[error("cannot reach peer {peer}: no answer within {} s", CONNECT.as_secs())]
     TimedOut {
         /// The peer that did not answer.
         peer: PeerId,

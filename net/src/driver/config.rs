@@ -116,7 +116,9 @@ pub enum SpawnError {
     #[error("this machine's clock shows a year before 1970; set the clock, then start again")]
     Clock,
     /// The address of a bootstrap node or a relay does not name its peer.
-    #[error("the address {0} does not end in /p2p/<PeerId>: without it anybody could answer there")]
+    #[error(
+        "address {0} does not end in /p2p/<PeerId>; add it, so that no other node can answer there"
+    )]
     Bootstrap(Multiaddr),
 }
 

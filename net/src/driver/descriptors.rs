@@ -44,8 +44,8 @@ impl fmt::Display for LoweredLimits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "at most {} connections, {} of them opened by others, and {} lanes, because this process may open {} files; \
-             for the limits that were asked for, allow it {} (`ulimit -n`, or LimitNOFILE= in a systemd unit)",
+            "at most {} connections, {} of them incoming, and {} lanes, because this process may open {} files; \
+             the configured limits need {} (set `ulimit -n`, or LimitNOFILE= in a systemd unit)",
             self.connections, self.incoming, self.lanes, self.open_files, self.needed
         )
     }

@@ -59,8 +59,8 @@ fn plain(text: &str) -> String {
         "unexpected end of file",
     ];
     if closed.iter().any(|part| text.contains(part)) {
-        return "the other side closed the connection before the handshake was over; it may be full, block this \
-                node, or be no Weft node"
+        return "the peer closed the connection before the end of the handshake; it may have reached \
+                a limit, block this node, or not be a Weft node"
             .to_owned();
     }
     // Links into a library's documentation do not help users.

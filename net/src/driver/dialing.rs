@@ -58,7 +58,7 @@ impl Dialing {
 
 /// Options of a dial.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct How {
+pub(super) struct DialMode {
     /// Dial even if there is a connection to the peer.
     pub(super) always: bool,
     /// Dial from a new port.
@@ -127,10 +127,10 @@ where
         &self,
         peer: PeerId,
         sources: Vec<(Source, Multiaddr)>,
-        how: How,
+        mode: DialMode,
     ) -> Admitted {
         let mut evidence = self.evidence(&peer);
-        evidence.again = how.again;
+        evidence.again = mode.again;
         self.gate.admit(peer, sources, &evidence, Instant::now())
     }
 
@@ -138,9 +138,9 @@ where
     pub(super) fn dial_admitted(
         &mut self,
         admitted: &Admitted,
-        how: How,
+        mode: DialMode,
     ) -> Result<ConnectionId, DialError> {
-        let condition = match how.always {
+        let condition = match mode.always {
             true => PeerCondition::Always,
             false => PeerCondition::Disconnected,
         };
@@ -149,17 +149,17 @@ where
         let mut options = DialOpts::peer_id(admitted.peer())
             .condition(condition)
             .addresses(addresses);
-        if how.new_port {
+        if mode.new_port {
             options = options.allocate_new_port();
         }
-        if how.as_listener {
+        if mode.as_listener {
             options = options.override_role();
         }
         let options = options.build();
         let id = options.connection_id();
         let behaviour = self.swarm.behaviour_mut();
         behaviour.expect(id);
-        if how.set_aside {
+        if mode.set_aside {
             behaviour.streams.set_aside(id);
         }
         #[expect(
@@ -206,15 +206,15 @@ where
         }
         // The first node to answer ends a dial. It was another node, as happens with private addresses from another
         // network. The remaining addresses have not been tried.
-        let elsewhere = match error {
+        let wrong = match error {
             DialError::WrongPeerId { address, .. } | DialError::LocalPeerId { address } => {
                 Some(split_peer_id(address.clone()).0)
             }
             _ => None,
         };
-        if let Some(elsewhere) = elsewhere {
+        if let Some(wrong) = wrong {
             let before = addresses.len();
-            addresses.retain(|(_, address)| split_peer_id(address.clone()).0 != elsewhere);
+            addresses.retain(|(_, address)| split_peer_id(address.clone()).0 != wrong);
             let fewer = !addresses.is_empty() && addresses.len() < before;
             if fewer && self.dial_known(peer, addresses, name).is_ok() {
                 return;
@@ -243,7 +243,7 @@ where
             |(_, address): &(Source, Multiaddr)| starts_with_name(address) && !is_relayed(address);
         let (names, sockets): (Vec<_>, Vec<_>) = sources.into_iter().partition(named);
         let resolving = self.resolve(peer, names);
-        let admitted = self.admit(peer, sockets, How::default());
+        let admitted = self.admit(peer, sockets, DialMode::default());
         if admitted.is_empty() && (resolving || self.is_dialing(&peer)) {
             return Ok(());
         }
@@ -256,7 +256,7 @@ where
         }
     }
 
-    /// Dials a bootstrap address. The result is recorded for this address alone, whatever the results of other
+    /// Dials a bootstrap address. The result is recorded for this address alone, regardless of the results of other
     /// addresses of the peer.
     ///
     /// # Errors
@@ -285,7 +285,7 @@ where
         addresses: Vec<(Source, Multiaddr)>,
         name: Option<Multiaddr>,
     ) -> Result<(), DialError> {
-        let admitted = self.admit(peer, addresses, How::default());
+        let admitted = self.admit(peer, addresses, DialMode::default());
         if admitted.is_empty() {
             return Err(DialError::NoAddresses);
         }
@@ -293,7 +293,7 @@ where
     }
 
     fn begin(&mut self, admitted: Admitted, name: Option<Multiaddr>) -> Result<(), DialError> {
-        let id = self.dial_admitted(&admitted, How::default())?;
+        let id = self.dial_admitted(&admitted, DialMode::default())?;
         let dial = Dial {
             peer: admitted.peer(),
             addresses: admitted.addresses().to_vec(),
@@ -311,13 +311,13 @@ where
     /// Begins to look up names. Returns true if a lookup has begun.
     fn resolve(&mut self, peer: PeerId, names: Vec<(Source, Multiaddr)>) -> bool {
         let (near, now) = (self.is_near(), Instant::now());
-        let (given, stated): (Vec<_>, Vec<_>) = names
+        let (given, unverified): (Vec<_>, Vec<_>) = names
             .into_iter()
             .partition(|(source, _)| *source == Source::Given);
-        let stated = stated.into_iter().map(|(_, address)| address);
+        let unverified = unverified.into_iter().map(|(_, address)| address);
         let mut all = given;
-        let few = self.dialing.names.few(stated, near, now).into_iter();
-        all.extend(few.map(|address| (Source::Heard, address)));
+        let chosen = self.dialing.names.choose(unverified, near, now).into_iter();
+        all.extend(chosen.map(|address| (Source::Heard, address)));
         let mut any = false;
         for (source, name) in all {
             let given = source == Source::Given;
@@ -364,7 +364,7 @@ where
             addresses.retain(|address| !first_ip(address).is_some_and(is_made_up));
         }
         let short = split_peer_id(name.clone()).0;
-        let none = "the name leads to no address that may be dialed from here";
+        let none = "the name resolves to no address that may be dialed from here";
         let failed = match &found {
             Err(error) => Some(error.as_str()),
             Ok(_) => addresses.is_empty().then_some(none),
@@ -389,8 +389,8 @@ where
             return;
         }
         // Tell the behaviours as well, by a dial without addresses.
-        let nowhere = self.admit(peer, Vec::new(), How::default());
-        let _ = self.dial_admitted(&nowhere, How::default());
+        let nowhere = self.admit(peer, Vec::new(), DialMode::default());
+        let _ = self.dial_admitted(&nowhere, DialMode::default());
         let reason = format!("{name}: {}", failed.unwrap_or(none));
         self.give_up(&peer, || ConnectError::Failed {
             peer,
@@ -425,8 +425,8 @@ where
 fn not_admitted(peer: PeerId) -> ConnectError {
     ConnectError::Failed {
         peer,
-        reason: "none of the addresses that others state for it may be dialed from here, or not so soon again; \
-                 name an address yourself to dial it in any case"
+        reason: "none of its unverified addresses may be dialed from here, or not again so soon; \
+                 give an address to dial it without these checks"
             .to_owned(),
     }
 }

@@ -92,7 +92,7 @@ where
                 tracing::info!(%address, "listening");
                 self.note_listeners();
                 self.addressing.changes.note(&address, Instant::now());
-                self.tell_addresses();
+                self.publish_addresses();
             }
             SwarmEvent::ListenerClosed {
                 listener_id,
@@ -242,7 +242,12 @@ where
         let Some(known) = known.and_then(|peer| peer.connections.get_mut(&connection)) else {
             return;
         };
-        tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "remote address of a connection has changed");
+        tracing::debug!(
+            peer = %id,
+            address = %path.address,
+            kind = %path.kind,
+            "remote address of a connection has changed"
+        );
         known.source = socket_within(&path.address).and_then(source);
         known.path = path.clone();
         if path.transport == Transport::Quic && path.kind == PathKind::Direct {
@@ -347,7 +352,7 @@ where
     fn note_outside(&mut self, address: &Multiaddr) {
         if !self.addressing.outside && !starts_with_name(address) && is_outside(address) {
             self.addressing.outside = true;
-            self.tell_addresses();
+            self.publish_addresses();
         }
     }
 

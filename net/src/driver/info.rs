@@ -23,13 +23,13 @@ pub struct Reachability {
     pub mapped: Vec<Multiaddr>,
     /// Addresses at which other peers see this node.
     pub observed: Vec<Multiaddr>,
-    /// How the NAT maps the TCP port.
+    /// The NAT's mapping of the TCP port.
     pub tcp_mapping: Mapping,
-    /// How the NAT maps the QUIC port.
+    /// The NAT's mapping of the QUIC port.
     pub quic_mapping: Mapping,
-    /// How the NAT or firewall filters packets to the TCP port.
+    /// Filtering of packets to the TCP port by the NAT or firewall.
     pub tcp_filtering: Filtering,
-    /// How the NAT or firewall filters packets to the QUIC port.
+    /// Filtering of packets to the QUIC port by the NAT or firewall.
     pub quic_filtering: Filtering,
     /// True if UDP gets out; `None` if there was no peer to test it with.
     pub udp: Option<bool>,

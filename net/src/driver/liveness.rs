@@ -23,7 +23,7 @@ use crate::{
     Incoming, PathKind, Place, Shares, Stream, Transport,
     address::socket_within,
     ping::{self, PING_PROTOCOL},
-    policy::crowd::Worth,
+    policy::connection_manager::Worth,
     span,
     streams::Protocols,
 };
@@ -75,8 +75,8 @@ where
     /// Answers a stream of pings that a peer has opened.
     pub(super) fn on_pings(&self, stream: Stream) {
         // If there are too many, the stream is dropped, and so reset.
-        let place = Place::of(stream.path());
-        if let Ok(permit) = self.liveness.pingers.take(stream.peer(), place) {
+        let group = Place::of(stream.path());
+        if let Ok(permit) = self.liveness.pingers.take(stream.peer(), group) {
             span::spawn(stream.peer(), async move {
                 let _permit = permit;
                 // Errors of the peer do not matter here.
@@ -224,13 +224,13 @@ where
         if !self.budget.memory.is_short() {
             return;
         }
-        let closed = self.budget.crowd.shed(SHED);
+        let closed = self.budget.connections.shed(SHED);
         tracing::debug!(closed, "connections closed to free memory");
     }
 
     /// Reports the use of each connection to the connection manager, which closes the least useful one when it has to.
     pub(super) fn rate_connections(&mut self) {
-        if !self.budget.crowd.is_dense() && !self.budget.memory.is_short() {
+        if !self.budget.connections.is_dense() && !self.budget.memory.is_short() {
             return;
         }
         let behaviour = self.swarm.behaviour_mut();
@@ -246,7 +246,7 @@ where
                     moved: c.last_moved,
                     streams: behaviour.streams.streams_on(*connection),
                 };
-                self.budget.crowd.rate(*connection, worth);
+                self.budget.connections.rate(*connection, worth);
             }
         }
     }

@@ -54,7 +54,7 @@ use self::{
     autonat::Autonat,
     bootstrap::Bootstrap,
     budget::Budget,
-    dialing::{Dialing, How},
+    dialing::{DialMode, Dialing},
     guarded::Guarded,
     lanes::Lanes,
     liveness::Liveness,
@@ -220,8 +220,8 @@ where
         self.addressing.own.look_up_routes(addresses::source);
         self.update_relay_server();
         self.map_ports();
-        let addresses = self.addressing.told.subscribe();
-        self.tell_addresses();
+        let addresses = self.addressing.published.subscribe();
+        self.publish_addresses();
         Ok(addresses)
     }
 
@@ -376,7 +376,7 @@ where
                 address,
                 reading,
             } => self.on_clock(peer, &address, reading),
-            Outcome::Told(told) => self.on_told(told),
+            Outcome::AutonatAnswer(answer) => self.on_answer(answer),
             Outcome::CalledBack { stream, nonce } => self.on_nonce(stream, nonce),
             Outcome::ToDial { stream, wanted } => self.on_to_dial(stream, wanted),
             Outcome::Probed(id) => self.on_probed(id),
@@ -401,7 +401,7 @@ where
         self.drain();
         self.rate_connections();
         self.shed();
-        self.tell_addresses();
+        self.publish_addresses();
     }
 
     async fn stop(&mut self) {
@@ -419,7 +419,9 @@ where
         let released = self.ports.release();
         let both = futures::future::join(closed, released);
         if timeout(STOP_WAIT, both).await.is_err() {
-            tracing::debug!("some connections did not close in time, or port mappings were not released in time");
+            tracing::debug!(
+                "some connections did not close in time, or port mappings were not released in time"
+            );
         }
     }
 }

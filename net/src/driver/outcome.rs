@@ -4,7 +4,7 @@ use std::net::{SocketAddr, UdpSocket};
 
 use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
 
-use super::{autonat::Told, dialing::Resolved, lanes::NoLane};
+use super::{autonat::Answer, dialing::Resolved, lanes::NoLane};
 use crate::{
     Permit, Stream,
     nat::{
@@ -51,7 +51,7 @@ pub(super) enum Outcome {
         reading: Option<Reading>,
     },
     /// An AutoNAT server has answered.
-    Told(Told),
+    AutonatAnswer(Answer),
     /// An AutoNAT server has sent this nonce by a dial-back.
     CalledBack { stream: Stream, nonce: u64 },
     /// A peer asks to be dialed; `None` if its request was refused or malformed.

@@ -22,7 +22,7 @@ pub(super) struct Peer {
     pub(super) connections: HashMap<ConnectionId, Connection>,
     pub(super) since: Instant,
     pub(super) direct_after: Option<Duration>,
-    /// Addresses of the peer if it relays for others; `None` if it does not.
+    /// Addresses of the peer if it relays for other peers; `None` if it does not.
     pub(super) hop: Option<Vec<Multiaddr>>,
     /// Addresses at which the peer may accept TCP connections: those that it claims or that this node has dialed, at IP
     /// addresses of its connections.

@@ -103,6 +103,6 @@ where
             }
             None => drop(self.ports.forwarded.remove(&transport)),
         }
-        self.tell_addresses();
+        self.publish_addresses();
     }
 }

@@ -15,7 +15,7 @@ use libp2p::{
 use tokio::{sync::oneshot, task::AbortHandle, time::sleep};
 use weft_proto::wire::UdpMapping;
 
-use super::{Driver, How, Outcome, accept, opened, peers::Peer};
+use super::{DialMode, Driver, Outcome, accept, opened, peers::Peer};
 use crate::{
     Heard, Incoming, Mapping, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, is_link_local, is_public, of_socket, socket},
@@ -60,7 +60,7 @@ const SEARCH_AGAIN: Duration = HEAD_START.saturating_add(search::LIMIT);
 const MAX_SEARCHED: usize = 1024;
 
 /// Options of a hole punch's dials: beside the relayed connection, and again while the last dial is under way.
-const PUNCH: How = How {
+const PUNCH: DialMode = DialMode {
     always: true,
     new_port: false,
     as_listener: false,
@@ -162,8 +162,8 @@ where
                 seen.map(move |at| (at, transport))
             });
         // Addresses that a neighbour sees are useful only while the mesh is within this node's own networks.
-        let told = seen.filter(|(at, _)| mine.near || is_public(&at.ip()));
-        let mut told: Vec<_> = told
+        let observed = seen.filter(|(at, _)| mine.near || is_public(&at.ip()));
+        let mut observed: Vec<_> = observed
             .map(|(at, transport)| of_socket(at, transport))
             .collect();
         let loopback = self.gate.extent() == Extent::Machine;
@@ -178,13 +178,13 @@ where
                 continue;
             };
             if is_public(&at.ip()) {
-                told.push(address);
+                observed.push(address);
             } else if mine.near && (loopback || !at.ip().is_loopback()) && !is_link_local(&address)
             {
                 private.push(address);
             }
         }
-        for mut list in [told, private] {
+        for mut list in [observed, private] {
             let mut seen = HashSet::new();
             list.retain(|address| seen.insert(address.clone()));
             // The remote side dials only the first few addresses.
@@ -196,7 +196,7 @@ where
     }
 
     /// Returns how the NAT maps this node's QUIC port. If only one observer has reported, and the port is not the
-    /// listening port, the NAT is taken for symmetric: a search in vain costs little.
+    /// listening port, the NAT is taken for symmetric: an unsuccessful search costs little.
     fn udp_mapping(&self) -> UdpMapping {
         let own: Vec<_> = self.swarm.listeners().filter_map(socket).collect();
         let ips: Vec<_> = own.iter().map(|(at, _)| at.ip()).collect();
@@ -342,7 +342,7 @@ where
         }
         tracing::debug!(%peer, %address, "a search has found a port");
         self.sockets.prepare(address, socket);
-        let how = How {
+        let mode = DialMode {
             // The socket is not a listening socket, so its observed address does not show how the listening port is
             // mapped.
             new_port: true,
@@ -354,7 +354,7 @@ where
         }
         let admitted = self.gate.admit_found(peer, address, Instant::now());
         if !admitted.is_empty() {
-            self.punch_admitted(&admitted, how);
+            self.punch_admitted(&admitted, mode);
         }
     }
 
@@ -374,33 +374,33 @@ where
         self.dial_neighbour(peer);
         for (transport, addresses) in punch::parts(&plan.addresses) {
             tracing::debug!(%peer, ?addresses, "punching");
-            let how = How {
+            let mode = DialMode {
                 // Both sides of a QUIC connection may be its client. On TCP, one packet each way makes one connection.
                 as_listener: transport == Transport::Tcp && plan.role == Endpoint::Listener,
                 ..PUNCH
             };
-            self.punch_dial(peer, addresses, how);
+            self.punch_dial(peer, addresses, mode);
         }
         if let Some(search) = plan.search {
             self.search(peer, search);
         }
     }
 
-    fn punch_dial(&mut self, peer: PeerId, addresses: Vec<libp2p::Multiaddr>, how: How) {
+    fn punch_dial(&mut self, peer: PeerId, addresses: Vec<libp2p::Multiaddr>, mode: DialMode) {
         if self.punching.dials.len() >= MAX_DIALS {
             tracing::debug!(%peer, "too many hole punches under way");
             return;
         }
-        let stated = heard(Heard::new(addresses)).collect();
-        let admitted = self.admit(peer, stated, how);
+        let unverified = heard(Heard::new(addresses)).collect();
+        let admitted = self.admit(peer, unverified, mode);
         if !admitted.is_empty() {
-            self.punch_admitted(&admitted, how);
+            self.punch_admitted(&admitted, mode);
         }
     }
 
-    fn punch_admitted(&mut self, admitted: &Admitted, how: How) {
+    fn punch_admitted(&mut self, admitted: &Admitted, mode: DialMode) {
         let peer = admitted.peer();
-        match self.dial_admitted(admitted, how) {
+        match self.dial_admitted(admitted, mode) {
             Ok(id) => drop(self.punching.dials.insert(id, (peer, Instant::now()))),
             Err(error) => tracing::debug!(%peer, %error, "cannot dial for a hole punch"),
         }
@@ -530,8 +530,8 @@ where
 
     /// Receives a question whether another peer is at the addresses it claims.
     pub(super) fn on_seen_question(&mut self, mut stream: Stream) {
-        let place = Place::of(stream.path());
-        let Ok(permit) = self.punching.questions.take(stream.peer(), place) else {
+        let group = Place::of(stream.path());
+        let Ok(permit) = self.punching.questions.take(stream.peer(), group) else {
             // Dropped, and so reset.
             return;
         };

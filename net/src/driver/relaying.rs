@@ -210,7 +210,7 @@ where
         if before.is_empty() {
             tracing::info!(%relay, "a relay holds a reservation for this node");
         }
-        self.tell_addresses();
+        self.publish_addresses();
     }
 
     /// Returns this node's addresses through `relay`: at the relay's valid addresses, and at those where this node
@@ -227,11 +227,11 @@ where
         let dialed = direct.iter().filter(|c| c.dialed);
         let dialed = dialed.map(|c| split_peer_id(c.path.address.clone()).0);
         let named = grant.addresses.iter().filter(|address| {
-            let place = match first_ip(address) {
+            let usable = match first_ip(address) {
                 Some(ip) => is_public(&ip) || dialable_from(&seen.path.address, address),
                 None => starts_with_name(address),
             };
-            place && !is_relayed(address)
+            usable && !is_relayed(address)
         });
         let mut all: Vec<_> = dialed.chain(named.cloned()).collect();
         let mut known = HashSet::new();
@@ -255,7 +255,7 @@ where
         if !addresses.is_empty() {
             tracing::info!(%relay, "a relay holds no reservation for this node any more");
         }
-        self.tell_addresses();
+        self.publish_addresses();
         self.hold_relays();
     }
 

@@ -67,7 +67,7 @@ where
         let streams = connections.map(|id| behaviour.streams.streams_on(*id));
         let autonat = self.autonat.bounds.limits();
         let (probes, probing, probes_refused) = self.autonat.bounds.used(Instant::now());
-        let mut all = self.budget.crowd.limits();
+        let mut all = self.budget.connections.limits();
         all.extend(self.budget.pending.limits());
         all.extend([
             LimitUse::of(

@@ -13,11 +13,11 @@ use libp2p::{
 
 use super::{Config, SpawnError, budget::Budget, guarded::Guarded};
 use crate::{
-    policy::{access, crowd, gate::Gate},
+    policy::{access, connection_manager, gate::Gate},
     relay::circuit::Circuits,
     streams::{self, Protocols},
     topics,
-    transport::{self, lane, quic::Sockets, tls::Tls, websocket::Door},
+    transport::{self, lane, quic::Sockets, tls::Tls, websocket::InboundRules},
 };
 
 /// Time after which an unused connection is closed. It is long enough that a mesh of a few nodes stays connected
@@ -35,7 +35,7 @@ const CONCURRENT_ADDRESSES: u8 = 16;
 #[behaviour(prelude = "libp2p::swarm::derive_prelude")]
 pub(crate) struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
     pub(super) access: access::Behaviour,
-    pub(super) crowd: crowd::Behaviour,
+    pub(super) connection_manager: connection_manager::Behaviour,
     pub(super) identify: identify::Behaviour,
     pub(super) ping: ping::Behaviour,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
@@ -72,7 +72,7 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> Behaviour<E> {
             streams::Behaviour::new(protocols, budget.limits.streams, budget.memory.clone());
         Ok(Self {
             access: access::Behaviour::new(access),
-            crowd: crowd::Behaviour::new(budget.crowd.clone()),
+            connection_manager: connection_manager::Behaviour::new(budget.connections.clone()),
             identify: identify::Behaviour::new(identify),
             ping: ping::Behaviour::default(),
             mdns: mdns.into(),
@@ -109,7 +109,7 @@ pub(super) fn build<E: NetworkBehaviour<ToSwarm = Infallible>>(
         dialed: shared.gate.dialed(),
         access: shared.access.clone(),
         gate: shared.gate,
-        door: Door {
+        rules: InboundRules {
             pending: budget.pending.clone(),
             access: shared.access,
             origins: config.ws_origins.clone().into(),

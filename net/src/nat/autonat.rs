@@ -68,9 +68,9 @@ const DATA_CHUNK: usize = 4096;
 pub(crate) enum AutonatError {
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
-    #[error("the server refused")]
+    #[error("the server refused the request")]
     Refused,
-    #[error("it broke the protocol")]
+    #[error("the peer broke the protocol")]
     Malformed,
 }
 
@@ -153,12 +153,12 @@ pub(crate) struct Wanted {
     index: u32,
     pub(crate) nonce: u64,
     /// True if the server does not see the client at this address, so that the client has to send data first.
-    elsewhere: bool,
+    needs_data: bool,
 }
 
 /// Runs the server's part until it dials: reads the request, and the data that the client has to send first. `from` is
-/// the IP address of the client; `mine` are the IP addresses of this node, as seen by itself and by others. Returns
-/// `Ok(None)` if the request was refused; the client has been told.
+/// the IP address of the client; `mine` are the IP addresses of this node, as seen by itself and by other peers.
+/// Returns `Ok(None)` if the request was refused; the client has been told.
 pub(crate) async fn receive<S>(
     stream: &mut S,
     from: IpAddr,
@@ -178,7 +178,7 @@ where
         say(stream, Msg::DialResponse(refusal)).await?;
         return Ok(None);
     };
-    if wanted.elsewhere {
+    if wanted.needs_data {
         let mut random = [0; 8];
         let filled = getrandom::fill(&mut random).map_err(io::Error::other);
         filled.map_err(ExchangeError::from)?;
@@ -216,7 +216,7 @@ fn choose(request: &AutonatDialRequest, from: IpAddr, mine: &HashSet<IpAddr>) ->
                 address,
                 index: index as u32,
                 nonce: request.nonce,
-                elsewhere: ip != from.to_canonical(),
+                needs_data: ip != from.to_canonical(),
             })
         })
         .next()
@@ -228,12 +228,12 @@ pub(crate) async fn respond<S>(
     stream: &mut S,
     wanted: &Wanted,
     dialed: bool,
-    told: bool,
+    nonce_sent: bool,
 ) -> Result<(), AutonatError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let status = match (dialed, told) {
+    let status = match (dialed, nonce_sent) {
         (true, true) => AutonatDialStatus::Ok,
         (true, false) => AutonatDialStatus::DialBackError,
         (false, _) => AutonatDialStatus::DialError,
@@ -439,7 +439,7 @@ fn canonical(at: SocketAddr) -> SocketAddr {
     SocketAddr::new(at.ip().to_canonical(), at.port())
 }
 
-/// How far an address of this node is known to be reachable.
+/// The reachability of one of this node's addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// A peer to which this node has sent nothing has reached it. If there is no NAT before the address, dial-backs
@@ -498,8 +498,8 @@ pub(crate) struct Tried {
 
 impl Tried {
     /// Returns true if the server at this IP address need not be asked.
-    pub(crate) fn covers(&self, place: &IpAddr) -> bool {
-        self.in_vain.contains(place) || self.open.contains(&network(*place))
+    pub(crate) fn covers(&self, ip: &IpAddr) -> bool {
+        self.in_vain.contains(ip) || self.open.contains(&network(*ip))
     }
 }
 
@@ -550,10 +550,10 @@ impl Verdicts {
 
     /// Records the result of the server at IP address `server`: the kind of dial-back and its source, or `None` if the
     /// server failed to reach the address. Returns true if the verdict has changed.
-    pub(crate) fn told(
+    pub(crate) fn record(
         &mut self,
         address: &Multiaddr,
-        place: IpAddr,
+        server: IpAddr,
         reached: Option<(Back, IpAddr)>,
         now: Instant,
     ) -> bool {
@@ -583,7 +583,7 @@ impl Verdicts {
                 }
             }
             None => {
-                known.in_vain.insert(place);
+                known.in_vain.insert(server);
                 if known.in_vain.len() < IN_VAIN {
                     // Ask another server soon.
                     known.next = now;

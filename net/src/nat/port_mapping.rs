@@ -41,12 +41,12 @@ impl PortMapping {
     pub(crate) fn start(
         transport: Transport,
         port: NonZeroU16,
-        told: mpsc::Sender<Mapped>,
+        updates: mpsc::Sender<Mapped>,
     ) -> Self {
         let (changes, changed) = watch::channel(());
         Self {
             changes,
-            task: tokio::spawn(keep(transport, port, told, changed)),
+            task: tokio::spawn(keep(transport, port, updates, changed)),
         }
     }
 
@@ -66,7 +66,7 @@ impl PortMapping {
 async fn keep(
     transport: Transport,
     port: NonZeroU16,
-    told: mpsc::Sender<Mapped>,
+    updates: mpsc::Sender<Mapped>,
     mut changes: watch::Receiver<()>,
 ) {
     let tcp = transport == Transport::Tcp;
@@ -92,7 +92,7 @@ async fn keep(
                 }
                 let now: Option<SocketAddrV4> = *external.borrow_and_update();
                 tracing::debug!(%transport, external = ?now, "port mapping");
-                if told.send((transport, now.map(SocketAddr::V4))).await.is_err() {
+                if updates.send((transport, now.map(SocketAddr::V4))).await.is_err() {
                     return;
                 }
             }

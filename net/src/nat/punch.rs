@@ -36,7 +36,7 @@ const MAX_MESSAGE: usize = 4096;
 pub(crate) const MAX_ADDRESSES: usize = 16;
 
 /// Most IP addresses of one family that are dialed, and most ports at each for one transport.
-const MAX_PLACES: usize = 2;
+const MAX_IPS: usize = 2;
 const MAX_PORTS: usize = 3;
 
 /// Time that the remote end may take for an exchange.
@@ -63,7 +63,7 @@ pub(crate) struct Candidates {
     /// True while the mesh is within this node's own networks. Only then private addresses are sent and dialed,
     /// whatever the remote peer claims about its addresses. Two nodes behind one NAT find each other by mDNS.
     pub(crate) near: bool,
-    /// How the NAT maps this node's QUIC port on IPv4.
+    /// The NAT's mapping of this node's QUIC port on IPv4.
     pub(crate) udp: UdpMapping,
 }
 
@@ -111,7 +111,7 @@ pub(crate) struct Plan {
 pub(crate) enum PunchError {
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
-    #[error("the other side names no address that can be dialed from here")]
+    #[error("the peer gave no address that can be dialed from here")]
     NoAddress,
 }
 
@@ -198,25 +198,25 @@ fn decode(addresses: &[Bytes]) -> Vec<Multiaddr> {
 /// party, so their number is limited.
 fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchError> {
     let mut seen = HashSet::new();
-    let mut places: HashMap<(bool, bool), HashSet<IpAddr>> = HashMap::new();
-    let mut at_place: HashMap<(IpAddr, Transport), usize> = HashMap::new();
-    let mut few = |address: &Multiaddr| {
+    let mut ips: HashMap<(bool, bool), HashSet<IpAddr>> = HashMap::new();
+    let mut ports_at: HashMap<(IpAddr, Transport), usize> = HashMap::new();
+    let mut within_limits = |address: &Multiaddr| {
         let Some((at, transport)) = socket(address) else {
             return false;
         };
         let kind = (at.is_ipv4(), is_public(&at.ip()));
-        let places = places.entry(kind).or_default();
+        let ips = ips.entry(kind).or_default();
         // Private IP addresses are not limited here, because container bridges could displace the others. The address
         // gate limits them, after it has sorted out the ones that cannot lead to the peer.
         let most = match kind.1 {
-            true => MAX_PLACES,
+            true => MAX_IPS,
             false => MAX_ADDRESSES,
         };
-        if places.len() >= most && !places.contains(&at.ip()) {
+        if ips.len() >= most && !ips.contains(&at.ip()) {
             return false;
         }
-        places.insert(at.ip());
-        let ports = at_place.entry((at.ip(), transport)).or_default();
+        ips.insert(at.ip());
+        let ports = ports_at.entry((at.ip(), transport)).or_default();
         *ports += 1;
         *ports <= MAX_PORTS
     };
@@ -224,7 +224,7 @@ fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchE
         .into_iter()
         .filter(|address| socket(address).is_some_and(|(at, _)| near || is_public(&at.ip())))
         .filter(|address| seen.insert(address.clone()))
-        .filter(|address| few(address))
+        .filter(|address| within_limits(address))
         .take(MAX_ADDRESSES)
         .collect();
     if all.is_empty() {
@@ -476,8 +476,8 @@ mod tests {
         assert_eq!(decode(&bytes).len(), MAX_ADDRESSES);
         assert!(decode(&[vec![0xff; 9].into(), vec![].into()]).is_empty());
         assert_eq!(dialable(many, false).unwrap().len(), MAX_PORTS);
-        let places = (1..100).map(|n| format!("/ip4/1.1.1.{n}/tcp/1").parse().unwrap());
-        assert_eq!(dialable(places.collect(), false).unwrap().len(), MAX_PLACES);
+        let ips = (1..100).map(|n| format!("/ip4/1.1.1.{n}/tcp/1").parse().unwrap());
+        assert_eq!(dialable(ips.collect(), false).unwrap().len(), MAX_IPS);
     }
 
     #[test]

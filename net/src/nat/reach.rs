@@ -24,7 +24,7 @@ const MAX_OBSERVATIONS: usize = 64;
 /// Most addresses per transport that are given to a peer.
 const MAX_CANDIDATES: usize = 4;
 
-/// How the NAT of this node maps a port (RFC 4787, section 4.1).
+/// The way in which a NAT maps a port (RFC 4787, section 4.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mapping {
     /// Fewer than two observers with different IP addresses have reported.

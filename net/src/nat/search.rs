@@ -24,7 +24,7 @@ pub(crate) const SOCKETS: usize = 256;
 /// Most searches that open many sockets, under way at a time.
 pub(crate) const MAX_OPEN_MANY: usize = 2;
 
-/// Ports that the other side tries.
+/// Ports that the sending side tries.
 const PORTS: usize = 2048;
 
 /// Ports next to the last known one that are tried first.
@@ -148,8 +148,8 @@ async fn receive(
     }
 }
 
-/// Runs the search on the other side. Sends from `socket` to many ports at the IP address of `target`, where the remote
-/// side was last seen. The connection is expected on `socket`.
+/// Runs the search on the sending side. Sends from `socket` to many ports at the IP address of `target`, where the
+/// remote side was last seen. The connection is expected on `socket`.
 ///
 /// # Errors
 ///

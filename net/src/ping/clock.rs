@@ -300,10 +300,10 @@ mod tests {
         mesh.peer("/ip4/8.8.2.1/tcp/1", -36_001);
         mesh.peer("/ip6/2600::1/tcp/1", -35_999);
         assert_eq!(mesh.seconds(), Some(36_000));
-        let told = mesh.clocks.difference(mesh.clock, mesh.now).unwrap();
-        assert!(told.is_wrong());
+        let difference = mesh.clocks.difference(mesh.clock, mesh.now).unwrap();
+        assert!(difference.is_wrong());
         let text = "this machine's clock is 10 h 0 min ahead of the clocks of 3 peers";
-        assert_eq!(told.to_string(), text);
+        assert_eq!(difference.to_string(), text);
     }
 
     #[test]
@@ -327,9 +327,9 @@ mod tests {
         let mut mesh = Mesh::new();
         mesh.peer("/ip4/192.168.1.2/tcp/1", 7200);
         assert_eq!(mesh.seconds(), Some(-7200));
-        let told = mesh.clocks.difference(mesh.clock, mesh.now).unwrap();
+        let difference = mesh.clocks.difference(mesh.clock, mesh.now).unwrap();
         let text = "this machine's clock is 2 h 0 min behind the clock of one peer";
-        assert_eq!(told.to_string(), text);
+        assert_eq!(difference.to_string(), text);
     }
 
     #[test]
@@ -367,8 +367,8 @@ mod tests {
         let mut mesh = Mesh::new();
         for clock in [UNIX_EPOCH - HOUR, UNIX_EPOCH, UNIX_EPOCH + MADE - HOUR] {
             mesh.clock = clock;
-            let told = mesh.clocks.difference(mesh.clock, mesh.now).unwrap();
-            assert!(told.is_wrong() && told.peers == 0);
+            let difference = mesh.clocks.difference(mesh.clock, mesh.now).unwrap();
+            assert!(difference.is_wrong() && difference.peers == 0);
         }
     }
 }

@@ -81,7 +81,7 @@ pub(crate) async fn echo(stream: &mut Stream) -> Result<Echo, PingError> {
     let mut back = [0; PING_SIZE];
     stream.read_exact(&mut back).await?;
     let rtt = begin.elapsed();
-    let reading = told(&sent, &back)?.map(|theirs| Reading {
+    let reading = clock_in(&sent, &back)?.map(|theirs| Reading {
         theirs,
         ours: clock + rtt / 2,
         at: begin + rtt / 2,
@@ -98,7 +98,7 @@ pub(crate) fn question(seed: [u8; 16]) -> [u8; PING_SIZE] {
 }
 
 /// Returns the peer's clock from the answer to a ping, in milliseconds since 1970, if the peer reports it.
-pub(crate) fn told(
+pub(crate) fn clock_in(
     sent: &[u8; PING_SIZE],
     back: &[u8; PING_SIZE],
 ) -> Result<Option<u64>, PingError> {

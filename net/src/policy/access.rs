@@ -159,7 +159,7 @@ impl Access {
 
 /// The lists do not admit this peer or address.
 #[derive(Debug, thiserror::Error)]
-#[error("kept out by the lists of whom to allow and block")]
+#[error("refused by the allow and block lists")]
 pub(crate) struct KeptOut;
 
 /// The lists, shared by all components that apply them. Clones share one state.

@@ -5,7 +5,7 @@
 //! work.
 
 pub(crate) mod access;
-pub(crate) mod crowd;
+pub(crate) mod connection_manager;
 pub(crate) mod gate;
 pub(crate) mod limits;
 pub(crate) mod pending;

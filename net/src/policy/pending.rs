@@ -32,14 +32,14 @@ use tokio::sync::oneshot;
 use crate::{
     LimitUse, Path, Place,
     policy::{
-        crowd::{Crowd, Crowded},
-        shares::{self, Group, SITE, release},
+        connection_manager::{AtLimit, ConnectionManager},
+        shares::{self, SITE, Scope, release},
     },
 };
 
 /// Most connections in the handshake from one public IPv4 address or IPv6 /64. A node opens two or three at a time
 /// (TCP, QUIC, a lane), and customers of a carrier share an address. Wider networks have more, see [`shares`].
-const PER_PLACE: usize = 16;
+const PER_SITE: usize = 16;
 
 /// Most QUIC connections in the handshake whose senders have not shown that they receive at their address. Each costs a
 /// TLS handshake and ten seconds of memory, so the limit is low. A sender beyond it needs one more round trip, to
@@ -58,8 +58,8 @@ pub(crate) enum Carrier {
 #[derive(Debug, Clone)]
 pub(crate) struct Pending {
     all: usize,
-    per_place: usize,
-    crowd: Crowd,
+    per_site: usize,
+    manager: ConnectionManager,
     state: Arc<Mutex<State>>,
 }
 
@@ -68,9 +68,9 @@ struct State {
     next: u64,
     /// Connections in the handshake, in order of arrival.
     entries: BTreeMap<u64, Entry>,
-    by_group: HashMap<Group, usize>,
+    by_scope: HashMap<Scope, usize>,
     refused: u64,
-    refused_at_place: u64,
+    refused_at_site: u64,
     /// Number of senders asked to show that they receive at their address.
     asked_to_prove: u64,
 }
@@ -79,7 +79,7 @@ struct State {
 struct Entry {
     carrier: Carrier,
     /// `None` while the address is not proven; the connection then counts towards no group.
-    place: Option<Place>,
+    group: Option<Place>,
     spoke: bool,
     /// Dropped with the entry, which ends the connection.
     _held: oneshot::Sender<Infallible>,
@@ -101,19 +101,19 @@ pub(crate) struct Replaced;
 impl Pending {
     /// Makes the limits for `all` connections in the handshake: half of them TCP, a quarter QUIC, a quarter through
     /// relays. `manager` counts the open connections.
-    pub(crate) fn new(all: u32, crowd: Crowd) -> Self {
+    pub(crate) fn new(all: u32, manager: ConnectionManager) -> Self {
         Self {
             all: all as usize,
-            per_place: PER_PLACE,
-            crowd,
+            per_site: PER_SITE,
+            manager,
             state: Arc::default(),
         }
     }
 
     /// Sets the limit of one site.
     #[cfg(test)]
-    pub(crate) fn with_per_place(self, per_place: usize) -> Self {
-        Self { per_place, ..self }
+    pub(crate) fn with_per_site(self, per_site: usize) -> Self {
+        Self { per_site, ..self }
     }
 
     fn share(&self, carrier: Carrier) -> usize {
@@ -128,12 +128,12 @@ impl Pending {
     /// # Errors
     ///
     /// Returns [`AtLimit`] if the connection is refused, and counts the refusal.
-    pub(crate) fn enter(&self, carrier: Carrier, place: Place) -> Result<Ticket, Crowded> {
-        self.crowd.admit(place)?;
+    pub(crate) fn enter(&self, carrier: Carrier, group: Place) -> Result<Ticket, AtLimit> {
+        self.manager.admit(group)?;
         let mut state = self.state();
-        state.make_room_at(place, self.per_place)?;
-        state.make_room(carrier, place, self.share(carrier))?;
-        Ok(self.insert(&mut state, carrier, Some(place)))
+        state.make_room_at(group, self.per_site)?;
+        state.make_room(carrier, group, self.share(carrier))?;
+        Ok(self.insert(&mut state, carrier, Some(group)))
     }
 
     /// Admits a QUIC connection to the handshake although its sender has not shown that it receives at `group`, its
@@ -141,15 +141,15 @@ impl Pending {
     ///
     /// Returns `None` if the sender has to show it first: there are too many such connections, or the group has no free
     /// room. Refusing instead would trust the claimed source address.
-    pub(crate) fn enter_unproven(&self, place: Place) -> Option<Ticket> {
+    pub(crate) fn enter_unproven(&self, group: Place) -> Option<Ticket> {
         let mut state = self.state();
         let quic = |entry: &&Entry| entry.carrier == Carrier::Quic;
         let full =
-            |(group, part)| shares::count(&state.by_group, &group) >= limit(self.per_place, part);
+            |(scope, part)| shares::count(&state.by_scope, &scope) >= limit(self.per_site, part);
         if state.unproven() >= MAX_UNPROVEN
             || state.entries.values().filter(quic).count() >= self.share(Carrier::Quic)
-            || place.groups().any(full)
-            || !self.crowd.has_free_room(place)
+            || group.scopes().any(full)
+            || !self.manager.has_free_room(group)
         {
             state.asked_to_prove += 1;
             return None;
@@ -157,20 +157,20 @@ impl Pending {
         Some(self.insert(&mut state, Carrier::Quic, None))
     }
 
-    fn insert(&self, state: &mut State, carrier: Carrier, place: Option<Place>) -> Ticket {
+    fn insert(&self, state: &mut State, carrier: Carrier, group: Option<Place>) -> Ticket {
         let (held, replaced) = oneshot::channel();
         let id = state.next;
         state.next += 1;
         let entry = Entry {
             carrier,
-            place,
+            group,
             // A proven QUIC sender has answered a packet of this node; a relayed peer has passed its relay.
-            spoke: carrier != Carrier::Tcp && place.is_some(),
+            spoke: carrier != Carrier::Tcp && group.is_some(),
             _held: held,
         };
         state.entries.insert(id, entry);
-        for (group, _) in place.into_iter().flat_map(Place::groups) {
-            *state.by_group.entry(group).or_default() += 1;
+        for (scope, _) in group.into_iter().flat_map(Place::scopes) {
+            *state.by_scope.entry(scope).or_default() += 1;
         }
         Ticket {
             pending: self.clone(),
@@ -182,7 +182,7 @@ impl Pending {
     /// Returns the limits: in total, per address, and for unproven senders.
     pub(crate) fn limits(&self) -> [LimitUse; 3] {
         let state = self.state();
-        let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
+        let of_sites = state.by_scope.iter().filter(|(scope, _)| scope.is_site());
         let row = |name, used: usize, limit: usize, refused| LimitUse {
             name,
             used: used as u64,
@@ -199,8 +199,8 @@ impl Pending {
             row(
                 "connections_pending_per_address",
                 of_sites.map(|(_, used)| *used).max().unwrap_or_default(),
-                self.per_place,
-                state.refused_at_place,
+                self.per_site,
+                state.refused_at_site,
             ),
             row(
                 "connections_pending_unvalidated",
@@ -219,62 +219,62 @@ impl Pending {
 }
 
 /// Returns how many connections a scope may have in the handshake.
-fn limit(per_place: usize, part: usize) -> usize {
-    per_place * part / SITE
+fn limit(per_site: usize, part: usize) -> usize {
+    per_site * part / SITE
 }
 
 impl State {
     fn remove(&mut self, id: u64) {
         if let Some(entry) = self.entries.remove(&id) {
-            for (group, _) in entry.place.into_iter().flat_map(Place::groups) {
-                release(&mut self.by_group, group);
+            for (scope, _) in entry.group.into_iter().flat_map(Place::scopes) {
+                release(&mut self.by_scope, scope);
             }
         }
     }
 
     fn unproven(&self) -> usize {
-        self.entries.values().filter(|e| e.place.is_none()).count()
+        self.entries.values().filter(|e| e.group.is_none()).count()
     }
 
     /// Returns the connections of a network group relative to its limit; the fullest of its scopes decides.
-    fn pressure(&self, place: Place, more: usize) -> usize {
-        let of = |(group, part)| (shares::count(&self.by_group, &group) + more) * NORMAL / part;
-        place.groups().map(of).max().unwrap_or_default()
+    fn pressure(&self, group: Place, more: usize) -> usize {
+        let of = |(scope, part)| (shares::count(&self.by_scope, &scope) + more) * NORMAL / part;
+        group.scopes().map(of).max().unwrap_or_default()
     }
 
-    fn make_room_at(&mut self, place: Place, per_place: usize) -> Result<(), Crowded> {
-        for (group, part) in place.groups() {
-            if shares::count(&self.by_group, &group) < limit(per_place, part) {
+    fn make_room_at(&mut self, group: Place, per_site: usize) -> Result<(), AtLimit> {
+        for (scope, part) in group.scopes() {
+            if shares::count(&self.by_scope, &scope) < limit(per_site, part) {
                 continue;
             }
-            self.refused_at_place += 1;
+            self.refused_at_site += 1;
             let there = |entry: &Entry| {
-                let mut groups = entry.place.into_iter().flat_map(Place::groups);
-                groups.any(|(of, _)| of == group)
+                let mut scopes = entry.group.into_iter().flat_map(Place::scopes);
+                scopes.any(|(of, _)| of == scope)
             };
             let mut silent = self.entries.iter();
             let oldest = silent.find(|(_, entry)| !entry.spoke && there(entry));
-            let oldest = *oldest.ok_or(Crowded::Handshakes(place))?.0;
+            let oldest = *oldest.ok_or(AtLimit::Handshakes(group))?.0;
             self.remove(oldest);
         }
         Ok(())
     }
 
-    fn make_room(&mut self, carrier: Carrier, place: Place, share: usize) -> Result<(), Crowded> {
+    fn make_room(&mut self, carrier: Carrier, group: Place, share: usize) -> Result<(), AtLimit> {
         let same = |entry: &Entry| entry.carrier == carrier;
         if self.entries.values().filter(|entry| same(entry)).count() < share {
             return Ok(());
         }
         self.refused += 1;
-        let newcomer = self.pressure(place, 1);
+        let newcomer = self.pressure(group, 1);
         let candidates = self.entries.iter().filter(|(_, entry)| same(entry));
         let candidates = candidates.filter_map(|(id, entry)| {
-            let pressure = entry.place.map_or(0, |place| self.pressure(place, 0));
+            let pressure = entry.group.map_or(0, |group| self.pressure(group, 0));
             let may_go = !entry.spoke || pressure > newcomer;
             // Of equal candidates, the oldest.
             may_go.then_some((!entry.spoke, pressure, std::cmp::Reverse(*id)))
         });
-        let (.., std::cmp::Reverse(id)) = candidates.max().ok_or(Crowded::AllHandshakes)?;
+        let (.., std::cmp::Reverse(id)) = candidates.max().ok_or(AtLimit::AllHandshakes)?;
         self.remove(id);
         Ok(())
     }
@@ -296,12 +296,12 @@ impl Ticket {
     /// # Errors
     ///
     /// Returns [`AtLimit`] if there is no room for it there.
-    pub(crate) fn came_from(self, place: Place) -> Result<Self, Crowded> {
+    pub(crate) fn came_from(self, group: Place) -> Result<Self, AtLimit> {
         let pending = self.pending.clone();
-        pending.crowd.admit(place)?;
+        pending.manager.admit(group)?;
         let mut state = pending.state();
-        state.make_room_at(place, pending.per_place)?;
-        let moved = pending.insert(&mut state, Carrier::Tcp, Some(place));
+        state.make_room_at(group, pending.per_site)?;
+        let moved = pending.insert(&mut state, Carrier::Tcp, Some(group));
         drop(state);
         moved.spoke();
         Ok(moved)
@@ -381,8 +381,8 @@ where
                     local_addr,
                     send_back_addr,
                 } => {
-                    let place = Place::of(&Path::inbound(&local_addr, &send_back_addr));
-                    let mut ticket = match self.pending.enter(Carrier::Relay, place) {
+                    let group = Place::of(&Path::inbound(&local_addr, &send_back_addr));
+                    let mut ticket = match self.pending.enter(Carrier::Relay, group) {
                         Ok(ticket) => ticket,
                         Err(refused) => {
                             tracing::debug!(from = %send_back_addr, %refused, "refused");
@@ -400,7 +400,9 @@ where
                         send_back_addr,
                     }
                 }
-                event => event.map_upgrade(|_| unreachable!("only incoming connections are upgraded")),
+                event => {
+                    event.map_upgrade(|_| unreachable!("only incoming connections are upgraded"))
+                }
             });
         }
     }
@@ -418,8 +420,8 @@ mod tests {
     use crate::{Limits, policy::limits::Memory};
 
     fn pending(all: u32) -> Pending {
-        let crowd = Crowd::new(&Limits::default(), Memory::new(None));
-        Pending::new(all, crowd)
+        let manager = ConnectionManager::new(&Limits::default(), Memory::new(None));
+        Pending::new(all, manager)
     }
 
     fn at(ip: &str) -> Place {
@@ -444,16 +446,16 @@ mod tests {
         let pending = pending(256);
         let enter = |ip| pending.enter(Carrier::Tcp, at(ip));
         let mut silent: Vec<_> = (0..64).map(|_| enter("203.0.113.1").unwrap()).collect();
-        assert_eq!(open(&mut silent).await, PER_PLACE);
+        assert_eq!(open(&mut silent).await, PER_SITE);
         // An honest node behind the same address is admitted, and stays.
         let mut honest = enter("203.0.113.1").unwrap();
         honest.spoke();
         silent.extend((0..64).map(|_| enter("203.0.113.1").unwrap()));
         assert!(is_open(&mut honest).await);
-        assert_eq!(open(&mut silent).await, PER_PLACE - 1);
-        let [_, place, _] = pending.limits();
-        assert_eq!((place.used, place.limit), (16, Some(16)));
-        assert!(place.refused > 0);
+        assert_eq!(open(&mut silent).await, PER_SITE - 1);
+        let [_, group, _] = pending.limits();
+        assert_eq!((group.used, group.limit), (16, Some(16)));
+        assert!(group.refused > 0);
     }
 
     #[tokio::test]
@@ -489,7 +491,7 @@ mod tests {
         drop(attacker);
         let _all: Vec<_> = (1..15).map(|n| enter(&format!("11.0.{n}.1"))).collect();
         let refused = pending.enter(Carrier::Tcp, at("11.0.99.1")).unwrap_err();
-        assert!(matches!(refused, Crowded::AllHandshakes), "{refused}");
+        assert!(matches!(refused, AtLimit::AllHandshakes), "{refused}");
     }
 
     #[tokio::test]
@@ -512,7 +514,7 @@ mod tests {
         assert_eq!(open(&mut quic).await, 16);
         drop((tcp, quic));
         let state = pending.state();
-        assert!(state.entries.is_empty() && state.by_group.is_empty());
+        assert!(state.entries.is_empty() && state.by_scope.is_empty());
     }
 
     #[tokio::test]
@@ -523,19 +525,19 @@ mod tests {
             .collect();
         // The share of QUIC is smaller than the limit.
         assert_eq!(forged.len(), 16);
-        let [_, place, unproven] = pending.limits();
-        assert_eq!((place.used, unproven.used), (0, 16));
-        assert_eq!((place.refused, unproven.refused), (0, 84));
-        let mut proven: Vec<_> = (0..PER_PLACE)
+        let [_, group, unproven] = pending.limits();
+        assert_eq!((group.used, unproven.used), (0, 16));
+        assert_eq!((group.refused, unproven.refused), (0, 84));
+        let mut proven: Vec<_> = (0..PER_SITE)
             .map(|_| pending.enter(Carrier::Quic, at("203.0.113.1")).unwrap())
             .collect();
-        assert_eq!(open(&mut proven).await, PER_PLACE);
+        assert_eq!(open(&mut proven).await, PER_SITE);
         assert_eq!(pending.limits()[2].used, 0);
         // The group is full now. Other senders are not refused because of an address that may be forged, but asked to
         // prove theirs.
         assert!(pending.enter_unproven(at("203.0.113.1")).is_none());
         drop((forged, proven));
-        assert!(pending.state().entries.is_empty() && pending.state().by_group.is_empty());
+        assert!(pending.state().entries.is_empty() && pending.state().by_scope.is_empty());
     }
 
     #[tokio::test]
@@ -560,7 +562,7 @@ mod tests {
                     .unwrap()
             })
             .collect();
-        assert_eq!(open(&mut tickets).await, 2 * PER_PLACE);
+        assert_eq!(open(&mut tickets).await, 2 * PER_SITE);
         drop(tickets);
         let mut tickets: Vec<_> = (0..100)
             .map(|n| {
@@ -569,6 +571,6 @@ mod tests {
                     .unwrap()
             })
             .collect();
-        assert_eq!(open(&mut tickets).await, 3 * PER_PLACE / 2);
+        assert_eq!(open(&mut tickets).await, 3 * PER_SITE / 2);
     }
 }

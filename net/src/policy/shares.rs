@@ -96,24 +96,24 @@ impl Place {
 
     /// Returns the scopes that the group lies in, narrowest first. With each comes the part of the free members that it
     /// may hold, in quarters.
-    pub(crate) fn groups(self) -> impl Iterator<Item = (Group, usize)> + Clone {
-        let groups = match self.0 {
-            Kind::Machine => [Some((Group::Machine, NEAR)), None, None],
-            Kind::Private(ip) => [Some((Group::Network(ip, 0), NEAR)), None, None],
-            Kind::Relay(relay) => [Some((Group::Relay(relay), WIDE)), None, None],
-            Kind::Unknown => [Some((Group::Unknown, WIDE)), None, None],
+    pub(crate) fn scopes(self) -> impl Iterator<Item = (Scope, usize)> + Clone {
+        let scopes = match self.0 {
+            Kind::Machine => [Some((Scope::Machine, NEAR)), None, None],
+            Kind::Private(ip) => [Some((Scope::Network(ip, 0), NEAR)), None, None],
+            Kind::Relay(relay) => [Some((Scope::Relay(relay), WIDE)), None, None],
+            Kind::Unknown => [Some((Scope::Unknown, WIDE)), None, None],
             Kind::Public(ip @ IpAddr::V4(v4)) => [
-                Some((Group::Network(ip, 32), SITE)),
-                Some((Group::Network(prefix_v4(v4, 24).into(), 24), WIDE)),
+                Some((Scope::Network(ip, 32), SITE)),
+                Some((Scope::Network(prefix_v4(v4, 24).into(), 24), WIDE)),
                 None,
             ],
             Kind::Public(IpAddr::V6(v6)) => [
-                Some((Group::Network(prefix_v6(v6, 64).into(), 64), SITE)),
-                Some((Group::Network(prefix_v6(v6, 56).into(), 56), CUSTOMER)),
-                Some((Group::Network(prefix_v6(v6, 48).into(), 48), WIDE)),
+                Some((Scope::Network(prefix_v6(v6, 64).into(), 64), SITE)),
+                Some((Scope::Network(prefix_v6(v6, 56).into(), 56), CUSTOMER)),
+                Some((Scope::Network(prefix_v6(v6, 48).into(), 48), WIDE)),
             ],
         };
-        groups.into_iter().flatten()
+        scopes.into_iter().flatten()
     }
 }
 
@@ -139,7 +139,7 @@ fn prefix_v6(ip: Ipv6Addr, bits: u32) -> Ipv6Addr {
 
 /// A set of network groups that are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Group {
+pub(crate) enum Scope {
     Machine,
     /// A network's first address and the length of its prefix; 0 for a single private address.
     Network(IpAddr, u8),
@@ -147,7 +147,7 @@ pub(crate) enum Group {
     Unknown,
 }
 
-impl Group {
+impl Scope {
     /// Returns true if the scope is one public IPv4 address or one IPv6 /64.
     pub(crate) fn is_site(self) -> bool {
         matches!(self, Self::Network(_, 32 | 64))
@@ -170,13 +170,13 @@ impl fmt::Display for Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Full {
     /// The peer holds as many members as one peer may.
-    #[error("the peer has too many open")]
+    #[error("the peer's limit is reached")]
     Peer,
     /// The network group, or a network around it, holds as many members as it may.
-    #[error("too many are open from {0}")]
+    #[error("the limit for {0} is reached")]
     Place(Place),
     /// All members are taken.
-    #[error("too many are open in all")]
+    #[error("the total limit is reached")]
     All,
 }
 
@@ -204,14 +204,14 @@ pub struct Shares {
 struct State {
     used: usize,
     by_peer: HashMap<PeerId, usize>,
-    by_group: ByGroup,
+    by_scope: ByScope,
     refused: Refused,
 }
 
 #[derive(Debug, Default)]
 struct Refused {
     all: u64,
-    place: u64,
+    group: u64,
     peer: u64,
 }
 
@@ -221,7 +221,7 @@ struct Refused {
 pub struct Permit {
     shares: Shares,
     peer: PeerId,
-    place: Place,
+    group: Place,
 }
 
 impl Shares {
@@ -239,33 +239,33 @@ impl Shares {
     /// # Errors
     ///
     /// [`Full`] names the limit that is reached. The refusal is counted.
-    pub fn take(&self, peer: PeerId, place: Place) -> Result<Permit, Full> {
+    pub fn take(&self, peer: PeerId, group: Place) -> Result<Permit, Full> {
         let mut state = self.lock();
-        if let Err(full) = self.check(&state, &peer, place) {
+        if let Err(full) = self.check(&state, &peer, group) {
             *match full {
                 Full::Peer => &mut state.refused.peer,
-                Full::Place(_) => &mut state.refused.place,
+                Full::Place(_) => &mut state.refused.group,
                 Full::All => &mut state.refused.all,
             } += 1;
             return Err(full);
         }
         state.used += 1;
         *state.by_peer.entry(peer).or_default() += 1;
-        state.by_group.add(place);
+        state.by_scope.add(group);
         drop(state);
         Ok(Permit {
             shares: self.clone(),
             peer,
-            place,
+            group,
         })
     }
 
     /// Returns true if [`take`](Self::take) would succeed now. Counts nothing.
-    pub fn has(&self, peer: &PeerId, place: Place) -> bool {
-        self.check(&self.lock(), peer, place).is_ok()
+    pub fn has(&self, peer: &PeerId, group: Place) -> bool {
+        self.check(&self.lock(), peer, group).is_ok()
     }
 
-    fn check(&self, state: &State, peer: &PeerId, place: Place) -> Result<(), Full> {
+    fn check(&self, state: &State, peer: &PeerId, group: Place) -> Result<(), Full> {
         if count(&state.by_peer, peer) >= self.per_peer {
             return Err(Full::Peer);
         }
@@ -274,10 +274,10 @@ impl Shares {
             return Err(Full::All);
         }
         let within =
-            |(group, part)| state.by_group.of(group) < (free.saturating_mul(part) / 4).max(1);
-        match place.groups().all(within) {
+            |(scope, part)| state.by_scope.of(scope) < (free.saturating_mul(part) / 4).max(1);
+        match group.scopes().all(within) {
             true => Ok(()),
-            false => Err(Full::Place(place)),
+            false => Err(Full::Place(group)),
         }
     }
 
@@ -301,7 +301,7 @@ impl Shares {
     pub fn limits(
         &self,
         all: &'static str,
-        per_place: &'static str,
+        per_group: &'static str,
         per_peer: &'static str,
     ) -> [LimitUse; 3] {
         let state = self.lock();
@@ -311,10 +311,10 @@ impl Shares {
         [
             LimitUse::of(all, state.used, self.all, refused.all),
             LimitUse::of(
-                per_place,
-                state.by_group.most_of_site(),
+                per_group,
+                state.by_scope.most_of_site(),
                 site.min(self.all),
-                refused.place,
+                refused.group,
             ),
             LimitUse::of(
                 per_peer,
@@ -334,8 +334,8 @@ impl Shares {
 
 impl Permit {
     /// Returns the network group that the member was taken for.
-    pub fn place(&self) -> Place {
-        self.place
+    pub fn group(&self) -> Place {
+        self.group
     }
 }
 
@@ -344,38 +344,38 @@ impl Drop for Permit {
         let mut state = self.shares.lock();
         state.used -= 1;
         release(&mut state.by_peer, self.peer);
-        state.by_group.remove(self.place);
+        state.by_scope.remove(self.group);
     }
 }
 
 /// Counts by scope: one member of a network group counts in every scope that the group lies in.
 #[derive(Debug, Default)]
-pub(crate) struct ByGroup(HashMap<Group, usize>);
+pub(crate) struct ByScope(HashMap<Scope, usize>);
 
-impl ByGroup {
-    pub(crate) fn add(&mut self, place: Place) {
-        self.add_many(place, 1);
+impl ByScope {
+    pub(crate) fn add(&mut self, group: Place) {
+        self.add_many(group, 1);
     }
 
-    pub(crate) fn add_many(&mut self, place: Place, many: usize) {
-        for (group, _) in place.groups() {
-            *self.0.entry(group).or_default() += many;
+    pub(crate) fn add_many(&mut self, group: Place, many: usize) {
+        for (scope, _) in group.scopes() {
+            *self.0.entry(scope).or_default() += many;
         }
     }
 
-    pub(crate) fn remove(&mut self, place: Place) {
-        for (group, _) in place.groups() {
-            release(&mut self.0, group);
+    pub(crate) fn remove(&mut self, group: Place) {
+        for (scope, _) in group.scopes() {
+            release(&mut self.0, scope);
         }
     }
 
-    pub(crate) fn of(&self, group: Group) -> usize {
-        count(&self.0, &group)
+    pub(crate) fn of(&self, scope: Scope) -> usize {
+        count(&self.0, &scope)
     }
 
     /// Returns the most that one public IPv4 address or one IPv6 /64 has.
     pub(crate) fn most_of_site(&self) -> usize {
-        let of_sites = self.0.iter().filter(|(group, _)| group.is_site());
+        let of_sites = self.0.iter().filter(|(scope, _)| scope.is_site());
         of_sites.map(|(_, used)| *used).max().unwrap_or_default()
     }
 
@@ -408,10 +408,10 @@ impl Place {
     /// Returns the names of the public networks around the group, narrowest first, or of its relay. It is for pools
     /// that count something other than members. Private networks and this machine return no name.
     pub fn networks(self) -> impl Iterator<Item = String> {
-        self.groups().filter_map(|(group, _)| match group {
-            Group::Network(_, 0) | Group::Machine | Group::Unknown => None,
-            Group::Network(first, bits) => Some(format!("{first}/{bits}")),
-            Group::Relay(relay) => Some(format!("relay {relay}")),
+        self.scopes().filter_map(|(scope, _)| match scope {
+            Scope::Network(_, 0) | Scope::Machine | Scope::Unknown => None,
+            Scope::Network(first, bits) => Some(format!("{first}/{bits}")),
+            Scope::Relay(relay) => Some(format!("relay {relay}")),
         })
     }
 }
@@ -427,8 +427,8 @@ mod tests {
     }
 
     /// Returns the members that one network group gets by itself, with any number of identities.
-    fn filled(shares: &Shares, place: impl Fn(u8) -> Place) -> Vec<Permit> {
-        let take = |n: usize| shares.take(PeerId::random(), place(n as u8)).ok();
+    fn filled(shares: &Shares, group: impl Fn(u8) -> Place) -> Vec<Permit> {
+        let take = |n: usize| shares.take(PeerId::random(), group(n as u8)).ok();
         (0..4 * shares.all()).filter_map(take).collect()
     }
 
@@ -440,10 +440,10 @@ mod tests {
         let refused = shares.take(PeerId::random(), at("203.0.113.7"));
         assert_eq!(refused.unwrap_err(), Full::Place(at("203.0.113.7")));
         let _honest = shares.take(PeerId::random(), at("198.51.100.1")).unwrap();
-        let [all, place, peer] = shares.limits("all", "place", "peer");
+        let [all, group, peer] = shares.limits("all", "place", "peer");
         assert_eq!((all.used, all.limit, all.refused), (33, Some(96), 0));
-        assert_eq!((place.used, place.limit), (32, Some(32)));
-        assert!(place.refused > 0 && peer.refused == 0);
+        assert_eq!((group.used, group.limit), (32, Some(32)));
+        assert!(group.refused > 0 && peer.refused == 0);
     }
 
     #[test]
@@ -484,10 +484,10 @@ mod tests {
 
     #[test]
     fn private_networks_and_this_machine_have_a_larger_share_but_not_all() {
-        for place in ["10.0.0.1", "fd00::1", "127.0.0.1", "::1", "169.254.1.1"] {
+        for group in ["10.0.0.1", "fd00::1", "127.0.0.1", "::1", "169.254.1.1"] {
             let shares = Shares::new(96, 8);
-            let held = filled(&shares, |_| at(place));
-            assert_eq!(held.len(), 72, "{place}");
+            let held = filled(&shares, |_| at(group));
+            assert_eq!(held.len(), 72, "{group}");
             let _other = shares.take(PeerId::random(), at("198.51.100.1")).unwrap();
         }
     }
@@ -499,9 +499,9 @@ mod tests {
         let relayed = address
             .with(Protocol::P2p(relay))
             .with(Protocol::P2pCircuit);
-        let place = Place::of(&Path::of(&relayed));
-        assert_eq!(place, Place::behind(relay));
-        assert_eq!(filled(&Shares::new(96, 8), |_| place).len(), 48);
+        let group = Place::of(&Path::of(&relayed));
+        assert_eq!(group, Place::behind(relay));
+        assert_eq!(filled(&Shares::new(96, 8), |_| group).len(), 48);
     }
 
     #[test]
@@ -516,7 +516,7 @@ mod tests {
         );
         drop(permit);
         let state = shares.lock();
-        assert!(state.by_group.is_empty() && state.by_peer.is_empty());
+        assert!(state.by_scope.is_empty() && state.by_peer.is_empty());
     }
 
     #[test]

@@ -22,7 +22,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs
 /// A relay whose reservation lasted this long may be asked again at once when it is back.
 const PROVEN: Duration = Duration::from_secs(60);
 
-/// Shortest time between renewals at a relay that the user has not named, whatever expiry the relay names.
+/// Shortest time between renewals at a relay that the user has not named, regardless of the expiry that it names.
 const RENEW: Duration = Duration::from_secs(120);
 
 /// Time for which a relay has to name the same new addresses before they replace the advertised ones. Each change is
@@ -45,7 +45,7 @@ pub(crate) struct Candidate {
 impl Candidate {
     /// Returns the public IP address of the relay. Relays on private networks have none, and are never taken for the
     /// same relay.
-    fn place(&self) -> Option<IpAddr> {
+    fn public_ip(&self) -> Option<IpAddr> {
         let at = socket(&self.address)?.0;
         is_public(&at.ip()).then_some(at.ip())
     }
@@ -53,7 +53,7 @@ impl Candidate {
 
 #[derive(Debug)]
 struct Reservation {
-    place: Option<IpAddr>,
+    public_ip: Option<IpAddr>,
     preferred: bool,
     since: Instant,
     /// Addresses through the relay, and the time to renew; `None` until granted.
@@ -117,11 +117,15 @@ impl Relays {
             !asked && paused.is_none_or(|(until, _)| *until <= now)
         });
         candidates.sort_by_key(|candidate| {
-            let public = candidate.place().is_some();
+            let public = candidate.public_ip().is_some();
             let rtt = candidate.rtt.unwrap_or(Duration::MAX);
             (!candidate.preferred, !public, rtt)
         });
-        let mut places: HashSet<_> = self.reservations.values().filter_map(|r| r.place).collect();
+        let mut ips: HashSet<_> = self
+            .reservations
+            .values()
+            .filter_map(|r| r.public_ip)
+            .collect();
         let preferred = self.reservations.values().filter(|r| r.preferred).count();
         // Reservations on relays that are not preferred do not keep preferred ones from being asked.
         let mut lacking = HOLD.saturating_sub(preferred);
@@ -134,7 +138,7 @@ impl Relays {
             }
             let take = lacking_others > 0
                 && lacking > 0
-                && candidate.place().is_none_or(|place| places.insert(place));
+                && candidate.public_ip().is_none_or(|ip| ips.insert(ip));
             if take {
                 lacking -= 1;
                 lacking_others -= 1;
@@ -147,7 +151,7 @@ impl Relays {
     /// Records that `relay` is being asked.
     pub(crate) fn asked(&mut self, relay: &Candidate, now: Instant) {
         let reservation = Reservation {
-            place: relay.place(),
+            public_ip: relay.public_ip(),
             preferred: relay.preferred,
             since: now,
             granted: None,

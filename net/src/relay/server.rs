@@ -30,7 +30,7 @@ use weft_proto::wire::{
 use crate::{
     LimitUse, OpenError, PathKind, Permit, Place, RelayLimits, RelayUse, Shares, Stream,
     exchange::{self, ExchangeError, within},
-    policy::shares::{ByGroup, Group, SITE, count},
+    policy::shares::{ByScope, SITE, Scope, count},
     relay::accounts::{Counted, DAY, Day, Rate, lock},
     relay::circuit::{self, CircuitError, MAX_MESSAGE},
     span,
@@ -105,7 +105,7 @@ struct State {
     reservations: HashMap<PeerId, Reservation>,
     peers: HashMap<PeerId, Counted>,
     /// Circuits by scope of the source's network group.
-    networks: ByGroup,
+    networks: ByScope,
     circuits: HashMap<u64, Held>,
     next: u64,
     all: Day,
@@ -124,7 +124,7 @@ struct Reservation {
 struct Held {
     ends: [PeerId; 2],
     /// Network group of the source.
-    place: Place,
+    group: Place,
     since: Instant,
     /// Beginning of the current window, bytes that passed in it, and bytes in the window before.
     window: (Instant, u64, u64),
@@ -136,25 +136,25 @@ struct Held {
 #[derive(Debug, Clone, Copy)]
 enum CircuitSource {
     Peer(PeerId),
-    Group(Group),
+    Scope(Scope),
 }
 
 impl CircuitSource {
     fn has(self, held: &Held) -> bool {
         match self {
             Self::Peer(peer) => held.ends[0] == peer,
-            Self::Group(group) => held.place.groups().any(|(other, _)| other == group),
+            Self::Scope(scope) => held.group.scopes().any(|(other, _)| other == scope),
         }
     }
 }
 
 impl Held {
     fn passed(&mut self, bytes: u64, now: Instant) {
-        self.turn(now);
+        self.advance_window(now);
         self.window.1 += bytes;
     }
 
-    fn turn(&mut self, now: Instant) {
+    fn advance_window(&mut self, now: Instant) {
         let (began, bytes, _) = self.window;
         let age = now.duration_since(began);
         if age >= 2 * WINDOW {
@@ -200,7 +200,7 @@ impl State {
             return;
         };
         self.used.circuits -= 1;
-        self.networks.remove(held.place);
+        self.networks.remove(held.group);
         for end in held.ends {
             if let Some(counted) = self.peers.get_mut(&end) {
                 counted.circuits -= 1;
@@ -211,20 +211,20 @@ impl State {
     /// Returns the circuit of those `among` that has to make room for one from `group`. This is the one that has been
     /// idle longest. If none is idle, it is the oldest circuit of the network group that has most, if that is more than
     /// the newcomer's group would have.
-    fn to_replace(&self, among: impl Fn(&Held) -> bool, place: Place, now: Instant) -> Option<u64> {
+    fn to_replace(&self, among: impl Fn(&Held) -> bool, group: Place, now: Instant) -> Option<u64> {
         let candidates = || self.circuits.iter().filter(|(_, held)| among(held));
         let idle = candidates().filter(|(_, held)| held.is_idle(now));
         if let Some((id, _)) = idle.min_by_key(|(_, held)| (held.window.0, held.since)) {
             return Some(*id);
         }
-        let mut of_place: HashMap<Place, usize> = HashMap::new();
+        let mut of_group: HashMap<Place, usize> = HashMap::new();
         for (_, held) in candidates() {
-            *of_place.entry(held.place).or_default() += 1;
+            *of_group.entry(held.group).or_default() += 1;
         }
-        let newcomer = count(&of_place, &place) + 1;
+        let newcomer = count(&of_group, &group) + 1;
         candidates()
-            .map(|(id, held)| (of_place[&held.place], std::cmp::Reverse(held.since), *id))
-            .filter(|(of_place, ..)| *of_place > newcomer)
+            .map(|(id, held)| (of_group[&held.group], std::cmp::Reverse(held.since), *id))
+            .filter(|(of_group, ..)| *of_group > newcomer)
             .max()
             .map(|(.., id)| id)
     }
@@ -255,7 +255,7 @@ impl Server {
         let bytes_per_peer = bytes.max().unwrap_or_default();
         let mut pairs: HashMap<(Place, PeerId), usize> = HashMap::new();
         for held in state.circuits.values() {
-            *pairs.entry((held.place, held.ends[1])).or_default() += 1;
+            *pairs.entry((held.group, held.ends[1])).or_default() += 1;
         }
         let per_source = pairs.values().copied().max().unwrap_or_default();
         let [_, of_address, _] = self.reserved.limits("", "", "");
@@ -361,12 +361,12 @@ impl Server {
     /// Answers a request. `addresses` are the addresses at which peers reach this node.
     pub(crate) fn serve(&self, stream: Stream, addresses: Vec<Multiaddr>) {
         let (server, client) = (self.clone(), stream.peer());
-        let place = Place::of(stream.path());
+        let group = Place::of(stream.path());
         if stream.path().kind == PathKind::Relayed {
             return;
         }
         // If there are too many, the stream is dropped, and so reset.
-        let Ok(permit) = self.requests.take(client, place) else {
+        let Ok(permit) = self.requests.take(client, group) else {
             return;
         };
         span::spawn(client, async move {
@@ -413,13 +413,13 @@ impl Server {
         addresses: Vec<Multiaddr>,
     ) -> Result<Option<(Stream, Stream, Circuit)>, CircuitError> {
         let client = stream.peer();
-        let place = Place::of(stream.path());
+        let group = Place::of(stream.path());
         let answered = within(3 * PATIENCE, async {
             let request = exchange::receive(&mut stream, MAX_MESSAGE);
             let request: HopMessage = within(PATIENCE, request).await?;
             match request.r#type {
                 Some(kind) if kind == Hop::Reserve as i32 => {
-                    let answer = match self.reserve(client, place, addresses).await {
+                    let answer = match self.reserve(client, group, addresses).await {
                         Ok(answer) => answer,
                         Err(status) => self.refusal(status),
                     };
@@ -429,7 +429,7 @@ impl Server {
                 Some(kind) if kind == Hop::Connect as i32 => {
                     let destination = request.peer.as_ref().and_then(circuit::peer_id);
                     let connected = match destination {
-                        Some(destination) => self.connect(client, place, destination).await,
+                        Some(destination) => self.connect(client, group, destination).await,
                         None => Err(CircuitStatus::MalformedMessage),
                     };
                     match connected {
@@ -482,7 +482,7 @@ impl Server {
     async fn reserve(
         &self,
         client: PeerId,
-        place: Place,
+        group: Place,
         addresses: Vec<Multiaddr>,
     ) -> Result<HopMessage, CircuitStatus> {
         let holds = self.limits.reservation_duration;
@@ -491,7 +491,7 @@ impl Server {
             let until = Instant::now() + holds;
             match state.reservations.get_mut(&client) {
                 Some(held) => held.until = until,
-                None => match self.reserved.take(client, place) {
+                None => match self.reserved.take(client, group) {
                     Ok(permit) => {
                         let held = Reservation {
                             until,
@@ -541,10 +541,10 @@ impl Server {
     async fn connect(
         &self,
         source: PeerId,
-        place: Place,
+        group: Place,
         destination: PeerId,
     ) -> Result<(Stream, Circuit), CircuitStatus> {
-        let circuit = self.circuit(source, place, destination)?;
+        let circuit = self.circuit(source, group, destination)?;
         let (reply, answer) = oneshot::channel();
         let need = Need::Open(destination, reply);
         let asked = self.needs.send(need).await;
@@ -565,7 +565,7 @@ impl Server {
     fn circuit(
         &self,
         source: PeerId,
-        place: Place,
+        group: Place,
         destination: PeerId,
     ) -> Result<Circuit, CircuitStatus> {
         let now = Instant::now();
@@ -578,10 +578,10 @@ impl Server {
             return Err(CircuitStatus::PermissionDenied);
         }
         let full = CircuitStatus::ResourceLimitExceeded;
-        let here = place.groups();
-        let full_there = here.clone().find(|(group, part)| {
+        let here = group.scopes();
+        let full_there = here.clone().find(|(scope, part)| {
             let most = self.per_network().saturating_mul(*part) / SITE;
-            state.networks.of(*group) >= most
+            state.networks.of(*scope) >= most
         });
         if full_there.is_some() {
             state.refused.circuits_per_network += 1;
@@ -597,10 +597,10 @@ impl Server {
         // If the source has used its share of the destination's circuits, an idle circuit of its own makes room.
         let to_there = |held: &Held| held.ends[1] == destination;
         let most = self.per_source();
-        let groups = here.map(|(group, part)| (CircuitSource::Group(group), most * part / SITE));
+        let scopes = here.map(|(scope, part)| (CircuitSource::Scope(scope), most * part / SITE));
         for (of, most) in [(CircuitSource::Peer(source), most)]
             .into_iter()
-            .chain(groups)
+            .chain(scopes)
         {
             let in_share = |held: &Held| to_there(held) && of.has(held);
             let held = state.circuits.values().filter(|held| in_share(held));
@@ -608,7 +608,7 @@ impl Server {
                 continue;
             }
             let idle = |held: &Held| in_share(held) && held.is_idle(now);
-            let Some(oldest) = state.to_replace(idle, place, now) else {
+            let Some(oldest) = state.to_replace(idle, group, now) else {
                 state.refused.circuits_per_source += 1;
                 return Err(full);
             };
@@ -620,7 +620,7 @@ impl Server {
             one == destination || other == destination
         });
         if of_destination.count() >= self.limits.circuits_per_peer {
-            let Some(other) = state.to_replace(to_there, place, now) else {
+            let Some(other) = state.to_replace(to_there, group, now) else {
                 state.refused.circuits_per_peer += 1;
                 return Err(full);
             };
@@ -628,7 +628,7 @@ impl Server {
             state.end(other);
         }
         if state.used.circuits >= self.limits.circuits {
-            let Some(other) = state.to_replace(|_| true, place, now) else {
+            let Some(other) = state.to_replace(|_| true, group, now) else {
                 state.refused.circuits += 1;
                 return Err(full);
             };
@@ -639,7 +639,7 @@ impl Server {
             let counted = self.counted(state, end).ok_or(full)?;
             counted.circuits += 1;
         }
-        state.networks.add(place);
+        state.networks.add(group);
         state.used.circuits += 1;
         let (held, replaced) = oneshot::channel();
         let id = state.next;
@@ -647,7 +647,7 @@ impl Server {
         let ends = [source, destination];
         let held = Held {
             ends,
-            place,
+            group,
             since: now,
             window: (now, 0, 0),
             _held: held,

@@ -183,7 +183,7 @@ impl Behaviour {
             path,
             protocols: self.protocols.clone(),
             requests: VecDeque::new(),
-            places: Arc::new(Semaphore::new(self.max_inbound)),
+            slots: Arc::new(Semaphore::new(self.max_inbound)),
             memory: self.memory.clone(),
             refused: Arc::clone(&self.refused),
             traffic,

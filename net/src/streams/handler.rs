@@ -48,7 +48,7 @@ pub(crate) struct Handler {
     pub(super) path: Path,
     pub(super) protocols: Protocols,
     pub(super) requests: VecDeque<Open>,
-    pub(super) places: Arc<Semaphore>,
+    pub(super) slots: Arc<Semaphore>,
     pub(super) memory: Memory,
     pub(super) refused: Arc<AtomicU64>,
     pub(super) traffic: Arc<Traffic>,
@@ -60,7 +60,7 @@ pub(crate) struct Handler {
 }
 
 impl Handler {
-    fn stream(&self, inner: libp2p::Stream, protocol: StreamProtocol, place: StreamSlot) -> Stream {
+    fn stream(&self, inner: libp2p::Stream, protocol: StreamProtocol, slot: StreamSlot) -> Stream {
         Stream {
             inner: Inner::Shared(inner.compat()),
             peer: self.peer,
@@ -69,7 +69,7 @@ impl Handler {
             path: self.path.clone(),
             better: None,
             gone: Gone::new(Fate::Connection(self.alive.subscribe())),
-            _place: place,
+            _slot: slot,
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),
         }
@@ -77,7 +77,7 @@ impl Handler {
 
     fn accept(&self, inner: libp2p::Stream, protocol: &StreamProtocol) {
         // A refused stream is dropped, which resets it and so tells the peer.
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+        let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
             tracing::debug!(peer = %self.peer, %protocol, "stream refused: the peer has too many streams open");
             self.refused.fetch_add(1, Ordering::Relaxed);
             return;
@@ -86,7 +86,7 @@ impl Handler {
             tracing::debug!(peer = %self.peer, %protocol, %error, "stream refused");
             return;
         }
-        let stream = self.stream(inner, protocol.clone(), StreamSlot::Stream(place));
+        let stream = self.stream(inner, protocol.clone(), StreamSlot::Stream(slot));
         self.protocols.deliver(stream);
     }
 }

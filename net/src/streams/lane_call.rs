@@ -54,7 +54,7 @@ pub(crate) async fn be_called(
     called.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// Reads the request that [`be_called`] sends, on the other side.
+/// Reads the request of [`be_called`], at the peer.
 pub(crate) async fn called(stream: &mut Stream) -> Result<LaneToken, LaneError> {
     let read = timeout(SETUP, frame::read::<LaneCall, _>(stream, MAX_MESSAGE));
     let call = read.await.map_err(|_| LaneError::TimedOut)??;

@@ -15,7 +15,7 @@ const BACKLOG: usize = 64;
 
 /// The protocol is already being accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the protocol {0} is already being accepted")]
+#[error("protocol {0} is already being accepted")]
 pub struct AcceptError(pub StreamProtocol);
 
 /// Streams that peers open for one protocol. Dropping it stops accepting.

@@ -58,7 +58,7 @@ pub struct Stream {
     pub(super) better: Option<Ending>,
     pub(super) gone: Gone,
     /// The stream's slot among the streams or lanes that the peer may have open.
-    pub(super) _place: StreamSlot,
+    pub(super) _slot: StreamSlot,
     /// Counts the bytes that the stream moves, and marks its connection as in use. A lane counts for the connection
     /// beside it.
     pub(super) traffic: Arc<Traffic>,
@@ -107,7 +107,7 @@ impl Beside {
             path,
             gone: Gone::new(Fate::Peer(self.best.clone())),
             better: None,
-            _place: StreamSlot::Lane,
+            _slot: StreamSlot::Lane,
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),
         }

@@ -128,7 +128,9 @@ pub enum TopicError {
     )]
     TooLarge(usize),
     /// This node takes part in too many topics.
-    #[error("this node already takes part in {MAX_TOPICS} topics, the most allowed; leave one first")]
+    #[error(
+        "this node already takes part in {MAX_TOPICS} topics, the most allowed; leave one first"
+    )]
     TooMany,
     /// Earlier messages have not been sent yet.
     #[error("the queues to all peers are full; publish again later, or less")]
@@ -535,7 +537,7 @@ impl Behaviour {
         if topic.validators.is_empty() {
             return self.settle(&id, &source, message, Validity::Accept);
         }
-        let Ok(place) = Arc::clone(&self.validating).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.validating).try_acquire_owned() else {
             return self.report(&id, &source, Validity::Ignore);
         };
         let validators: Vec<_> = topic
@@ -545,7 +547,7 @@ impl Behaviour {
             .collect();
         let commands = self.commands.clone();
         tokio::spawn(async move {
-            let _place = place;
+            let _permit = permit;
             let said = validators.iter().map(|validator| validator(&message)).max();
             let said = said.unwrap_or(Validity::Accept);
             // The network may have stopped.

@@ -55,7 +55,7 @@ use crate::{
         quic::{Quic, Sockets},
         tcp::Tcp,
         tls::{ConfigError, TLS, Tls},
-        websocket::{Arrived, Begun, Certificate, Door, Outside, Socket, WebOrPlain},
+        websocket::{Arrived, Begun, Certificate, InboundRules, Outside, Socket, WebOrPlain},
     },
 };
 
@@ -87,7 +87,7 @@ pub(crate) struct Parts<'a> {
     /// Receiver of incoming lanes; `None`: lanes are not accepted.
     pub(crate) lanes: Option<Arrivals>,
     /// Rules for incoming connections.
-    pub(crate) door: Door,
+    pub(crate) rules: InboundRules,
 }
 
 /// The reason that the transport could not be made.
@@ -114,7 +114,7 @@ where
         .multiplex(Yamux)
         .timeout(HANDSHAKE)
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
-    let relayed = Counted::new(relayed.boxed(), parts.door.pending.clone());
+    let relayed = Counted::new(relayed.boxed(), parts.rules.pending.clone());
     Ok(either(OrTransport::new(relayed, direct)))
 }
 
@@ -128,7 +128,7 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, BuildError> {
             parts.key,
             &parts.tls,
             parts.sockets.clone(),
-            parts.door.pending.clone(),
+            parts.rules.pending.clone(),
         )?,
         Kind::Quic,
         noted.0.clone(),
@@ -146,10 +146,11 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, BuildError> {
     );
     let lanes = parts.lanes.clone();
     let outside = Outside::new(parts.certificate)?;
-    let tcp = WebOrPlain::new(tcp, outside, parts.door.clone()).and_then(move |begun, endpoint| {
-        let span = span::handshake(endpoint.get_remote_address());
-        upgrade_tcp(begun, endpoint, security.clone(), lanes.clone()).instrument(span)
-    });
+    let tcp =
+        WebOrPlain::new(tcp, outside, parts.rules.clone()).and_then(move |begun, endpoint| {
+            let span = span::handshake(endpoint.get_remote_address());
+            upgrade_tcp(begun, endpoint, security.clone(), lanes.clone()).instrument(span)
+        });
     Ok(either(OrTransport::new(
         quic,
         TransportTimeout::new(tcp, HANDSHAKE),
@@ -269,8 +270,8 @@ fn hung_up(error: NegotiationError) -> io::Error {
     match failed || gone {
         true => io::Error::new(
             io::ErrorKind::ConnectionRefused,
-            "the peer closed the connection before the handshake, as a node does when a limit on connections is reached \
-             (`weft limits` there shows which)",
+            "the peer closed the connection before the handshake, as a node does when \
+             a limit on connections is reached (`weft limits` there shows which)",
         ),
         false => error,
     }

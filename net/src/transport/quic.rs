@@ -91,7 +91,7 @@ const BURST: usize = 64;
 /// Time after which a connection whose packets come from another IP address is closed. The packets prove nothing,
 /// because a peer can send from an address that is not its own. quinn follows one packet for up to three times its
 /// probe timeout, which is a second or two. A new connection proves where the peer is.
-const ELSEWHERE: Duration = Duration::from_secs(5);
+const MOVED_LIMIT: Duration = Duration::from_secs(5);
 
 /// Time after which the interfaces are watched again when that has failed, as it does for lack of file descriptors.
 const WATCH_AGAIN: Duration = Duration::from_secs(5);
@@ -198,12 +198,12 @@ impl Quic {
         if let Some(listener) = listener {
             return Ok(listener.endpoint.clone());
         }
-        let place = usize::from(to.is_ipv6());
-        if let Some(endpoint) = &self.dialers[place] {
+        let family = usize::from(to.is_ipv6());
+        if let Some(endpoint) = &self.dialers[family] {
             return Ok(endpoint.clone());
         }
         let endpoint = self.serve(bind(any)?, false)?;
-        self.dialers[place] = Some(endpoint.clone());
+        self.dialers[family] = Some(endpoint.clone());
         Ok(endpoint)
     }
 }
@@ -250,7 +250,7 @@ impl Libp2pTransport for Quic {
         let listener = listener.map_err(TransportError::Other)?;
         let socket = listener.socket.try_clone().map_err(TransportError::Other)?;
         self.sockets.lock().listening.insert(id, socket);
-        // Later dials use the listener, so that peers can reach it by the answer.
+        // Later dials use the listener's endpoint.
         self.dialers[usize::from(at.is_ipv6())] = None;
         self.listeners.push(listener);
         self.wake();
@@ -358,7 +358,7 @@ struct Listener {
     interfaces: Interfaces,
     /// The address of a socket that is bound to one address, until it is reported.
     bound: Option<IpAddr>,
-    told: HashSet<IpAddr>,
+    reported: HashSet<IpAddr>,
     /// Reported addresses that a new watcher has not confirmed. They are expired if it does not confirm them by then.
     unseen: Option<(HashSet<IpAddr>, Pin<Box<Sleep>>)>,
     closed: bool,
@@ -388,7 +388,7 @@ impl Listener {
             sockets,
             endpoint,
             accept,
-            told: HashSet::new(),
+            reported: HashSet::new(),
             closed: false,
             pending,
         })
@@ -443,7 +443,7 @@ impl Listener {
                     }
                     self.interfaces = Interfaces::watch();
                     // The new watcher reports all existing addresses, but not those that went away in between.
-                    self.unseen = Some((self.told.clone(), Box::pin(sleep(WATCH_AGAIN))));
+                    self.unseen = Some((self.reported.clone(), Box::pin(sleep(WATCH_AGAIN))));
                     continue;
                 }
                 Interfaces::Watched(watcher) => watcher,
@@ -454,7 +454,7 @@ impl Listener {
                         unseen.remove(&net.addr());
                     }
                     if net.addr().is_ipv4() == v4
-                        && self.told.insert(net.addr())
+                        && self.reported.insert(net.addr())
                         && let Poll::Ready(event) = self.up(net.addr())
                     {
                         return Some(event);
@@ -482,7 +482,7 @@ impl Listener {
                     ip
                 }
             };
-            if self.told.remove(&gone)
+            if self.reported.remove(&gone)
                 && let Ok(listen_addr) = self.address(gone)
             {
                 return Some(TransportEvent::AddressExpired {
@@ -510,9 +510,9 @@ impl Listener {
     /// address, or refused because of the limit there, only if it has shown that it receives there.
     fn admit(&self, incoming: quinn::Incoming) -> Option<(Ticket, quinn::Incoming)> {
         let from = incoming.remote_address();
-        let place = Place::of_ip(from.ip());
+        let group = Place::of_ip(from.ip());
         if !incoming.remote_address_validated() {
-            if let Some(ticket) = self.pending.enter_unproven(place) {
+            if let Some(ticket) = self.pending.enter_unproven(group) {
                 return Some((ticket, incoming));
             }
             // A Retry packet needs no state here. It fails only for validated addresses.
@@ -521,7 +521,7 @@ impl Listener {
             }
             return None;
         }
-        match self.pending.enter(Carrier::Quic, place) {
+        match self.pending.enter(Carrier::Quic, group) {
             Ok(ticket) => Some((ticket, incoming)),
             Err(refused) => {
                 tracing::debug!(%from, %refused, "QUIC connection refused");
@@ -585,7 +585,7 @@ pub(crate) struct Connection {
     /// Address of the peer. The peer has proved that it receives at this IP address, but perhaps not at this port.
     remote: SocketAddr,
     /// Ends when packets have come from another IP address for too long.
-    elsewhere: Option<Pin<Box<Sleep>>>,
+    moved_timer: Option<Pin<Box<Sleep>>>,
     /// Dropped streams hold the sender until their sent data has arrived. Nothing is ever sent on the channel.
     lingering: (mpsc::Sender<Infallible>, mpsc::Receiver<Infallible>),
     _registered: Registered,
@@ -597,7 +597,7 @@ impl Connection {
         Self {
             _registered: registered,
             remote,
-            elsewhere: None,
+            moved_timer: None,
             connection,
             inbound: None,
             outbound: None,
@@ -649,13 +649,14 @@ impl StreamMuxer for Connection {
         if remote.ip() != this.remote.ip() {
             // Until then, all components keep the proven address.
             let enough = this
-                .elsewhere
-                .get_or_insert_with(|| Box::pin(sleep(ELSEWHERE)));
+                .moved_timer
+                .get_or_insert_with(|| Box::pin(sleep(MOVED_LIMIT)));
             ready!(enough.poll_unpin(cx));
-            let moved = "the peer's packets come from another IP address; only a new connection proves that it is there";
+            let moved = "the peer's packets come from another IP address; \
+                         only a new connection proves that the peer is there";
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, moved)));
         }
-        this.elsewhere = None;
+        this.moved_timer = None;
         if remote != this.remote {
             this.remote = remote;
             let address = of_socket(remote, Transport::Quic);

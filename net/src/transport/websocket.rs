@@ -381,7 +381,7 @@ fn wrong(error: SokettoError) -> io::Error {
 
 /// The rules for incoming connections, and for the origins of web pages.
 #[derive(Debug, Clone)]
-pub(crate) struct Door {
+pub(crate) struct InboundRules {
     pub(crate) pending: Pending,
     pub(crate) access: Shared,
     /// Origins of web pages that may connect; `*`: any.
@@ -413,7 +413,7 @@ pub(crate) struct Arrived {
 #[error("refused a web page of {0}: its origin is not allowed")]
 struct WebPage(String);
 
-impl Door {
+impl InboundRules {
     fn is_proxy(&self, ip: &IpAddr) -> bool {
         self.proxies.iter().any(|proxy| proxy.contains(ip))
     }
@@ -544,7 +544,7 @@ where
 pub(crate) struct WebOrPlain<T> {
     inner: T,
     outside: Outside,
-    door: Door,
+    rules: InboundRules,
     /// The suffixes of listening addresses that end in a WebSocket.
     suffixes: HashMap<ListenerId, Multiaddr>,
 }
@@ -558,11 +558,11 @@ impl<T> fmt::Debug for WebOrPlain<T> {
 }
 
 impl<T> WebOrPlain<T> {
-    pub(crate) fn new(inner: T, outside: Outside, door: Door) -> Self {
+    pub(crate) fn new(inner: T, outside: Outside, rules: InboundRules) -> Self {
         Self {
             inner,
             outside,
-            door,
+            rules,
             suffixes: HashMap::new(),
         }
     }
@@ -675,8 +675,8 @@ where
                     local_addr,
                     send_back_addr,
                 } => {
-                    let place = Place::of(&crate::Path::of(&send_back_addr));
-                    let entered = self.door.pending.enter(Carrier::Tcp, place);
+                    let group = Place::of(&crate::Path::of(&send_back_addr));
+                    let entered = self.rules.pending.enter(Carrier::Tcp, group);
                     let ticket = match entered {
                         Ok(ticket) => ticket,
                         Err(refused) => {
@@ -684,11 +684,11 @@ where
                             continue;
                         }
                     };
-                    let (outside, door) = (self.outside.clone(), self.door.clone());
+                    let (outside, rules) = (self.outside.clone(), self.rules.clone());
                     // The kind of a connection is known only once its first bytes have arrived.
                     let upgrade = async move {
                         let (socket, begin) = upgrade.await?;
-                        let (socket, arrived) = door.accept(socket, ticket, &outside).await?;
+                        let (socket, arrived) = rules.accept(socket, ticket, &outside).await?;
                         Ok(Begun {
                             socket,
                             begin,

@@ -33,19 +33,19 @@ use tonic::transport::server::Connected;
 /// Most connections without a token: enough for many programs that start at once, and at most a sixteenth of the file
 /// descriptors if there are few.
 const MAX_GUESTS: usize = 64;
-const GUESTS_OF_FILES: u64 = 16;
+const FILES_PER_GUEST: u64 = 16;
 
 /// Time within which a client must send the token. Clients send it with their first request, immediately.
-const SHOW_TOKEN: Duration = Duration::from_secs(10);
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time for which a connection without a token is kept before a new connection may replace it.
-const AT_LEAST: Duration = Duration::from_secs(1);
+const MIN_GUEST_TIME: Duration = Duration::from_secs(1);
 
 /// Pause after a failed attempt to accept, as in libp2p for peers.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// File descriptors reserved for the owner's connections.
-const KEPT: usize = 8;
+const RESERVED_FILES: usize = 8;
 
 /// A listener on TCP or on a Unix socket.
 pub(super) trait Listener: Send + 'static {
@@ -111,7 +111,7 @@ impl Guests {
         }
     }
 
-    /// Adds a guest once there is room. Dismisses the oldest guest if it is older than [`AT_LEAST`].
+    /// Adds a guest once there is room. Dismisses the oldest guest if it is older than [`MIN_GUEST_TIME`].
     async fn enter(&mut self) -> Arc<Guest> {
         loop {
             self.all.retain(|guest| {
@@ -125,7 +125,7 @@ impl Guests {
             let Some(oldest) = self.all.front().and_then(Weak::upgrade) else {
                 continue;
             };
-            let until = oldest.since + AT_LEAST;
+            let until = oldest.since + MIN_GUEST_TIME;
             if Instant::now() >= until {
                 oldest.dismissed.store(true, Ordering::Release);
                 oldest.waker.wake();
@@ -149,28 +149,28 @@ impl Guests {
 
 /// Reserved file descriptors: open files that are closed when a descriptor is needed. Clones share the descriptors.
 #[derive(Debug, Clone, Default)]
-struct Kept(Arc<Mutex<Vec<File>>>);
+struct ReservedFiles(Arc<Mutex<Vec<File>>>);
 
-impl Kept {
+impl ReservedFiles {
     fn lock(&self) -> MutexGuard<'_, Vec<File>> {
         self.0
             .lock()
             .expect("nothing panics while holding the lock")
     }
 
-    /// Opens files until [`KEPT`] descriptors are reserved or none are available.
+    /// Opens files until [`RESERVED_FILES`] descriptors are reserved or none are available.
     fn fill(&self) {
-        let mut kept = self.lock();
-        while kept.len() < KEPT {
+        let mut reserved = self.lock();
+        while reserved.len() < RESERVED_FILES {
             match File::open("/dev/null") {
-                Ok(file) => kept.push(file),
+                Ok(file) => reserved.push(file),
                 Err(_) => return,
             }
         }
     }
 
     /// Closes a reserved descriptor. Returns false if none was left.
-    fn let_go(&self) -> bool {
+    fn release(&self) -> bool {
         self.lock().pop().is_some()
     }
 }
@@ -184,7 +184,7 @@ pub(super) struct Connection<S> {
     /// The deadline for the token; `None` once the client has sent it.
     until: Option<Pin<Box<Sleep>>>,
     /// The reserved descriptors, to refill when this connection closes.
-    kept: Option<Kept>,
+    reserved: Option<ReservedFiles>,
 }
 
 impl<S> Connection<S> {
@@ -207,9 +207,9 @@ impl<S> Connection<S> {
 
 impl<S> Drop for Connection<S> {
     fn drop(&mut self) {
-        if let Some(kept) = self.kept.take() {
+        if let Some(reserved) = self.reserved.take() {
             // The stream's own descriptor is closed just after this, and is reserved with the next connection.
-            kept.fill();
+            reserved.fill();
         }
     }
 }
@@ -255,40 +255,40 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 struct Accepting<L> {
     listener: L,
     guests: Option<Guests>,
-    kept: Option<Kept>,
+    reserved: Option<ReservedFiles>,
     /// True if accepting has failed since it last succeeded, and the failure has been logged.
     failing: bool,
 }
 
 /// Returns the connections on a TCP port, which is open to all programs of the machine.
-pub(super) fn for_all(
+pub(super) fn accept_tcp(
     listener: TcpListener,
 ) -> impl Stream<Item = io::Result<Connection<TcpStream>>> {
     let files = getrlimit(Resource::Nofile).current;
-    let of_files = files.map_or(MAX_GUESTS as u64, |files| files / GUESTS_OF_FILES);
-    let most = usize::try_from(of_files).unwrap_or(MAX_GUESTS);
+    let by_files = files.map_or(MAX_GUESTS as u64, |files| files / FILES_PER_GUEST);
+    let most = usize::try_from(by_files).unwrap_or(MAX_GUESTS);
     accept(listener, Some(Guests::new(most.clamp(1, MAX_GUESTS))), None)
 }
 
 /// Returns the connections on the owner's socket.
-pub(super) fn for_owner(
+pub(super) fn accept_owner(
     listener: UnixListener,
 ) -> impl Stream<Item = io::Result<Connection<UnixStream>>> {
-    accept(listener, None, Some(Kept::default()))
+    accept(listener, None, Some(ReservedFiles::default()))
 }
 
 fn accept<L: Listener>(
     listener: L,
     guests: Option<Guests>,
-    kept: Option<Kept>,
+    reserved: Option<ReservedFiles>,
 ) -> impl Stream<Item = io::Result<Connection<L::Stream>>> {
-    if let Some(kept) = &kept {
-        kept.fill();
+    if let Some(reserved) = &reserved {
+        reserved.fill();
     }
     let accepting = Accepting {
         listener,
         guests,
-        kept,
+        reserved,
         failing: false,
     };
     unfold(accepting, |mut accepting| async move {
@@ -306,16 +306,16 @@ impl<L: Listener> Accepting<L> {
         };
         let until = guest.as_ref().map(|guest| {
             // The time counts from when the guest was admitted.
-            Box::pin(sleep_until(guest.since + SHOW_TOKEN))
+            Box::pin(sleep_until(guest.since + TOKEN_TIMEOUT))
         });
-        if let Some(kept) = &self.kept {
-            kept.fill();
+        if let Some(reserved) = &self.reserved {
+            reserved.fill();
         }
         Connection {
             stream,
             guest,
             until,
-            kept: self.kept.clone(),
+            reserved: self.reserved.clone(),
         }
     }
 
@@ -329,10 +329,12 @@ impl<L: Listener> Accepting<L> {
                 }
                 Err(error) => error,
             };
-            if is_of_one(&error) {
+            if is_transient(&error) {
                 continue;
             }
-            if weft::is_out_of_descriptors(&error) && self.kept.as_ref().is_some_and(Kept::let_go) {
+            if weft::is_out_of_descriptors(&error)
+                && self.reserved.as_ref().is_some_and(ReservedFiles::release)
+            {
                 // Accept at once, before other code of this process takes the descriptor.
                 let mut cx = Context::from_waker(noop_waker_ref());
                 if let Poll::Ready(Ok(stream)) = self.listener.poll_accept(&mut cx) {
@@ -351,7 +353,7 @@ impl<L: Listener> Accepting<L> {
 }
 
 /// Returns true if the error concerns only one connection, so that the next attempt may succeed.
-fn is_of_one(error: &io::Error) -> bool {
+fn is_transient(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
     matches!(
         error.kind(),
@@ -373,7 +375,7 @@ mod tests {
     struct Short {
         attempts: Arc<AtomicUsize>,
         fails: usize,
-        kept: Option<Kept>,
+        reserved: Option<ReservedFiles>,
     }
 
     impl Listener for Short {
@@ -381,8 +383,8 @@ mod tests {
 
         fn poll_accept(&self, _: &mut Context<'_>) -> Poll<io::Result<DuplexStream>> {
             let attempt = self.attempts.fetch_add(1, Ordering::SeqCst);
-            let kept = self.kept.as_ref();
-            let is_free = kept.is_some_and(|kept| kept.lock().len() < KEPT);
+            let reserved = self.reserved.as_ref();
+            let is_free = reserved.is_some_and(|reserved| reserved.lock().len() < RESERVED_FILES);
             if attempt < self.fails && !is_free {
                 let error = rustix::io::Errno::MFILE.raw_os_error();
                 return Poll::Ready(Err(io::Error::from_raw_os_error(error)));
@@ -397,7 +399,7 @@ mod tests {
         let short = Short {
             attempts: Arc::clone(&attempts),
             fails: usize::MAX,
-            kept: None,
+            reserved: None,
         };
         let mut incoming = Box::pin(accept(short, None, None));
         let begin = std::time::Instant::now();
@@ -416,20 +418,20 @@ mod tests {
 
     #[tokio::test]
     async fn the_owner_can_connect_when_file_descriptors_run_out() {
-        let kept = Kept::default();
+        let reserved = ReservedFiles::default();
         let attempts = Arc::new(AtomicUsize::new(0));
         let short = Short {
             attempts: Arc::clone(&attempts),
             fails: usize::MAX,
-            kept: Some(kept.clone()),
+            reserved: Some(reserved.clone()),
         };
-        let mut incoming = Box::pin(accept(short, None, Some(kept.clone())));
-        assert_eq!(kept.lock().len(), KEPT);
+        let mut incoming = Box::pin(accept(short, None, Some(reserved.clone())));
+        assert_eq!(reserved.lock().len(), RESERVED_FILES);
         let connection = incoming.next().await.unwrap().unwrap();
         assert_eq!(attempts.load(Ordering::SeqCst), 2);
-        // The descriptors that were released are kept again once descriptors are available.
+        // The descriptors that were released are reserved again once descriptors are available.
         drop(connection);
-        assert_eq!(kept.lock().len(), KEPT);
+        assert_eq!(reserved.lock().len(), RESERVED_FILES);
     }
 
     #[tokio::test]
@@ -444,7 +446,7 @@ mod tests {
         let third = next().await;
         let begin = std::time::Instant::now();
         let _fourth = next().await;
-        assert!(begin.elapsed() >= AT_LEAST / 2, "each has some time");
+        assert!(begin.elapsed() >= MIN_GUEST_TIME / 2, "each has some time");
         // The second connection was the oldest without a token.
         let mut second = second;
         let failed = second.read_u8().await.unwrap_err();
@@ -464,7 +466,7 @@ mod tests {
             stream: near,
             until: Some(Box::pin(sleep(Duration::from_millis(50)))),
             guest: Some(guest),
-            kept: None,
+            reserved: None,
         };
         let failed = connection.read_u8().await.unwrap_err();
         assert_eq!(failed.kind(), io::ErrorKind::TimedOut);

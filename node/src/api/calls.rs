@@ -35,16 +35,16 @@ use super::status::{failed, invalid};
 use crate::reason::Reason;
 
 /// Most events that are queued for a program.
-const WAITING: usize = 16;
+const MAX_QUEUED_EVENTS: usize = 16;
 
 /// Most names that one program can advertise.
 const MAX_ANNOUNCED: usize = 64;
 
 /// Most bytes of answers that are queued for the caller of one call.
-const AHEAD: usize = 32 << 20;
+const MAX_QUEUED_BYTES: usize = 32 << 20;
 
 /// Bytes sent to the caller after which the program is told that its queue has room again.
-const TAKEN: usize = 1 << 20;
+const REPORT_BYTES: usize = 1 << 20;
 
 /// The target of a call: one peer, or any provider of a service.
 #[derive(Debug, Clone)]
@@ -183,7 +183,7 @@ impl CallService {
 }
 
 /// Metadata key that marks a status as the result of a call, not of the connection to this node.
-pub(crate) const OF_CALL: &str = "weft-call";
+pub(crate) const CALL_ENDED: &str = "weft-call";
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -201,7 +201,7 @@ fn to_api(message: Message) -> CallMessage {
     }
 }
 
-fn of_api(message: CallMessage) -> Message {
+fn from_api(message: CallMessage) -> Message {
     let attachments = message.attachments.into_iter();
     Message {
         bytes: message.data.into(),
@@ -222,7 +222,7 @@ fn to_tonic(status: CallStatus) -> Status {
     let code = tonic::Code::from_i32(status.code as i32);
     let mut answer = Status::with_details(code, status.message, status.details);
     let ended = tonic::metadata::MetadataValue::from_static("ended");
-    answer.metadata_mut().insert(OF_CALL, ended);
+    answer.metadata_mut().insert(CALL_ENDED, ended);
     if let Some(seen) = status.seen {
         let seen = format!("{seen:?}").to_lowercase();
         if let Ok(seen) = seen.parse() {
@@ -272,7 +272,7 @@ impl Calls for CallService {
                     "the second request of a unary call must be its message",
                 ));
             };
-            let answer = callee.unary(method, of_api(only), options);
+            let answer = callee.unary(method, from_api(only), options);
             let answer = answer.instrument(span).await;
             let answer = answer.map(to_api).map_err(to_tonic)?;
             return Ok(Response::new(Box::pin(futures::stream::iter([Ok(answer)]))));
@@ -289,7 +289,7 @@ impl Calls for CallService {
                 let Some(call_request::What::Message(message)) = request.what else {
                     return sender.cancel();
                 };
-                if sender.send(of_api(message)).await.is_err() {
+                if sender.send(from_api(message)).await.is_err() {
                     return;
                 }
             }
@@ -318,7 +318,7 @@ impl Calls for CallService {
         if begin.services.is_empty() {
             return Err(invalid("the request names no service"));
         }
-        let (events, answers) = mpsc::channel(WAITING);
+        let (events, answers) = mpsc::channel(MAX_QUEUED_EVENTS);
         let ready = ServeEvent {
             call: 0,
             what: Some(serve_event::What::Ready(api::ServeReady {})),
@@ -433,7 +433,7 @@ struct Program {
 #[derive(Debug)]
 struct Answering {
     to: mpsc::UnboundedSender<(serve_answer::What, Option<Held>)>,
-    /// Bytes in the queue, limited by [`AHEAD`].
+    /// Bytes in the queue, limited by [`MAX_QUEUED_BYTES`].
     ahead: Arc<AtomicUsize>,
     /// The caller's budget for all its calls. Bytes in the queue count towards it.
     budget: Budget,
@@ -462,8 +462,8 @@ impl Program {
         };
         let ahead = call.ahead.fetch_add(size, Ordering::AcqRel) + size;
         let held = match &what {
-            _ if ahead > AHEAD => Err(format!(
-                "the caller has more than {AHEAD} bytes of unread answers"
+            _ if ahead > MAX_QUEUED_BYTES => Err(format!(
+                "the caller has more than {MAX_QUEUED_BYTES} bytes of unread answers"
             )),
             serve_answer::What::Message(_) => match call.budget.hold(size) {
                 Some(held) => Ok(Some(held)),
@@ -534,14 +534,14 @@ fn gone() -> CallStatus {
 struct Proxy(Arc<Program>);
 
 /// Tells the program on drop that a call was cancelled, if the program knows of the call.
-struct Given {
+struct CancelOnDrop {
     program: Arc<Program>,
     call: u64,
     /// True while the program knows of the call and has not been told of its end.
     told: bool,
 }
 
-impl Drop for Given {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         if let Some(open) = &mut *self.program.lock() {
             open.remove(&self.call);
@@ -578,7 +578,7 @@ impl Handler for Proxy {
                 Some(open) => drop(open.insert(call, answering)),
                 None => return Err(gone()),
             }
-            let mut given = Given {
+            let mut given = CancelOnDrop {
                 program: Arc::clone(&program),
                 call,
                 told: false,
@@ -620,10 +620,10 @@ impl Handler for Proxy {
                     match answer {
                         serve_answer::What::Message(message) => {
                             let size = message.encoded_len() + 64;
-                            responses.send(of_api(message)).await?;
+                            responses.send(from_api(message)).await?;
                             ahead.fetch_sub(size, Ordering::AcqRel);
                             taken += size;
-                            if taken >= TAKEN {
+                            if taken >= REPORT_BYTES {
                                 let told = serve_event::What::Taken(taken as u64);
                                 program.tell(call, told).await?;
                                 taken = 0;
@@ -660,7 +660,7 @@ mod tests {
     #[test]
     fn unread_answers_are_limited_for_each_caller_and_for_all_callers() {
         const ANSWER: usize = 1 << 20;
-        let (events, _waiting) = mpsc::channel(WAITING);
+        let (events, _waiting) = mpsc::channel(MAX_QUEUED_EVENTS);
         let program = Program {
             events,
             open: Mutex::new(Some(HashMap::new())),

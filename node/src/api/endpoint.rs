@@ -37,7 +37,7 @@ use weft_proto::{
 };
 
 use super::{
-    accept::{Visitor, for_all, for_owner},
+    accept::{Visitor, accept_owner, accept_tcp},
     calls::CallService,
     documents::DocumentService,
     models::ModelService,
@@ -52,7 +52,7 @@ use crate::exit::Failure;
 const MAX_CALL_MESSAGE: usize = 280 << 20;
 
 /// Time without traffic after which the server sends a keep-alive ping, and the longest wait for the client's answer.
-const ALIVE: Duration = Duration::from_secs(30);
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
 /// Longest path of a Unix socket, in bytes, for all systems: with the terminating zero, 108 on Linux and 104 on macOS.
 const MAX_SOCKET_PATH: usize = 103;
@@ -164,7 +164,7 @@ impl ApiServer {
             servers.push(tokio::spawn(async move {
                 router(server(), served)
                     .await
-                    .serve_with_incoming_shutdown(for_owner(socket), stopped)
+                    .serve_with_incoming_shutdown(accept_owner(socket), stopped)
                     .await
             }));
         }
@@ -235,7 +235,7 @@ async fn serve_tcp(
     let server = server().layer(InterceptorLayer::new(check));
     router(server, served)
         .await
-        .serve_with_incoming_shutdown(for_all(tcp), stopped)
+        .serve_with_incoming_shutdown(accept_tcp(tcp), stopped)
         .await
 }
 
@@ -251,8 +251,8 @@ fn request_span<B>(request: &http::Request<B>) -> Span {
 fn server() -> Server {
     Server::builder()
         .trace_fn(request_span)
-        .http2_keepalive_interval(Some(ALIVE))
-        .http2_keepalive_timeout(Some(ALIVE))
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
 }
 
 /// The node, and the service `Node`, which all servers share so that a change through one server does not undo a change

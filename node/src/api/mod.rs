@@ -15,6 +15,6 @@ mod storage;
 mod topics;
 
 pub(crate) use self::{
-    calls::OF_CALL,
+    calls::CALL_ENDED,
     endpoint::{ApiFiles, ApiServer},
 };

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// Most files that an answer lists by name. A model may have 100,000 files, and a gRPC message at most 4 MiB.
-const MAX_TOLD: usize = 300;
+const MAX_LISTED: usize = 300;
 
 /// Implements the service.
 #[derive(Debug, Clone)]
@@ -139,10 +139,10 @@ impl Models for ModelService {
         }
         get = get.replace(request.replace).verify(request.verify);
         for pattern in &request.files {
-            get = get.files(pattern_of(pattern)?);
+            get = get.files(parse_pattern(pattern)?);
         }
         for pattern in &request.tensors {
-            get = get.tensors(pattern_of(pattern)?);
+            get = get.tensors(parse_pattern(pattern)?);
         }
         Ok(Response::new(Events::new(
             get.start(),
@@ -284,11 +284,11 @@ impl Models for ModelService {
                 .map(|folder| folder.display().to_string())
                 .collect(),
             not_withdrawn: removed.not_withdrawn,
-            not_deleted_more: removed.not_deleted.len().saturating_sub(MAX_TOLD) as u32,
+            not_deleted_more: removed.not_deleted.len().saturating_sub(MAX_LISTED) as u32,
             not_deleted: removed
                 .not_deleted
                 .into_iter()
-                .take(MAX_TOLD)
+                .take(MAX_LISTED)
                 .map(|one| api::NotDeleted {
                     file: one.file.display().to_string(),
                     reason: one.reason.to_owned(),
@@ -458,11 +458,11 @@ fn add_done(added: Added) -> api::AddDone {
                 publishers: one.publishers.iter().map(ToString::to_string).collect(),
             })
             .collect(),
-        opaque_more: added.opaque.len().saturating_sub(MAX_TOLD) as u32,
+        opaque_more: added.opaque.len().saturating_sub(MAX_LISTED) as u32,
         opaque: added
             .opaque
             .into_iter()
-            .take(MAX_TOLD)
+            .take(MAX_LISTED)
             .map(|one| api::OpaqueFile {
                 path: one.path,
                 reason: one.reason,
@@ -493,7 +493,7 @@ fn add_hf_cache_done(added: AddedHfCache) -> api::AddHfCacheDone {
     }
 }
 
-fn pattern_of(text: &str) -> Result<weft::Pattern, Status> {
+fn parse_pattern(text: &str) -> Result<weft::Pattern, Status> {
     let pattern = text.parse();
     pattern.map_err(|error| status(&weft::Error::FilePattern(error)))
 }

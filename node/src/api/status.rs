@@ -71,7 +71,7 @@ fn with_reason(
 
 impl From<&Error> for Reason {
     fn from(error: &Error) -> Self {
-        if let Some(reason) = of_system(error) {
+        if let Some(reason) = system_reason(error) {
             return reason;
         }
         match error {
@@ -90,8 +90,8 @@ impl From<&Error> for Reason {
             Error::NoSuchTag(_) => Self::NoSuchTag,
             Error::Busy(_) => Self::Busy,
             Error::Result(_) | Error::InvalidContent { .. } => Self::InvalidContent,
-            Error::HfCache(error) => of_hf_cache(error),
-            Error::Index(error) => of_index(error),
+            Error::HfCache(error) => hf_cache_reason(error),
+            Error::Index(error) => index_reason(error),
             Error::Home(HomeError::InUse(_)) => Self::HomeInUse,
             Error::Home(_) => Self::Home,
             Error::Network(SpawnError::Bootstrap(_)) => Self::InvalidInput,
@@ -100,8 +100,8 @@ impl From<&Error> for Reason {
             | Error::Ping(PingError::Open(OpenError::Stopped))
             | Error::Stopped => Self::Stopped,
             Error::Connect(_) | Error::Ping(_) => Self::Unreachable,
-            Error::Topic(error) => of_topic(error),
-            Error::Document(error) => of_document(error),
+            Error::Topic(error) => topic_reason(error),
+            Error::Document(error) => document_reason(error),
             Error::NotWriter { .. } | Error::NotOwner { .. } => Self::NotAllowed,
             Error::NotListed { .. } => Self::NotListed,
             Error::Followed(_) => Self::Followed,
@@ -128,7 +128,7 @@ impl From<&Error> for Reason {
 
 /// Returns the reason for a system error on a file. The reason does not depend on the operation, because the remedy is
 /// always the same.
-fn of_system(error: &Error) -> Option<Reason> {
+fn system_reason(error: &Error) -> Option<Reason> {
     use std::io::ErrorKind;
 
     let places = matches!(
@@ -151,7 +151,7 @@ fn of_system(error: &Error) -> Option<Reason> {
     None
 }
 
-fn of_index(error: &IndexError) -> Reason {
+fn index_reason(error: &IndexError) -> Reason {
     match error {
         IndexError::Names(_) => Reason::UnportableNames,
         IndexError::NothingLeft { .. } => Reason::NothingToAdd,
@@ -161,7 +161,7 @@ fn of_index(error: &IndexError) -> Reason {
     }
 }
 
-fn of_hf_cache(error: &HfCacheError) -> Reason {
+fn hf_cache_reason(error: &HfCacheError) -> Reason {
     match error {
         HfCacheError::Name(_) | HfCacheError::NoRepo | HfCacheError::Selection => {
             Reason::InvalidInput
@@ -178,7 +178,7 @@ fn of_hf_cache(error: &HfCacheError) -> Reason {
     }
 }
 
-fn of_topic(error: &TopicError) -> Reason {
+fn topic_reason(error: &TopicError) -> Reason {
     match error {
         TopicError::Name(_) | TopicError::TooLarge(_) => Reason::InvalidInput,
         TopicError::TooMany => Reason::TooManyTopics,
@@ -187,7 +187,7 @@ fn of_topic(error: &TopicError) -> Reason {
     }
 }
 
-fn of_document(error: &DocumentError) -> Reason {
+fn document_reason(error: &DocumentError) -> Reason {
     match error {
         DocumentError::Unknown(_) => Reason::NoSuchDocument,
         DocumentError::NotYet(_) => Reason::NotArrived,

@@ -22,7 +22,7 @@ pub(crate) use self::{
     mesh::{AccessChange, Connect, Ping, RatesChange, Trust},
     models::{Add, Cat, Demo, Gc, Get, Providers, Rm, Search, Show, StorageOptions, Tag, Verify},
     records::{Record, Topic},
-    registry::{Former, Publisher, Registry},
+    registry::{FormerPublisher, Publisher, Registry},
     units::Quota,
     up::{Relay, Up},
 };

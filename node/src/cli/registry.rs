@@ -74,7 +74,7 @@ pub(crate) enum Registry {
         /// Withdraw a peer's right to publish names, as in PEER=acme/*; without a pattern, all its rights; may be
         /// repeated
         #[arg(long, value_name = "PEER[=PATTERN]")]
-        remove: Vec<Former>,
+        remove: Vec<FormerPublisher>,
     },
     /// List a model of this node in a registry; `weft add --name` does this by itself
     Publish {
@@ -106,12 +106,12 @@ pub(crate) struct Publisher {
 
 /// A publisher to remove: `PEER=PATTERN`, or `PEER` for all its patterns.
 #[derive(Debug, Clone)]
-pub(crate) struct Former {
+pub(crate) struct FormerPublisher {
     peer: PeerId,
     pattern: Option<NamePattern>,
 }
 
-impl std::str::FromStr for Former {
+impl std::str::FromStr for FormerPublisher {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -132,7 +132,7 @@ impl std::str::FromStr for Publisher {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let Former { peer, pattern } = text.parse()?;
+        let FormerPublisher { peer, pattern } = text.parse()?;
         let pattern = pattern.unwrap_or_else(NamePattern::all);
         Ok(Self { peer, pattern })
     }
@@ -147,7 +147,7 @@ impl Publisher {
     }
 }
 
-impl Former {
+impl FormerPublisher {
     pub(crate) fn to_api(&self) -> api::RegistryPublisher {
         api::RegistryPublisher {
             peer_id: self.peer.to_string(),

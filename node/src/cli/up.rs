@@ -77,7 +77,7 @@ pub(crate) struct Up {
     pub(crate) web: WebOptions,
 
     #[command(flatten)]
-    pub(crate) service: ServiceOptions,
+    pub(crate) endpoints: EndpointOptions,
 }
 
 /// Headings of the options of `weft up` that stand in more than one struct.
@@ -88,7 +88,7 @@ const RATES: &str = "Rates and storage";
 /// The addresses of the API and the metrics.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "API and metrics")]
-pub(crate) struct ServiceOptions {
+pub(crate) struct EndpointOptions {
     /// TCP address of the API, on a loopback address; port 0 selects a free port
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = socket)]
     pub(crate) api: SocketAddr,
@@ -221,7 +221,7 @@ struct ProbeOptions {
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_network)]
     pub(crate) autonat_per_minute_per_network: usize,
 
-    /// Most probes at the same moment
+    /// Most simultaneous probes
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().concurrent)]
     pub(crate) autonat_concurrent: usize,
 }
@@ -330,11 +330,11 @@ pub(crate) struct RelayLimitOptions {
     #[arg(long, value_name = "SECONDS", default_value_t = weft::RelayLimits::default().reservation_duration.as_secs())]
     pub(crate) relay_reservation_seconds: u64,
 
-    /// Most circuits (relayed connections) at the same moment
+    /// Most simultaneous circuits (relayed connections)
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits)]
     pub(crate) relay_circuits: usize,
 
-    /// Most circuits (relayed connections) of one peer at the same moment
+    /// Most simultaneous circuits (relayed connections) of one peer
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits_per_peer)]
     pub(crate) relay_circuits_per_peer: usize,
 
@@ -391,7 +391,7 @@ pub(crate) struct Relay {
     pub(crate) web: WebOptions,
 
     #[command(flatten)]
-    pub(crate) service: ServiceOptions,
+    pub(crate) endpoints: EndpointOptions,
 }
 
 impl Up {
@@ -484,7 +484,7 @@ impl From<Relay> for Up {
             no_hole_punching: false,
             no_port_mapping: true,
             no_mdns: true,
-            service: relay.service,
+            endpoints: relay.endpoints,
         }
     }
 }

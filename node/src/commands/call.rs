@@ -23,7 +23,7 @@ use weft_proto::{
 };
 
 use crate::{
-    api::OF_CALL,
+    api::CALL_ENDED,
     cli::{Call, ServiceOptions},
     client::Client,
     exit::Failure,
@@ -583,7 +583,7 @@ fn lines(method: MethodDescriptor) -> ReceiverStream<CallMessage> {
 /// Converts the status of a failed call to `callee`. Errors of the local node, and of the connection to it, have their
 /// own reasons.
 fn failed(status: tonic::Status, callee: &str) -> Failure {
-    if !status.metadata().contains_key(OF_CALL) {
+    if !status.metadata().contains_key(CALL_ENDED) {
         return status.into();
     }
     let code = Code::from_number(status.code() as u32);
@@ -616,7 +616,7 @@ mod tests {
         assert_eq!((lost.code, lost.reason.as_str()), (6, "NOT_RUNNING"));
         let mut of_peer = tonic::Status::unavailable("cannot reach it");
         let ended = tonic::metadata::MetadataValue::from_static("ended");
-        of_peer.metadata_mut().insert(OF_CALL, ended);
+        of_peer.metadata_mut().insert(CALL_ENDED, ended);
         let unreached = failed(of_peer.clone(), &peer);
         assert_eq!(
             (unreached.code, unreached.reason.as_str()),

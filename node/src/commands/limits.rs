@@ -3,7 +3,7 @@
 use serde_json::json;
 use weft_proto::api;
 
-use super::all_were_there;
+use super::check_removed;
 use crate::{
     cli::{AccessChange, RatesChange},
     client::Client,
@@ -113,7 +113,7 @@ pub(super) async fn access(
         false => client.node().change_access(change).await?,
     };
     let access = access.into_inner();
-    all_were_there(
+    check_removed(
         &absent,
         "no such rule in either list",
         "`weft access` shows both lists; give a rule exactly as it is shown there.",

@@ -181,7 +181,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
 }
 
 /// Fails if the entries in `absent`, which were to be removed, did not exist. The rest of the change has been made.
-fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failure> {
+fn check_removed(absent: &[String], what: &str, hint: &str) -> Result<(), Failure> {
     if absent.is_empty() {
         return Ok(());
     }

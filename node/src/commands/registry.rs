@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 use weft::{DocumentId, ModelName, PeerId};
 use weft_proto::api;
 
-use super::all_were_there;
+use super::check_removed;
 use crate::{
-    cli::{Former, Publisher, Registry},
+    cli::{FormerPublisher, Publisher, Registry},
     client::Client,
     exit::Failure,
     reason::Reason,
@@ -50,7 +50,7 @@ pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Re
             let request = api::SetPublishersRequest {
                 id: id.to_string(),
                 add: add.iter().map(Publisher::to_api).collect(),
-                remove: remove.iter().map(Former::to_api).collect(),
+                remove: remove.iter().map(FormerPublisher::to_api).collect(),
             };
             let mut absent = request.remove.clone();
             if !absent.is_empty() {
@@ -73,7 +73,7 @@ pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Re
                 "" => gone.peer_id.clone(),
                 pattern => format!("{}={pattern}", gone.peer_id),
             });
-            all_were_there(
+            check_removed(
                 &absent.collect::<Vec<_>>(),
                 "no such publisher",
                 "`weft registry publishers ID` lists the publishers and their names.",

@@ -3,7 +3,7 @@
 use serde_json::json;
 use weft_proto::api;
 
-use super::all_were_there;
+use super::check_removed;
 use crate::{
     cli::{Search, Trust},
     client::Client,
@@ -39,7 +39,7 @@ pub(super) async fn run(client: &Client, change: Trust, as_json: bool) -> Result
         None => client.node().trust(api::TrustRequest {}).await?,
     };
     let peers = trusted.into_inner().peers;
-    all_were_there(
+    check_removed(
         &absent,
         "not a trusted publisher",
         "`weft trust ls` lists the trusted publishers.",

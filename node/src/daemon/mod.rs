@@ -76,7 +76,7 @@ async fn spawn(builder: weft::Builder, home: &Path) -> Result<Node, Failure> {
 pub(crate) async fn up(home: &Path, options: Up, as_json: bool) -> Result<(), Failure> {
     let mut stop = Stop::new()?;
     raise_file_limit();
-    let (api, metrics) = (options.service.api, options.service.metrics);
+    let (api, metrics) = (options.endpoints.api, options.endpoints.metrics);
     let builder = options.builder(home);
     let builder = builder.map_err(|error| Failure::usage(error.to_string()))?;
     let node = spawn(builder, home).await?;

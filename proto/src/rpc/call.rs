@@ -28,7 +28,7 @@ use super::{
 use crate::wire::{RpcAttachment, RpcRequest};
 
 /// Messages of at most this many bytes are copied into a frame, so that they do not keep a larger buffer alive.
-const SHORT: usize = 4096;
+const MAX_COPIED: usize = 4096;
 
 /// A call, on the calling or on the called side.
 pub(super) struct Call {
@@ -84,7 +84,7 @@ pub(super) struct Partial {
 }
 
 /// Required progress in [`Limits::patience`](super::Limits::patience): this part of the received bytes.
-const PACE: usize = 64;
+const MIN_PROGRESS: usize = 64;
 
 impl CallState {
     /// Checks the progress of the incomplete message since the last check. If it has stalled although the sender has
@@ -96,7 +96,7 @@ impl CallState {
         if partial.buffered == 0 || self.ended_there {
             return None;
         }
-        let pace = (partial.buffered / PACE).max(1);
+        let pace = (partial.buffered / MIN_PROGRESS).max(1);
         let lately = partial.lately.replace(0);
         if !may_send || lately.is_none_or(|lately| lately >= pace) {
             return None;
@@ -360,7 +360,7 @@ impl Sender {
                 self.part(Kind::Raw, 0, part).await?;
             }
         }
-        if message.bytes.len() <= SHORT {
+        if message.bytes.len() <= MAX_COPIED {
             self.pay(message.bytes.len() as u32 + OVERHEAD).await?;
             self.push(Frame::short(Kind::Data, flags, &message.bytes))
                 .await;

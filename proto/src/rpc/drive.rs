@@ -22,10 +22,10 @@ use crate::wire::{RpcHello, RpcShutdown};
 
 /// Sizes of the read buffer, in bytes: the smallest, and the largest, to which it grows while reads fill it.
 const READ: usize = 16 * 1024;
-const READ_MUCH: usize = 256 * 1024;
+const MAX_READ: usize = 256 * 1024;
 
 /// Number of small reads in a row after which the read buffer shrinks.
-const LITTLE: u32 = 64;
+const SHRINK_AFTER: u32 = 64;
 
 /// Bytes after which the write buffer is written, and the size of the buffer that an idle session keeps.
 const WRITE: usize = 256 * 1024;
@@ -37,10 +37,10 @@ const MANY: usize = 24;
 const FEW: usize = 4;
 
 /// Longest wait for the other side to end a session that this side has ended.
-pub(super) const FAREWELL: Duration = Duration::from_secs(1);
+pub(super) const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Longest wait for the other side's `RpcHello`.
-pub(super) const HELLO: Duration = Duration::from_secs(10);
+pub(super) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The error with which a session has ended.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +53,7 @@ pub enum SessionError {
     #[error("the other side broke the protocol: {0}")]
     Violation(#[from] Violation),
     /// The other side sent no `RpcHello` in time.
-    #[error("no hello within {} s", HELLO.as_secs())]
+    #[error("no hello within {} s", HELLO_TIMEOUT.as_secs())]
     TimedOut,
 }
 
@@ -91,7 +91,7 @@ where
                 wrote = &mut writing => match wrote {
                     // Wait so that the other side sees the end, and not a failed stream.
                     Ok(()) if !read_to_end => {
-                        let last = timeout(FAREWELL, &mut reading).await;
+                        let last = timeout(END_TIMEOUT, &mut reading).await;
                         break last.unwrap_or(Ok(()));
                     }
                     // The caller no longer reads.
@@ -246,7 +246,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
     async fn more(&mut self) -> io::Result<bool> {
         if self.at == self.end {
             (self.at, self.end) = (0, 0);
-            if self.little >= LITTLE && self.buffer.len() > READ {
+            if self.little >= SHRINK_AFTER && self.buffer.len() > READ {
                 self.buffer = vec![0; READ].into();
             }
         }
@@ -266,7 +266,7 @@ impl<R: AsyncRead + Unpin> Input<R> {
             true => self.buffer.len() * 4,
             false => READ,
         };
-        let wanted = wanted.clamp(READ, READ_MUCH).max(size);
+        let wanted = wanted.clamp(READ, MAX_READ).max(size);
         if self.buffer.len() >= wanted && self.at + size <= self.buffer.len() {
             return;
         }
@@ -361,14 +361,14 @@ where
         let bytes = input.bytes(head.length).await?;
         Ok::<_, SessionError>(Some(frame::decode::<RpcHello>("a hello", &bytes)?))
     };
-    let hello = timeout(HELLO, hello).await;
+    let hello = timeout(HELLO_TIMEOUT, hello).await;
     let Some(hello) = hello.map_err(|_| SessionError::TimedOut)?? else {
         return Ok(());
     };
     if !hello.versions.contains(&VERSION) {
         return Err(Violation::Version(hello.versions).into());
     }
-    shared.greeted(Limits::of(&hello));
+    shared.greeted(Limits::from_hello(&hello));
     loop {
         // Start the received calls before waiting for more bytes.
         if let (Some(server), false) = (serving, input.has_frame()) {

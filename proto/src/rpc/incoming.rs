@@ -18,7 +18,7 @@ use super::{
 use crate::wire::{RpcAttachment, RpcRequest, RpcShutdown, RpcStatus};
 
 /// Memory of a message or an attachment, in bytes, in addition to its content.
-const HELD_BESIDE: usize = 256;
+const MESSAGE_OVERHEAD: usize = 256;
 
 /// Largest buffer of an incomplete attachment, as a multiple of its received bytes.
 const GROWTH: usize = 16;
@@ -189,7 +189,7 @@ impl Shared {
 
     /// Returns credit for an incomplete message if no message is queued before it: it cannot be read before it is
     /// complete, so the sender would otherwise run out of credit.
-    pub(super) fn go_on(&self, call: &Call, state: &mut CallState, cost: u64) {
+    pub(super) fn return_credit(&self, call: &Call, state: &mut CallState, cost: u64) {
         state.owed += cost as u32;
         // In large amounts only; the rest of the window has room for the longest frame.
         if state.queue.is_empty() && state.owed >= self.ours.window / 4 {
@@ -223,7 +223,7 @@ impl Shared {
         }
         let size = (state.partial.message.len() + bytes.len()) as u64;
         limit("a message", size, self.ours.max_message as u64)?;
-        if !self.hold(state, bytes.len() + HELD_BESIDE) {
+        if !self.hold(state, bytes.len() + MESSAGE_OVERHEAD) {
             return Ok(());
         }
         match state.partial.message.is_empty() {
@@ -231,7 +231,7 @@ impl Shared {
             false => state.partial.message.extend_from_slice(&bytes),
         }
         if flags & MORE != 0 {
-            self.go_on(call, state, cost);
+            self.return_credit(call, state, cost);
             return Ok(());
         }
         let whole = std::mem::take(&mut state.partial);
@@ -276,11 +276,11 @@ impl Shared {
         limit("a shape", announced.shape.len() as u64, MAX_RANK as u64)?;
         let all = state.partial.announced.saturating_add(announced.size);
         limit("attachments", all, self.ours.max_attachments as u64)?;
-        if !self.hold(state, bytes.len() + HELD_BESIDE) {
+        if !self.hold(state, bytes.len() + MESSAGE_OVERHEAD) {
             return Ok(());
         }
         state.partial.announced = all;
-        self.go_on(call, state, cost);
+        self.return_credit(call, state, cost);
         if announced.size == 0 {
             state.partial.attachments.push(Attachment {
                 dtype: announced.dtype,
@@ -347,7 +347,7 @@ impl Shared {
         } else {
             state.partial.raw = Some((announced, buffer, size));
         }
-        self.go_on(call, state, cost);
+        self.return_credit(call, state, cost);
         Ok(())
     }
 

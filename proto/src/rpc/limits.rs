@@ -306,7 +306,7 @@ impl Limits {
         }
     }
 
-    pub(super) fn of(hello: &RpcHello) -> Self {
+    pub(super) fn from_hello(hello: &RpcHello) -> Self {
         let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
         Self {
             max_message: size(hello.max_message),

@@ -38,10 +38,13 @@ impl From<Bytes> for Message {
 pub type Metadata = Vec<(String, Bytes)>;
 
 /// Size of a metadata entry, in bytes, in addition to its name and value.
-const EACH: usize = 64;
+const ENTRY_OVERHEAD: usize = 64;
 
 pub(super) fn metadata_size(metadata: &[(String, Bytes)]) -> usize {
-    metadata.iter().map(|(n, v)| n.len() + v.len() + EACH).sum()
+    metadata
+        .iter()
+        .map(|(n, v)| n.len() + v.len() + ENTRY_OVERHEAD)
+        .sum()
 }
 
 pub(super) fn to_wire(metadata: Metadata) -> Vec<RpcMetadata> {
@@ -51,6 +54,6 @@ pub(super) fn to_wire(metadata: Metadata) -> Vec<RpcMetadata> {
         .collect()
 }
 
-pub(super) fn of_wire(metadata: Vec<RpcMetadata>) -> Metadata {
+pub(super) fn from_wire(metadata: Vec<RpcMetadata>) -> Metadata {
     metadata.into_iter().map(|m| (m.name, m.value)).collect()
 }

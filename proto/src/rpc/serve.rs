@@ -22,7 +22,7 @@ use super::{
     call::{Call, Receiver, Sender},
     frame::{Kind, Violation, limit},
     limits::{Budget, MAX_DETAILS, MAX_TEXT},
-    message::{Metadata, metadata_size, of_wire},
+    message::{Metadata, from_wire, metadata_size},
     outbox::Frame,
     session::{Shared, lock, within},
     status::{Code, Status},
@@ -33,7 +33,7 @@ use crate::wire::{RpcRequest, RpcStatus};
 pub(super) const SLACK: usize = 64;
 
 /// Memory of a call in bytes, in addition to its request: its state and its task.
-const HELD_FOR_CALL: usize = 1024;
+const CALL_OVERHEAD: usize = 1024;
 
 /// Longest wait of a new call for the handlers of cancelled calls, while there are too many. A handler that waits for
 /// something ends immediately, so this only matters on an overloaded machine.
@@ -218,7 +218,7 @@ impl Server {
 }
 
 /// A request that is within the limits.
-struct Asked {
+struct AcceptedRequest {
     method: String,
     metadata: Metadata,
     /// Time until the caller's deadline.
@@ -234,7 +234,7 @@ impl Shared {
         length: u64,
         server: &Server,
     ) -> Result<(), Violation> {
-        let metadata = of_wire(request.metadata);
+        let metadata = from_wire(request.metadata);
         limit(
             "metadata",
             metadata_size(&metadata) as u64,
@@ -251,9 +251,13 @@ impl Shared {
             }
             calls.next = calls.next.max(id);
             let open = (calls.open.len() + 1).saturating_sub(SLACK);
-            limit("a number of open calls", open as u64, self.ours.max_calls as u64)?;
+            limit(
+                "a number of open calls",
+                open as u64,
+                self.ours.max_calls as u64,
+            )?;
         }
-        let held = length as usize + HELD_FOR_CALL;
+        let held = length as usize + CALL_OVERHEAD;
         let refused = match self.has_room(server).await {
             false => Some("too many cancelled calls are still running".to_owned()),
             true => self.reserve(held).err().map(|full| full.to_string()),
@@ -265,7 +269,7 @@ impl Shared {
             self.outbox.push(&Call::new(id, 0), None, end).await;
             return Ok(());
         }
-        let asked = Asked {
+        let asked = AcceptedRequest {
             method: request.method,
             metadata,
             time: request.timeout_micros.map(Duration::from_micros),
@@ -305,7 +309,13 @@ impl Shared {
         is_free()
     }
 
-    fn begin_serving(self: &Arc<Self>, id: u32, asked: Asked, held: usize, server: &Server) {
+    fn begin_serving(
+        self: &Arc<Self>,
+        id: u32,
+        asked: AcceptedRequest,
+        held: usize,
+        server: &Server,
+    ) {
         let window = self.theirs().window;
         let call = Call::new(id, window);
         {
@@ -313,7 +323,7 @@ impl Shared {
             calls.open.insert(id, Arc::clone(&call));
             calls.living += 1;
         }
-        let Asked {
+        let AcceptedRequest {
             method,
             metadata,
             time,

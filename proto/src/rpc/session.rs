@@ -99,7 +99,7 @@ pub(super) struct Calls {
 
 impl Calls {
     /// Removes a call from the open calls. Returns false if it is not open.
-    fn take_out(&mut self, call: &Call) -> bool {
+    fn remove_open(&mut self, call: &Call) -> bool {
         // A new call may have the same number.
         let known = self.open.get(&call.id);
         let known = known.is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), call));
@@ -382,7 +382,7 @@ impl Shared {
     /// On the calling side: removes a call that is over, so that another can be made.
     pub(super) fn forget(&self, call: &Call) {
         let mut calls = lock(&self.calls);
-        let known = calls.take_out(call);
+        let known = calls.remove_open(call);
         let done = calls.is_done();
         drop(calls);
         if known {
@@ -399,7 +399,7 @@ impl Shared {
         let mut calls = lock(&self.calls);
         calls.living -= 1;
         calls.stuck = false;
-        let known = calls.take_out(call);
+        let known = calls.remove_open(call);
         let done = calls.is_done();
         drop(calls);
         if known {

@@ -134,8 +134,11 @@ impl Driver {
 
     /// Notes that a document is held from now on: advertises this node as a holder, and searches for other holders.
     pub(crate) fn holds(&self, id: DocumentId) {
-        self.advertiser
-            .register(holders::record(&id), holders::value(), holders::HOLDER_TERMS);
+        self.advertiser.register(
+            holders::record(&id),
+            holders::value(),
+            holders::HOLDER_TERMS,
+        );
         // Sending fails once the node has stopped: then no holders are needed.
         let _ = self.requests.send(SearchRequest::Find(id));
         self.changed.notify_one();
@@ -231,8 +234,8 @@ pub(crate) async fn drive(
                 // The stream may have ended meanwhile.
                 let _ = listened.send(is_heard);
             }
-            _ = look.tick() => meeting.look().await,
-            () = changed.notified() => meeting.look().await,
+            _ = look.tick() => meeting.update_peers().await,
+            () = changed.notified() => meeting.update_peers().await,
         }
     }
 }
@@ -255,7 +258,7 @@ impl Meeting {
     }
 
     /// Tells documents of peers that have connected and disconnected.
-    async fn look(&mut self) {
+    async fn update_peers(&mut self) {
         let peers = self.network.peers().await.into_iter();
         let here: HashSet<PeerId> = peers.map(|peer| peer.peer).collect();
         let now = Instant::now();
@@ -301,7 +304,7 @@ impl Meeting {
         }
         if outbox.is_some_and(|outbox| outbox.since.elapsed() >= EARLY_FAILURE) {
             self.part(peer).await;
-            self.look().await;
+            self.update_peers().await;
         } else {
             self.fails(peer).await;
         }

@@ -24,7 +24,7 @@ use crate::discovery::{
     find::{Discovery, Round},
 };
 
-/// Terms of the record of a document's holder. A holder that has crashed is tried in vain for two hours at most.
+/// Terms of the record of a document's holder. Peers try a holder that has crashed for two hours at most.
 pub(super) const HOLDER_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Content,

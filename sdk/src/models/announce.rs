@@ -14,7 +14,7 @@ use crate::{
     swarm::providers::provider_key,
 };
 
-/// Terms of a provider's record. A provider that has crashed is tried in vain for two hours at most.
+/// Terms of a provider's record. Peers try a provider that has crashed for two hours at most.
 const PROVIDER_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Content,

@@ -174,7 +174,7 @@ impl Get {
     /// everything that is selected is fetched.
     ///
     /// From each file that contains a selected tensor, a safetensors file with the selected tensors is written to the
-    /// same path (`x.safetensors` for `x.gguf`). In a sharded model, the index says where each tensor is. Only the
+    /// same path (`x.safetensors` for `x.gguf`). The index of a sharded model is written to match these files. Only the
     /// selected tensors' bytes are fetched; they are kept in the node's store.
     pub fn tensors(mut self, pattern: Pattern) -> Self {
         self.selection.tensors.push(pattern);

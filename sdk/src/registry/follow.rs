@@ -259,13 +259,16 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
     loop {
         let list = followed.all();
         let mut again = None;
-        match look(&documents, list.clone(), before.clone()).await {
-            Ok(looked) => {
-                let new = looked.held.difference(&before).chain(&looked.added);
+        match reconcile(&documents, list.clone(), before.clone()).await {
+            Ok(reconciled) => {
+                let new = reconciled.held.difference(&before).chain(&reconciled.added);
                 new.for_each(|id| driver.holds(*id));
-                looked.dropped.into_iter().for_each(|id| driver.drops(id));
-                before = looked.held;
-                if looked.failed {
+                reconciled
+                    .dropped
+                    .into_iter()
+                    .for_each(|id| driver.drops(id));
+                before = reconciled.held;
+                if reconciled.failed {
                     again = Some(Instant::now() + RETRY_PAUSE);
                 }
             }
@@ -306,7 +309,7 @@ fn skip(events: &mut broadcast::Receiver<Event>) {
 
 /// The result of a look at all registries.
 #[derive(Debug, Default)]
-struct Looked {
+struct Reconciled {
     /// Documents that are to be held, and are held unless something failed.
     held: BTreeSet<DocumentId>,
     added: Vec<DocumentId>,
@@ -314,19 +317,19 @@ struct Looked {
     failed: bool,
 }
 
-async fn look(
+async fn reconcile(
     documents: &Documents,
     list: List,
     before: BTreeSet<DocumentId>,
-) -> Result<Looked, DocumentError> {
+) -> Result<Reconciled, DocumentError> {
     let work = move |replica: &mut Replica| {
-        let mut looked = Looked::default();
+        let mut reconciled = Reconciled::default();
         for (id, prefix) in &list {
-            looked.hold(replica, *id);
+            reconciled.hold(replica, *id);
             match Root::find(replica, *id) {
-                Ok(Some(root)) => looked.hold_catalogues(replica, &root, prefix),
+                Ok(Some(root)) => reconciled.hold_catalogues(replica, &root, prefix),
                 Ok(None) => {}
-                Err(error) => looked.fails(*id, &error),
+                Err(error) => reconciled.fails(*id, &error),
             }
         }
         // Catalogues that are no longer of interest, or whose publisher was removed, perhaps since the last start.
@@ -334,26 +337,26 @@ async fn look(
             let registry = catalogue::registry_of(&id, &owner, label)?;
             list.contains_key(&registry).then_some(id)
         });
-        let held = &looked.held;
+        let held = &reconciled.held;
         let stray: BTreeSet<_> = of_registries
             .chain(before)
             .filter(|id| !held.contains(id))
             .collect();
         // If something could not be read, it is unknown which catalogues are stray.
-        if !looked.failed {
+        if !reconciled.failed {
             for id in stray {
                 // Documents that this node has created stay: it may be their only holder.
                 if replica.owner(&id) != Some(replica.key()) && replica.remove(id)? {
-                    looked.dropped.push(id);
+                    reconciled.dropped.push(id);
                 }
             }
         }
-        Ok(looked)
+        Ok(reconciled)
     };
     documents.with(work).await
 }
 
-impl Looked {
+impl Reconciled {
     fn fails(&mut self, id: DocumentId, error: &DocumentError) {
         tracing::warn!(document = %id, %error, "cannot hold a document of a registry");
         self.failed = true;

@@ -40,10 +40,10 @@ const MIN_RTT: Duration = Duration::from_millis(2);
 #[derive(Default)]
 pub(super) struct Offers {
     pub(super) of: HashMap<PeerId, Candidate>,
-    pub(super) looked: Option<Instant>,
+    pub(super) last_full_lookup: Option<Instant>,
     /// Time of the last lookup of any kind.
-    pub(super) looked_some: Option<Instant>,
-    pub(super) looked_at_paths: Option<Instant>,
+    pub(super) last_lookup: Option<Instant>,
+    pub(super) paths_refreshed: Option<Instant>,
     /// Time of the last call.
     pub(super) used: Option<Instant>,
     /// True while the providers are being pinged.

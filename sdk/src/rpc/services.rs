@@ -119,7 +119,7 @@ impl KnownServices {
                 dht: node.dht().clone(),
                 network: node.network().clone(),
                 offers: Mutex::default(),
-                looking: tokio::sync::Mutex::default(),
+                lookup_lock: tokio::sync::Mutex::default(),
                 retries: Retries::default(),
             }),
             used: now,
@@ -136,7 +136,7 @@ struct Shared {
     network: Network,
     offers: Mutex<Offers>,
     /// Held by the task that looks up the providers.
-    looking: tokio::sync::Mutex<()>,
+    lookup_lock: tokio::sync::Mutex<()>,
     retries: Retries,
 }
 
@@ -148,7 +148,7 @@ impl fmt::Debug for Shared {
 
 impl Shared {
     /// Looks up the providers. With `some`, a few are enough, for a first call.
-    async fn look(&self, some: bool) {
+    async fn look_up_providers(&self, some: bool) {
         let records = match some {
             true => self.dht.get_some(&self.key).await,
             false => self.dht.get_with_removed(&self.key).await,
@@ -158,9 +158,9 @@ impl Shared {
         {
             let mut state = lock(&self.offers);
             state.learn(own, &records, now);
-            state.looked_some = Some(now);
+            state.last_lookup = Some(now);
             // After a lookup of a few, the next call starts a full lookup.
-            state.looked = if some {
+            state.last_full_lookup = if some {
                 now.checked_sub(MAX_AGE)
             } else {
                 Some(now)
@@ -169,7 +169,7 @@ impl Shared {
         if !some {
             self.meet().await;
         }
-        self.look_at_paths().await;
+        self.refresh_paths().await;
     }
 
     /// Connects to some providers, to find the nearest.
@@ -210,7 +210,7 @@ impl Shared {
                     return;
                 }
             }
-            self.look_at_paths().await;
+            self.refresh_paths().await;
             let connected: Vec<_> = {
                 let state = lock(&self.offers);
                 let connected = state.of.iter();
@@ -253,10 +253,10 @@ impl Shared {
         }
     }
 
-    async fn look_at_paths(&self) {
+    async fn refresh_paths(&self) {
         let peers = self.network.peers().await;
         let mut state = lock(&self.offers);
-        state.looked_at_paths = Some(Instant::now());
+        state.paths_refreshed = Some(Instant::now());
         for (peer, candidate) in &mut state.of {
             let info = peers.iter().find(|info| info.peer == *peer);
             candidate.path = info.map(|info| (info.path.clone(), info.rtt));
@@ -414,8 +414,8 @@ impl Service {
     pub async fn peers(&self) -> Vec<ServicePeer> {
         self.node.meet().await;
         {
-            let _looking = self.shared.looking.lock().await;
-            self.shared.look(false).await;
+            let _lookup = self.shared.lookup_lock.lock().await;
+            self.shared.look_up_providers(false).await;
         }
         let wanted = self.wanted.now();
         let (state, now) = (lock(&self.shared.offers), Instant::now());
@@ -456,12 +456,12 @@ impl Service {
 
     /// Chooses a provider that was not tried yet, and looks for more if there is none.
     async fn choose(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
-        self.keep_fresh().await;
+        self.refresh().await;
         if self.is_doubtful(tried) {
             // Another peer may have begun to offer the service.
-            let _looking = self.shared.looking.lock().await;
+            let _lookup = self.shared.lookup_lock.lock().await;
             if self.is_doubtful(tried) {
-                self.shared.look(true).await;
+                self.shared.look_up_providers(true).await;
             }
         }
         if let Some(chosen) = self.choose_known(tried) {
@@ -471,12 +471,12 @@ impl Service {
             return None;
         }
         self.node.meet().await;
-        let _looking = self.shared.looking.lock().await;
-        // Another task may have looked meanwhile.
+        let _lookup = self.shared.lookup_lock.lock().await;
+        // Another task may have looked them up meanwhile.
         if let Some(chosen) = self.choose_known(tried) {
             return Some(chosen);
         }
-        self.shared.look(true).await;
+        self.shared.look_up_providers(true).await;
         self.choose_known(tried)
     }
 
@@ -492,7 +492,7 @@ impl Service {
             .peekable();
         known.peek().is_some()
             && known.all(|(_, c)| c.is_suspect() || c.avoided(now).is_some())
-            && !state.looked_some.is_some_and(lately)
+            && !state.last_lookup.is_some_and(lately)
     }
 
     fn choose_known(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
@@ -505,20 +505,20 @@ impl Service {
 
     /// Refreshes old knowledge: providers in the background, and paths before the call, which needs no network
     /// traffic.
-    async fn keep_fresh(&self) {
+    async fn refresh(&self) {
         let now = Instant::now();
         let (all, paths, watch) = {
             let mut state = lock(&self.shared.offers);
             let old =
                 |at: Option<Instant>, than| at.is_some_and(|at| now.duration_since(at) > than);
-            let all = old(state.looked, MAX_AGE);
-            let paths = old(state.looked_at_paths, MAX_PATH_AGE);
+            let all = old(state.last_full_lookup, MAX_AGE);
+            let paths = old(state.paths_refreshed, MAX_PATH_AGE);
             // One task looks at a time.
             if all {
-                state.looked = Some(now);
+                state.last_full_lookup = Some(now);
             }
             if paths {
-                state.looked_at_paths = Some(now);
+                state.paths_refreshed = Some(now);
             }
             state.used = Some(now);
             (all, paths, !std::mem::replace(&mut state.watched, true))
@@ -529,12 +529,12 @@ impl Service {
         if all {
             let shared = Arc::clone(&self.shared);
             self.node.spawn(async move {
-                let _looking = shared.looking.lock().await;
-                shared.look(false).await;
+                let _lookup = shared.lookup_lock.lock().await;
+                shared.look_up_providers(false).await;
             });
         }
         if paths {
-            self.shared.look_at_paths().await;
+            self.shared.refresh_paths().await;
         }
     }
 

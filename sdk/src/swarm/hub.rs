@@ -281,11 +281,11 @@ impl Exchanger {
         let (present, introduced) = self.hub.enter(model, peer);
         let dialed = first.is_none();
         if let Some(first) = first {
-            self.heard(peer, &model, first).await;
+            self.handle_message(peer, &model, first).await;
         }
         let (reader, writer) = tokio::io::split(stream);
-        let said = self.say(writer, model, dialed, introduced);
-        let heard = self.hear(reader, peer, model);
+        let said = self.send_all(writer, model, dialed, introduced);
+        let heard = self.receive_all(reader, peer, model);
         let result = tokio::select! {
             result = said => result,
             result = heard => result,
@@ -294,7 +294,7 @@ impl Exchanger {
         result
     }
 
-    async fn say<W>(
+    async fn send_all<W>(
         &self,
         mut writer: W,
         model: Hash,
@@ -368,7 +368,7 @@ impl Exchanger {
         }
     }
 
-    async fn hear<R>(&self, mut reader: R, peer: PeerId, model: Hash) -> Result<(), Error>
+    async fn receive_all<R>(&self, mut reader: R, peer: PeerId, model: Hash) -> Result<(), Error>
     where
         R: AsyncRead + Unpin,
     {
@@ -383,7 +383,7 @@ impl Exchanger {
             })?;
             let ends = message.unknown;
             let files = message.have.as_ref().map_or(0, |have| have.files.len());
-            self.heard(peer, &model, message).await;
+            self.handle_message(peer, &model, message).await;
             if ends {
                 return Ok(());
             }
@@ -392,7 +392,7 @@ impl Exchanger {
         }
     }
 
-    async fn heard(&self, peer: PeerId, model: &Hash, message: wire::SwarmMessage) {
+    async fn handle_message(&self, peer: PeerId, model: &Hash, message: wire::SwarmMessage) {
         let mut news = Vec::new();
         let has_nothing = message.unknown;
         let own = self.network.local_peer();
@@ -425,8 +425,8 @@ impl Exchanger {
     /// Returns the bitfields of a model that is stored here and not being fetched.
     async fn stored(&self, model: Hash) -> Result<Vec<wire::Have>, Error> {
         let store = self.store.clone();
-        let looking = Arc::clone(&self.hub.looks.0);
-        let permit = looking.acquire_owned().await.map_err(|_| Error::Stopped)?;
+        let looks = Arc::clone(&self.hub.looks.0);
+        let permit = looks.acquire_owned().await.map_err(|_| Error::Stopped)?;
         blocking(move || {
             // The permit is held until the look is over, even if the caller is gone.
             let _permit = permit;

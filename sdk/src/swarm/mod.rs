@@ -273,7 +273,7 @@ impl Swarm {
         let mut tick = interval(TICK);
         self.ask_neighbours().await;
         loop {
-            self.look_up_if_due();
+            self.start_lookup_if_due();
             self.start_some();
             self.note_progress();
             tokio::select! {
@@ -458,7 +458,7 @@ impl Swarm {
         }
     }
 
-    fn look_up_if_due(&mut self) {
+    fn start_lookup_if_due(&mut self) {
         let now = Instant::now();
         if self.looking_up || now < self.next_look_up || self.sessions.len() >= MAX_ACTIVE {
             return;
@@ -759,7 +759,7 @@ impl Swarm {
             .any(|one| one.busy && one.failures == 0);
         let trying = reaching || self.looking_up || self.look_ups == 0;
         let nobody = !self.banned.is_empty() && self.members.is_empty();
-        // All known providers were reached and lack the rest: waiting would be in vain.
+        // All known providers were reached and lack the rest: waiting would not help.
         let mut offering = self.members.values().filter(|one| one.offers).peekable();
         let all_lack = offering.peek().is_some() && offering.all(|one| one.lacks);
         let patience = match all_lack {

@@ -25,19 +25,19 @@ async fn exchange(wanted: &str, reached: bool) -> (Result<bool, AutonatError>, O
 #[tokio::test]
 async fn a_server_reports_the_result_of_its_dial() {
     for reached in [true, false] {
-        let (told, wanted) = exchange("/ip4/1.1.1.1/tcp/5", reached).await;
-        assert_eq!(told.unwrap(), reached);
+        let (result, wanted) = exchange("/ip4/1.1.1.1/tcp/5", reached).await;
+        assert_eq!(result.unwrap(), reached);
         let wanted = wanted.unwrap();
         assert_eq!(wanted.nonce, 7);
-        assert!(!wanted.elsewhere);
+        assert!(!wanted.needs_data);
     }
 }
 
 #[tokio::test]
 async fn a_client_sends_data_before_an_address_it_is_not_seen_at_is_dialed() {
-    let (told, wanted) = exchange("/ip4/2.2.2.2/tcp/5", true).await;
-    assert!(told.unwrap());
-    assert!(wanted.unwrap().elsewhere);
+    let (result, wanted) = exchange("/ip4/2.2.2.2/tcp/5", true).await;
+    assert!(result.unwrap());
+    assert!(wanted.unwrap().needs_data);
     let (near, mut far) = duplex(1 << 12);
     let cheat = async {
         let (mut reader, mut writer) = tokio::io::split(near);
@@ -64,8 +64,8 @@ async fn private_and_own_addresses_are_not_dialed() {
         "/ip4/9.9.9.9/tcp/22",
         "/dns4/a.example/tcp/22",
     ] {
-        let (told, wanted) = exchange(refused, true).await;
-        assert!(matches!(told, Err(AutonatError::Refused)), "{refused}");
+        let (result, wanted) = exchange(refused, true).await;
+        assert!(matches!(result, Err(AutonatError::Refused)), "{refused}");
         assert!(wanted.is_none());
     }
 }
@@ -82,8 +82,8 @@ async fn a_server_that_asks_for_too_much_data_gets_none() {
         say(&mut far, Msg::DataRequest(request)).await.unwrap();
     };
     let wanted = address("/ip4/1.1.1.1/tcp/5");
-    let (told, ()) = tokio::join!(ask(near, &wanted, 7), server);
-    assert!(matches!(told, Err(AutonatError::Malformed)));
+    let (result, ()) = tokio::join!(ask(near, &wanted, 7), server);
+    assert!(matches!(result, Err(AutonatError::Malformed)));
 }
 
 #[tokio::test]
@@ -205,22 +205,22 @@ fn one_contact_alone_does_not_make_an_address_reached() {
         verdicts
     };
     let mut verdicts = begin();
-    verdicts.told(&mine, ips[0], Some((Back::Open, ips[0])), now);
+    verdicts.record(&mine, ips[0], Some((Back::Open, ips[0])), now);
     assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
     // The server's network is not asked again; another one is, at once.
     assert!(verdicts.tried(&mine).covers(&ips[1]) && !verdicts.tried(&mine).covers(&ips[2]));
     assert_eq!(verdicts.due(std::slice::from_ref(&mine), now).len(), 1);
-    verdicts.told(&mine, ips[1], Some((Back::Open, ips[1])), now);
+    verdicts.record(&mine, ips[1], Some((Back::Open, ips[1])), now);
     assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
-    verdicts.told(&mine, ips[2], Some((Back::Open, ips[2])), now);
+    verdicts.record(&mine, ips[2], Some((Back::Open, ips[2])), now);
     assert_eq!(verdicts.of(&mine), Some(Verdict::Reached));
     let mut verdicts = begin();
     for ip in ips {
-        verdicts.told(&mine, ip, Some((Back::Contact, ip)), now);
+        verdicts.record(&mine, ip, Some((Back::Contact, ip)), now);
     }
     assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
     let mut verdicts = begin();
-    verdicts.told(&mine, ips[0], Some((Back::Proven, ips[0])), now);
+    verdicts.record(&mine, ips[0], Some((Back::Proven, ips[0])), now);
     assert_eq!(verdicts.of(&mine), Some(Verdict::Reached));
 }
 
@@ -228,26 +228,26 @@ fn one_contact_alone_does_not_make_an_address_reached() {
 fn one_failure_does_not_make_an_address_unreachable() {
     let mut verdicts = Verdicts::default();
     let (now, mine) = (Instant::now(), address("/ip4/1.1.1.1/tcp/5"));
-    let places: [IpAddr; 2] = ["7.7.7.7", "8.8.8.8"].map(|ip| ip.parse().unwrap());
+    let servers: [IpAddr; 2] = ["7.7.7.7", "8.8.8.8"].map(|ip| ip.parse().unwrap());
     let candidates = [mine.clone()];
     assert_eq!(verdicts.due(&candidates, now), candidates);
     verdicts.ask(&mine);
     assert!(verdicts.due(&candidates, now).is_empty());
-    assert!(!verdicts.told(&mine, places[0], None, now));
+    assert!(!verdicts.record(&mine, servers[0], None, now));
     assert_eq!(verdicts.of(&mine), None);
-    assert!(verdicts.tried(&mine).covers(&places[0]));
-    assert!(!verdicts.tried(&mine).covers(&places[1]));
+    assert!(verdicts.tried(&mine).covers(&servers[0]));
+    assert!(!verdicts.tried(&mine).covers(&servers[1]));
     // At once, at another server.
     assert_eq!(verdicts.due(&candidates, now), candidates);
-    assert!(verdicts.told(&mine, places[1], None, now));
+    assert!(verdicts.record(&mine, servers[1], None, now));
     assert_eq!(verdicts.of(&mine), Some(Verdict::Unreachable));
     assert!(verdicts.due(&candidates, now).is_empty());
     let later = now + RETRY.0;
     assert_eq!(verdicts.due(&candidates, later), candidates);
-    assert!(verdicts.told(&mine, places[0], Some((Back::Contact, places[0])), later));
+    assert!(verdicts.record(&mine, servers[0], Some((Back::Contact, servers[0])), later));
     assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
-    assert!(verdicts.told(&mine, places[0], Some((Back::Proven, places[0])), later));
-    assert!(!verdicts.told(&mine, places[0], Some((Back::Contact, places[0])), later));
+    assert!(verdicts.record(&mine, servers[0], Some((Back::Proven, servers[0])), later));
+    assert!(!verdicts.record(&mine, servers[0], Some((Back::Contact, servers[0])), later));
     assert_eq!(verdicts.of(&mine), Some(Verdict::Reached));
     assert!(verdicts.due(&candidates, later).is_empty());
     assert_eq!(verdicts.due(&candidates, later + AGAIN), candidates);

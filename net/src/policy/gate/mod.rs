@@ -42,8 +42,8 @@ use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
 
 pub use self::heard::{Destinations, Heard};
 use self::state::{
-    DialTarget, FORGET, Few, IN_ALL, MAX_CIRCUITS, MAX_NEIGHBOURS, MAX_PERMITS, MAX_PROVEN,
-    MAX_SEARCHED, MAX_TRIED, MINUTE, NEAR_IN_ALL, PER_NETWORK, PER_PLACE, PROVEN, State, canonical,
+    DialBudget, DialTarget, FORGET, IN_ALL, MAX_CIRCUITS, MAX_NEIGHBOURS, MAX_PERMITS, MAX_PROVEN,
+    MAX_SEARCHED, MAX_TRIED, MINUTE, NEAR_IN_ALL, PER_NETWORK, PER_SITE, PROVEN, State, canonical,
     last_minute,
 };
 pub(crate) use self::{
@@ -151,7 +151,7 @@ pub(crate) struct Permit {
     pub(crate) patience: Option<Duration>,
 }
 
-/// What this node knows about the peer to be dialed.
+/// Facts about the peer to be dialed, by which the gate judges its addresses.
 #[derive(Debug, Default)]
 pub(crate) struct Evidence {
     /// Sockets at which this node has dialed the peer and is connected to it.
@@ -259,12 +259,12 @@ impl Gate {
         let Some(ip) = crate::address::first_ip(address) else {
             return;
         };
-        let place = state.place(ip);
-        let place = match proxied && place == Extent::Machine {
+        let extent = state.extent_of(ip);
+        let extent = match proxied && extent == Extent::Machine {
             true => Extent::World,
-            false => place,
+            false => extent,
         };
-        state.met = state.met.max(place);
+        state.met = state.met.max(extent);
         state.extent();
     }
 
@@ -308,7 +308,7 @@ impl Gate {
             addresses: Vec::new(),
             tried: Vec::new(),
         };
-        let mut few = Few::default();
+        let mut budget = DialBudget::default();
         let mut sources = sources;
         // Proven addresses come first, so that others do not use up the limits; addresses that this node has too come
         // last.
@@ -320,7 +320,7 @@ impl Gate {
             if starts_with_name(&address) && !is_relayed(&address) {
                 continue;
             }
-            match state.admit_one(peer, source, &address, evidence, &mut few, now) {
+            match state.admit_one(peer, source, &address, evidence, &mut budget, now) {
                 Ok(tried) => {
                     admitted.tried.extend(tried);
                     admitted.addresses.push((source, address));
@@ -503,7 +503,7 @@ impl Gate {
         let sites = state
             .tried
             .iter()
-            .filter(|(place, _)| matches!(place, DialTarget::Site(_)));
+            .filter(|(target, _)| matches!(target, DialTarget::Site(_)));
         let of_one = sites
             .map(|(_, tried)| lately(&tried.lately))
             .max()
@@ -517,7 +517,7 @@ impl Gate {
                 IN_ALL,
                 state.refused_often,
             ),
-            LimitUse::of("unproven_dials_per_address", of_one, PER_PLACE, 0),
+            LimitUse::of("unproven_dials_per_address", of_one, PER_SITE, 0),
             LimitUse::of("unproven_dials_per_network", of_network, PER_NETWORK, 0),
             LimitUse::of(
                 "unproven_dials_nearby",

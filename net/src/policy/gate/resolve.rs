@@ -113,19 +113,22 @@ impl Names {
     }
 
     /// Returns the unverified addresses whose names are resolved now.
-    pub(crate) fn few(
+    pub(crate) fn choose(
         &mut self,
         heard: impl Iterator<Item = Multiaddr>,
         near: bool,
         now: Instant,
     ) -> Vec<Multiaddr> {
-        let mut few = Vec::new();
+        let mut chosen = Vec::new();
         for address in heard {
-            if few.len() < PER_DIAL && !few.contains(&address) && self.admit(&address, near, now) {
-                few.push(address);
+            if chosen.len() < PER_DIAL
+                && !chosen.contains(&address)
+                && self.admit(&address, near, now)
+            {
+                chosen.push(address);
             }
         }
-        few
+        chosen
     }
 
     /// Resolves an address that begins with a name; `given` is true if the user gave it. The caller must call
@@ -333,10 +336,10 @@ mod tests {
         let mut names = Names::new();
         let now = Instant::now();
         let many = |n: usize| (0..n).map(|n| address(&format!("/dns4/a{n}.example/tcp/1")));
-        assert_eq!(names.few(many(10), false, now).len(), PER_DIAL);
+        assert_eq!(names.choose(many(10), false, now).len(), PER_DIAL);
         let admitted = (0..100).map(|n| {
             let one = address(&format!("/dns4/b{n}.example/tcp/1"));
-            names.few(std::iter::once(one), false, now).len()
+            names.choose(std::iter::once(one), false, now).len()
         });
         assert_eq!(admitted.sum::<usize>(), PER_MINUTE - PER_DIAL);
         let later = now + MINUTE;
@@ -344,10 +347,10 @@ mod tests {
         names.done(&one, false, later);
         assert!(
             names
-                .few(std::iter::once(one.clone()), false, later)
+                .choose(std::iter::once(one.clone()), false, later)
                 .is_empty()
         );
-        let again = names.few(std::iter::once(one), false, later + FAILED);
+        let again = names.choose(std::iter::once(one), false, later + FAILED);
         assert_eq!(again.len(), 1);
     }
 }

@@ -57,7 +57,7 @@ pub(crate) const MAX_QUESTIONS: (usize, usize) = (128, 4);
 pub(crate) enum SeenError {
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
-    #[error("the question names no peer")]
+    #[error("the question has no valid PeerId")]
     NoPeer,
 }
 
@@ -68,7 +68,7 @@ pub(crate) struct Question {
     pub(crate) ips: Vec<Ipv4Addr>,
 }
 
-/// How far a witness is trusted.
+/// The trust in a witness.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Witness {
     /// This node has chosen the witness.
@@ -244,12 +244,12 @@ mod tests {
         };
         assert_eq!(confirm(Vec::new()).await, None);
         assert_eq!(confirm(vec![(Witness::Chosen, silent())]).await, None);
-        let elsewhere = vec![
+        let other = vec![
             (Witness::Chosen, says(&[])),
             (Witness::Chosen, says(&["192.0.2.1"])),
             (Witness::Between, Either::Left(ready(None))),
         ];
-        assert_eq!(confirm(elsewhere).await, None);
+        assert_eq!(confirm(other).await, None);
         // One confirmation is enough, and silent witnesses do not delay it for ever.
         let there = vec![
             (Witness::Chosen, silent()),

@@ -18,18 +18,18 @@ use crate::{
 
 /// Most IP addresses of one family, and most ports at each, that one peer can make this node dial at a time. A host has
 /// one or two addresses. Its node listens on one port, beside 443 and a forwarded port.
-pub(super) const MAX_PLACES: usize = 2;
+pub(super) const MAX_IPS: usize = 2;
 pub(super) const MAX_PORTS: usize = 3;
 
 /// Most attempts at one IP address in one dial: three ports, each by TCP and by QUIC.
-pub(super) const MAX_AT_PLACE: usize = 2 * MAX_PORTS;
+pub(super) const MAX_ATTEMPTS_PER_IP: usize = 2 * MAX_PORTS;
 
 /// The time window of the rates.
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
 /// Attempts per minute at one public IP address (one IPv6 /64) that has not proved itself: enough to dial a peer with
 /// six addresses there twice.
-pub(super) const PER_PLACE: usize = 12;
+pub(super) const PER_SITE: usize = 12;
 
 /// Attempts per minute in one network (an IPv4 /24, an IPv6 /48): enough for four such addresses.
 pub(super) const PER_NETWORK: usize = 48;
@@ -224,24 +224,23 @@ impl DialTarget {
 
 /// The unverified addresses admitted for one dial.
 #[derive(Default)]
-pub(super) struct Few {
+pub(super) struct DialBudget {
     /// Ports and number of attempts, by IP address.
-    pub(super) places: HashMap<IpAddr, (HashSet<u16>, usize)>,
+    pub(super) ips: HashMap<IpAddr, (HashSet<u16>, usize)>,
     pub(super) relayed: usize,
 }
 
-impl Few {
+impl DialBudget {
     pub(super) fn take(&mut self, at: SocketAddr) -> bool {
         let ip = at.ip().to_canonical();
-        let of_family = self
-            .places
-            .keys()
-            .filter(|one| one.is_ipv4() == ip.is_ipv4());
-        if !self.places.contains_key(&ip) && of_family.count() >= MAX_PLACES {
+        let of_family = self.ips.keys().filter(|one| one.is_ipv4() == ip.is_ipv4());
+        if !self.ips.contains_key(&ip) && of_family.count() >= MAX_IPS {
             return false;
         }
-        let (ports, attempts) = self.places.entry(ip).or_default();
-        if *attempts >= MAX_AT_PLACE || (!ports.contains(&at.port()) && ports.len() >= MAX_PORTS) {
+        let (ports, attempts) = self.ips.entry(ip).or_default();
+        if *attempts >= MAX_ATTEMPTS_PER_IP
+            || (!ports.contains(&at.port()) && ports.len() >= MAX_PORTS)
+        {
             return false;
         }
         ports.insert(at.port());
@@ -256,19 +255,19 @@ impl State {
         let Some(ip) = crate::address::first_ip(address) else {
             return;
         };
-        let place = match ip {
+        let extent = match ip {
             ip if ip.is_loopback() => Extent::Machine,
             ip if is_public(&ip) => Extent::World,
             _ => Extent::Lan,
         };
-        self.base = Some(self.base.map_or(place, |base| base.max(place)));
+        self.base = Some(self.base.map_or(extent, |base| base.max(extent)));
         if let Some(block) = block(ip).filter(|_| self.blocks.len() < MAX_BLOCKS) {
             self.blocks.insert(block);
         }
     }
 
     /// Returns the smallest extent of a mesh that contains this address.
-    pub(super) fn place(&self, ip: IpAddr) -> Extent {
+    pub(super) fn extent_of(&self, ip: IpAddr) -> Extent {
         if ip.is_loopback() || self.is_own_ip(ip) {
             Extent::Machine
         } else if self.is_on_link(ip) || !is_public(&ip) {
@@ -369,17 +368,17 @@ impl State {
         if self.is_proven(at, now) {
             return Ok(());
         }
-        let place = DialTarget::of(at);
-        let public = matches!(place, DialTarget::Site(_));
+        let target = DialTarget::of(at);
+        let public = matches!(target, DialTarget::Site(_));
         let (most, in_all, all) = match public {
-            true => (PER_PLACE, IN_ALL, &mut self.in_all),
+            true => (PER_SITE, IN_ALL, &mut self.in_all),
             false => (PER_SOCKET, NEAR_IN_ALL, &mut self.near_in_all),
         };
         last_minute(all, now);
         if all.len() >= in_all {
             return Err(Refusal::Often);
         }
-        if let Some(tried) = self.tried.get_mut(&place) {
+        if let Some(tried) = self.tried.get_mut(&target) {
             last_minute(&mut tried.lately, now);
             if now.duration_since(tried.last) >= FORGET {
                 tried.failures = 0;
@@ -407,8 +406,8 @@ impl State {
         } else {
             self.near_in_all.push_back(now);
         }
-        self.make_room(&place, now);
-        let tried = self.tried.entry(place).or_insert_with(|| Tried {
+        self.make_room(&target, now);
+        let tried = self.tried.entry(target).or_insert_with(|| Tried {
             lately: VecDeque::new(),
             failures: 0,
             until: None,
@@ -419,8 +418,8 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn make_room(&mut self, place: &DialTarget, now: Instant) {
-        if self.tried.len() < MAX_TRIED || self.tried.contains_key(place) {
+    pub(super) fn make_room(&mut self, target: &DialTarget, now: Instant) {
+        if self.tried.len() < MAX_TRIED || self.tried.contains_key(target) {
             return;
         }
         self.tried
@@ -436,17 +435,17 @@ impl State {
     pub(super) fn failed(&mut self, at: SocketAddr, now: Instant) {
         // A destination that stopped answering has to prove itself again.
         self.proven.remove(&canonical(at));
-        let place = DialTarget::of(at);
+        let target = DialTarget::of(at);
         // A node on this node's own network may restart and has to be found at once, so failures there cause no pause.
-        let DialTarget::Site(_) = place else {
+        let DialTarget::Site(_) = target else {
             return;
         };
-        let Some(tried) = self.tried.get_mut(&place) else {
+        let Some(tried) = self.tried.get_mut(&target) else {
             return;
         };
         tried.failures += 1;
-        if tried.failures.is_multiple_of(PER_PLACE) {
-            let doublings = (tried.failures / PER_PLACE - 1).min(16) as u32;
+        if tried.failures.is_multiple_of(PER_SITE) {
+            let doublings = (tried.failures / PER_SITE - 1).min(16) as u32;
             let pause = PAUSE.0.saturating_mul(1 << doublings).min(PAUSE.1);
             tried.until = Some(now + pause);
         }
@@ -459,13 +458,13 @@ impl State {
         source: Source,
         address: &Multiaddr,
         evidence: &Evidence,
-        few: &mut Few,
+        budget: &mut DialBudget,
         now: Instant,
     ) -> Result<Option<Socket>, Refusal> {
         if is_relayed(address) {
             let (at, relay) = circuit(address).ok_or(Refusal::Nowhere)?;
             return self
-                .admit_circuit(source, at, relay, evidence, few, now)
+                .admit_circuit(source, at, relay, evidence, budget, now)
                 .map(|()| None);
         }
         let at = socket_within(address);
@@ -484,7 +483,7 @@ impl State {
         if !evidence.again && self.dials.values().any(under_way) {
             return Err(Refusal::Many);
         }
-        if !few.take(at) {
+        if !budget.take(at) {
             return Err(Refusal::Many);
         }
         self.charge(at, now)?;
@@ -500,7 +499,7 @@ impl State {
         at: Multiaddr,
         relay: PeerId,
         evidence: &Evidence,
-        few: &mut Few,
+        budget: &mut DialBudget,
         now: Instant,
     ) -> Result<(), Refusal> {
         if source == Source::Given {
@@ -511,14 +510,14 @@ impl State {
             }
             return Ok(());
         }
-        if few.relayed >= 2 * MAX_PLACES {
+        if budget.relayed >= 2 * MAX_IPS {
             return Err(Refusal::Many);
         }
         if !evidence.relays.contains(&relay) && !starts_with_name(&at) {
             let at = socket_within(&at).ok_or(Refusal::Nowhere)?;
             self.judge(source, at, &Evidence::default())?;
         }
-        few.relayed += 1;
+        budget.relayed += 1;
         Ok(())
     }
 

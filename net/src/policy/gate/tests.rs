@@ -1,7 +1,7 @@
 //! Tests of the address gate's rules.
 
 use super::{
-    state::{MAX_NETWORKS, MAX_PLACES, MAX_PORTS, PER_SOCKET, PERMIT},
+    state::{MAX_IPS, MAX_NETWORKS, MAX_PORTS, PER_SOCKET, PERMIT},
     *,
 };
 
@@ -142,12 +142,12 @@ fn a_mesh_on_private_networks_dials_networks_of_its_interfaces_and_of_given_addr
     let lan = gate(None, &["192.168.1.7:9338"], &["192.168.1.7/24"]);
     assert_eq!(lan.extent(), Extent::Lan);
     assert!(heard_one(&lan, "/ip4/192.168.1.9/tcp/7"));
-    for elsewhere in [
+    for foreign in [
         "/ip4/192.168.2.9/tcp/7",
         "/ip4/10.0.0.1/tcp/7",
         "/ip4/127.0.0.1/tcp/7",
     ] {
-        assert!(!heard_one(&lan, elsewhere), "{elsewhere}");
+        assert!(!heard_one(&lan, foreign), "{foreign}");
     }
     // Routed networks, of which the user has given an address.
     let routed = gate(
@@ -210,7 +210,7 @@ fn a_dial_goes_to_at_most_two_addresses_of_a_family_and_three_ports_at_each() {
         .collect();
     let many: Vec<_> = many.iter().map(String::as_str).collect();
     let some = admitted(&gate, Source::Heard, &many, Instant::now());
-    assert_eq!(some.len(), MAX_PLACES * MAX_PORTS, "{some:?}");
+    assert_eq!(some.len(), MAX_IPS * MAX_PORTS, "{some:?}");
 }
 
 /// Counts the attempts admitted at one address per minute, over `minutes` minutes. Each attempt fails; another peer
@@ -237,11 +237,11 @@ fn a_third_party_is_dialed_twelve_times_a_minute_and_eighty_four_times_an_hour()
     // The limit holds for any port, and for any source of the address.
     let ports = |n: u64| format!("/ip4/11.0.2.1/tcp/{}", 1 + n % 60_000);
     let hour = attempts(&home(), ports, 60);
-    assert!(hour.iter().all(|minute| *minute <= PER_PLACE), "{hour:?}");
-    assert_eq!(hour.iter().sum::<usize>(), 6 * PER_PLACE, "{hour:?}");
+    assert!(hour.iter().all(|minute| *minute <= PER_SITE), "{hour:?}");
+    assert_eq!(hour.iter().sum::<usize>(), 6 * PER_SITE, "{hour:?}");
     let site = |n: u64| format!("/ip6/2606:4700::{:x}/tcp/1", 1 + n % 60_000);
     let hour = attempts(&home(), site, 60);
-    assert!(hour.iter().sum::<usize>() <= 7 * PER_PLACE, "{hour:?}");
+    assert!(hour.iter().sum::<usize>() <= 7 * PER_SITE, "{hour:?}");
     let network = |n: u64| format!("/ip4/11.0.2.{}/tcp/1", n % 256);
     let some = attempts(&home(), network, 3);
     assert!(some.iter().all(|minute| *minute <= PER_NETWORK), "{some:?}");
@@ -255,21 +255,21 @@ fn a_proven_destination_is_dialed_without_limit_until_a_dial_fails() {
     let (gate, now) = (home(), Instant::now());
     let one = ["/ip4/11.0.2.1/tcp/9338"];
     gate.proved(at("11.0.2.1:9338"), now);
-    for _ in 0..5 * PER_PLACE {
+    for _ in 0..5 * PER_SITE {
         assert_eq!(admitted(&gate, Source::Heard, &one, now).len(), 1);
     }
     // That does not prove another port at the same address.
     let other = ["/ip4/11.0.2.1/tcp/22"];
     let free = (0..100).filter(|_| !admitted(&gate, Source::Heard, &other, now).is_empty());
-    assert_eq!(free.count(), PER_PLACE);
+    assert_eq!(free.count(), PER_SITE);
     gate.proved(at("11.0.2.1:9338"), now);
-    let stated = vec![(Source::Heard, address(one[0]))];
-    let failing = gate.admit(PeerId::random(), stated, &Evidence::default(), now);
+    let unverified = vec![(Source::Heard, address(one[0]))];
+    let failing = gate.admit(PeerId::random(), unverified, &Evidence::default(), now);
     let id = ConnectionId::new_unchecked(1);
     gate.began(id, &failing);
     gate.failed(id, now);
     let free = (0..100).filter(|_| !admitted(&gate, Source::Heard, &one, now).is_empty());
-    assert_eq!(free.count(), PER_PLACE);
+    assert_eq!(free.count(), PER_SITE);
 }
 
 #[test]
@@ -367,7 +367,7 @@ fn a_dial_under_way_keeps_off_another_by_the_same_transport_only() {
 
 /// A peer lists the addresses of its container bridges first; this node has the same addresses.
 #[test]
-fn container_bridge_addresses_do_not_crowd_out_a_working_address() {
+fn container_bridge_addresses_do_not_displace_a_working_address() {
     let mut networks = vec!["192.168.77.3/24".to_owned()];
     networks.extend((17..26).map(|n| format!("172.{n}.0.1/16")));
     let networks: Vec<_> = networks.iter().map(String::as_str).collect();
@@ -376,8 +376,8 @@ fn container_bridge_addresses_do_not_crowd_out_a_working_address() {
     let all = bridges.chain(["/ip4/192.168.77.2/tcp/4001".to_owned()]);
     let all: Vec<_> = all.map(|text| address(&text)).collect();
     let (peer, now) = (PeerId::random(), Instant::now());
-    let stated = heard(Heard::new(all.clone())).collect();
-    let admitted = gate.admit(peer, stated, &Evidence::default(), now);
+    let unverified = heard(Heard::new(all.clone())).collect();
+    let admitted = gate.admit(peer, unverified, &Evidence::default(), now);
     let first = admitted.addresses().first().map(|(_, one)| one.to_string());
     assert_eq!(first.as_deref(), Some("/ip4/192.168.77.2/tcp/4001"));
     // The same for addresses announced by mDNS.

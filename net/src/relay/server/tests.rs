@@ -128,7 +128,7 @@ async fn one_site_does_not_get_all_circuits() {
     });
     let here = Place::of_ip("2001:db8::1".parse().unwrap());
     let neighbour = Place::of_ip("2001:db8::2".parse().unwrap());
-    let elsewhere = Place::of_ip("2001:db8:0:1::1".parse().unwrap());
+    let other_site = Place::of_ip("2001:db8:0:1::1".parse().unwrap());
     let mut open = Vec::new();
     let mut circuit = |network| {
         let [one, other] = [PeerId::random(), PeerId::random()];
@@ -139,7 +139,7 @@ async fn one_site_does_not_get_all_circuits() {
     circuit(neighbour).unwrap();
     let refused = circuit(here).unwrap_err();
     assert_eq!(refused, CircuitStatus::ResourceLimitExceeded);
-    circuit(elsewhere).unwrap();
+    circuit(other_site).unwrap();
     assert_eq!(lock(&server.state).refused.circuits_per_network, 1);
     open.clear();
     assert!(lock(&server.state).networks.is_empty());

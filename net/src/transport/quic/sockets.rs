@@ -87,8 +87,8 @@ impl Drop for Registered {
     }
 }
 
-/// Returns true if a socket can send to `to`: it has the same family, and loopback is reached only from a loopback or
-/// unbound socket.
+/// Returns true if a socket can send to `to`: it has the same family, and is bound either to all addresses or to
+/// loopback exactly if `to` is loopback.
 pub(super) fn fits(socket: &UdpSocket, to: IpAddr) -> bool {
     socket.local_addr().is_ok_and(|local| {
         let ip = local.ip();

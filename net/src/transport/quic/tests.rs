@@ -7,12 +7,12 @@ use tokio::sync::watch;
 use super::*;
 use crate::{
     Limits,
-    policy::{crowd::Crowd, limits::Memory},
+    policy::{connection_manager::ConnectionManager, limits::Memory},
 };
 
 fn pending(all: u32) -> Pending {
-    let crowd = Crowd::new(&Limits::default(), Memory::new(None));
-    Pending::new(all, crowd)
+    let manager = ConnectionManager::new(&Limits::default(), Memory::new(None));
+    Pending::new(all, manager)
 }
 
 fn transport() -> (PeerId, Sockets, Quic) {
@@ -292,10 +292,10 @@ async fn one_way(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>) {
 #[tokio::test]
 async fn forged_first_packets_do_not_keep_their_address_from_connecting_by_tcp_or_quic() {
     // This machine may have 12: six times the limit of an address.
-    let pending = pending(1024).with_per_place(2);
+    let pending = pending(1024).with_per_site(2);
     let at = |pending: &Pending| {
-        let place = Place::of_ip([127, 0, 0, 2].into());
-        pending.enter(Carrier::Tcp, place)
+        let group = Place::of_ip([127, 0, 0, 2].into());
+        pending.enter(Carrier::Tcp, group)
     };
     let (_, _, mut forger) = transport();
     let (_, _, mut far) = counted(pending.clone());

@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     Limits, Transport as Kind,
     policy::{
-        crowd::Crowd,
+        connection_manager::ConnectionManager,
         gate::{Gate, dialed::Dialed},
         limits::Memory,
     },
@@ -18,10 +18,10 @@ use crate::{
 
 type Web = WebOrPlain<Noted<tcp::tokio::Transport>>;
 
-fn door(origins: &[&str], proxies: &[&str]) -> Door {
-    let crowd = Crowd::new(&Limits::default(), Memory::new(None));
-    Door {
-        pending: Pending::new(256, crowd),
+fn rules(origins: &[&str], proxies: &[&str]) -> InboundRules {
+    let manager = ConnectionManager::new(&Limits::default(), Memory::new(None));
+    InboundRules {
+        pending: Pending::new(256, manager),
         access: Shared::default(),
         origins: origins.iter().map(|origin| (*origin).to_owned()).collect(),
         proxies: proxies.iter().map(|proxy| proxy.parse().unwrap()).collect(),
@@ -39,7 +39,7 @@ fn gated(gate: Gate) -> Web {
     WebOrPlain::new(
         Noted::new(tcp, Kind::Tcp, Dialed::default(), Shared::default(), gate),
         outside,
-        door(&[], &[]),
+        rules(&[], &[]),
     )
 }
 
@@ -145,9 +145,9 @@ async fn requests_for_other_things_than_a_websocket_are_refused() {
 }
 
 /// Sends a request over TCP. Returns the answer, and the result of accepting the connection.
-async fn ask(door: Door, request: &str) -> (String, io::Result<Begun>) {
+async fn ask(rules: InboundRules, request: &str) -> (String, io::Result<Begun>) {
     let mut far = transport();
-    far.door = door;
+    far.rules = rules;
     let address = listen(&mut far, "/ip4/127.0.0.1/tcp/0/ws").await;
     let at = crate::address::socket_within(&address).unwrap();
     let mut near = tokio::net::TcpStream::connect(at).await.unwrap().compat();
@@ -176,34 +176,34 @@ fn request(header: &str) -> String {
 #[tokio::test]
 async fn a_web_page_does_not_reach_the_node_unless_its_origin_is_allowed() {
     let page = request("Origin: https://evil.example\r\n");
-    let (answer, begun) = ask(door(&[], &[]), &page).await;
+    let (answer, begun) = ask(rules(&[], &[]), &page).await;
     assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
     assert_eq!(begun.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
     for allowed in ["https://evil.example", "*"] {
-        let (answer, begun) = ask(door(&[allowed], &[]), &page).await;
+        let (answer, begun) = ask(rules(&[allowed], &[]), &page).await;
         assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
         begun.unwrap();
     }
-    let other = door(&["https://good.example"], &[]);
+    let other = rules(&["https://good.example"], &[]);
     assert!(ask(other, &page).await.1.is_err());
     // Two origins: neither hides the other.
     let both = request("Origin: https://a\r\nOrigin: https://b\r\n");
-    assert!(ask(door(&["https://a"], &[]), &both).await.1.is_err());
+    assert!(ask(rules(&["https://a"], &[]), &both).await.1.is_err());
     // Peers name no origin.
-    ask(door(&[], &[]), &request("")).await.1.unwrap();
+    ask(rules(&[], &[]), &request("")).await.1.unwrap();
 }
 
 #[tokio::test]
 async fn only_a_trusted_proxy_can_name_the_source_of_a_connection() {
-    let trusting = || door(&[], &["127.0.0.1"]);
+    let trusting = || rules(&[], &["127.0.0.1"]);
     let from = |begun: Begun| begun.arrived.unwrap().from;
     let real: SocketAddr = "203.0.113.7:5678".parse().unwrap();
     let header = "PROXY TCP4 203.0.113.7 10.0.0.1 5678 443\r\n";
     for inner in [request(""), "\x13".to_owned()] {
         let request = format!("{header}{inner}");
         let mut far = transport();
-        far.door = trusting();
-        let pending = far.door.pending.clone();
+        far.rules = trusting();
+        let pending = far.rules.pending.clone();
         let address = listen(&mut far, "/ip4/127.0.0.1/tcp/0").await;
         let at = crate::address::socket_within(&address).unwrap();
         let mut near = tokio::net::TcpStream::connect(at).await.unwrap().compat();
@@ -222,7 +222,10 @@ async fn only_a_trusted_proxy_can_name_the_source_of_a_connection() {
     assert_eq!(from(begun.unwrap()).unwrap().ip(), real.ip());
     // A proxy that names no source, and another sender that names one.
     assert!(ask(trusting(), &request("")).await.1.is_err());
-    assert_eq!(from(ask(door(&[], &[]), &forwarded).await.1.unwrap()), None);
+    assert_eq!(
+        from(ask(rules(&[], &[]), &forwarded).await.1.unwrap()),
+        None
+    );
 }
 
 /// A slow server could extend the head of a response for the whole time of a handshake.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use weft::{DocumentId, PeerId};
 use weft_proto::api::{self, document_edit::What as Edit, document_event::What};
 
-use super::all_were_there;
+use super::check_removed;
 use crate::{
     cli::Doc,
     client::Client,
@@ -45,11 +45,11 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
                 readers: named(&reader),
             };
             let made = client.documents().create(request).await?.into_inner();
-            say_id(&made, as_json)
+            print_id(&made, as_json)
         }
         Doc::Open { id, wait } => open(client, id, wait, as_json).await,
         Doc::Ls => list(client, as_json).await,
-        Doc::Info { id } => say_info(&info(client, id).await?, as_json),
+        Doc::Info { id } => print_info(&info(client, id).await?, as_json),
         Doc::Get { id, path } => get(client, id, path, as_json).await,
         Doc::Put {
             id,
@@ -84,7 +84,7 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
         } => readers(client, id, &only, everybody, as_json).await,
         Doc::Compact { id } => compact(client, id, as_json).await,
         Doc::Export { id, file } => file::export(client, id, &file, as_json).await,
-        Doc::Import { file } => say_id(&file::import(client, &file, as_json).await?, as_json),
+        Doc::Import { file } => print_id(&file::import(client, &file, as_json).await?, as_json),
         Doc::Rm { id } => remove(client, id, as_json).await,
     }
 }
@@ -132,7 +132,7 @@ fn no_such(id: DocumentId) -> Failure {
     )
 }
 
-fn say_id(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+fn print_id(document: &api::Document, as_json: bool) -> Result<(), Failure> {
     match as_json {
         true => out!("{}", document_json(document)),
         false => out!("{}", document.id),
@@ -207,7 +207,7 @@ fn changes(document: &api::Document) -> String {
     }
 }
 
-fn say_info(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+fn print_info(document: &api::Document, as_json: bool) -> Result<(), Failure> {
     if as_json {
         out!("{}", document_json(document));
         return Ok(());
@@ -595,7 +595,7 @@ async fn writers(
         false => client.documents().set_rights(request).await?.into_inner(),
     };
     let hint = "`weft doc writers ID` lists the writers; the owner's right cannot be revoked.";
-    all_were_there(&absent, "not a writer", hint)?;
+    check_removed(&absent, "not a writer", hint)?;
     if as_json {
         out!(
             "{}",

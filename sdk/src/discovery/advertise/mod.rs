@@ -103,7 +103,7 @@ impl Rank {
 /// The fate of a record when its node stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AtStop {
-    /// The record is valid only while the node runs. It is withdrawn, so that no peer tries the node in vain.
+    /// The record is valid only while the node runs. It is withdrawn, so that peers do not try a stopped node.
     Withdraw,
     /// The record stays until it expires.
     Keep,

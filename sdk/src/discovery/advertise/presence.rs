@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Advertiser, AtStop, Rank, RecordId, Terms, schedule::Token};
 
 impl Terms {
-    /// Terms of services and topics. A publisher that has crashed is tried in vain for ten minutes at most.
+    /// Terms of services and topics. Peers try a publisher that has crashed for ten minutes at most.
     pub(crate) const PRESENCE: Self = Self {
         ttl: Duration::from_secs(10 * 60),
         rank: Rank::Presence,

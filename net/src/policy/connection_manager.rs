@@ -33,7 +33,7 @@ use crate::{
     LimitUse, Limits, Path, Place,
     policy::{
         limits::{Memory, Short},
-        shares::{ByGroup, SITE, count, release},
+        shares::{ByScope, SITE, count, release},
     },
 };
 
@@ -47,14 +47,14 @@ const IDLE: Duration = Duration::from_secs(300);
 
 /// The limit that a connection was refused for.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Crowded {
+pub(crate) enum AtLimit {
     #[error("too many connections in the handshake from {0}")]
     Handshakes(Place),
     #[error("too many connections in the handshake")]
     AllHandshakes,
     #[error("too many connections from {0}, or from a network around it")]
-    Place(Place),
-    #[error("too many connections opened by others")]
+    Group(Place),
+    #[error("too many incoming connections")]
     Incoming,
     #[error("too many connections")]
     All,
@@ -84,7 +84,7 @@ pub(crate) struct Worth {
 struct Open {
     peer: PeerId,
     /// Network group of an incoming connection; `None` for an outgoing one.
-    place: Option<Place>,
+    group: Option<Place>,
     since: Instant,
     worth: Worth,
     /// True while the connection is being closed; it no longer counts.
@@ -93,7 +93,7 @@ struct Open {
 
 /// Counts open connections and closes the least useful one when a limit is reached. Clones share one state.
 #[derive(Debug, Clone)]
-pub(crate) struct Crowd {
+pub(crate) struct ConnectionManager {
     limits: Bounds,
     memory: Memory,
     state: Arc<Mutex<State>>,
@@ -105,14 +105,14 @@ struct Bounds {
     incoming: usize,
     outgoing_pending: usize,
     per_peer: usize,
-    per_place: usize,
+    per_site: usize,
 }
 
 #[derive(Debug, Default)]
 struct State {
     open: HashMap<ConnectionId, Open>,
     dialing: HashSet<ConnectionId>,
-    by_group: ByGroup,
+    by_scope: ByScope,
     by_peer: HashMap<PeerId, usize>,
     incoming: usize,
     /// Open connections that count.
@@ -126,18 +126,18 @@ struct State {
 struct Refused {
     all: u64,
     incoming: u64,
-    place: u64,
+    group: u64,
     peer: u64,
     outgoing: u64,
 }
 
 impl Bounds {
     fn at(&self, part: usize) -> usize {
-        self.per_place.saturating_mul(part) / SITE
+        self.per_site.saturating_mul(part) / SITE
     }
 }
 
-impl Crowd {
+impl ConnectionManager {
     pub(crate) fn new(limits: &Limits, memory: Memory) -> Self {
         Self {
             limits: Bounds {
@@ -145,7 +145,7 @@ impl Crowd {
                 incoming: limits.established_incoming as usize,
                 outgoing_pending: limits.pending_outgoing as usize,
                 per_peer: limits.per_peer as usize,
-                per_place: limits.per_address as usize,
+                per_site: limits.per_address as usize,
             },
             memory,
             state: Arc::default(),
@@ -153,21 +153,21 @@ impl Crowd {
     }
 
     /// Checks that a connection from `group` could be opened. Called before the handshake, which costs more.
-    pub(crate) fn admit(&self, place: Place) -> Result<(), Crowded> {
+    pub(crate) fn admit(&self, group: Place) -> Result<(), AtLimit> {
         self.memory.spare()?;
         let mut state = self.state();
-        let room = state.room(&self.limits, place, Instant::now());
+        let room = state.room(&self.limits, group, Instant::now());
         room.map(drop).inspect_err(|refused| state.count(refused))
     }
 
     /// Returns true if [`admit`](Self::admit) would succeed now without closing another connection. It counts nothing
-    /// and looks at no connection, because it is called for every packet, whoever sent it.
-    pub(crate) fn has_free_room(&self, place: Place) -> bool {
+    /// and looks at no connection, because it is called for each packet of any sender.
+    pub(crate) fn has_free_room(&self, group: Place) -> bool {
         let state = self.state();
         !self.memory.is_short()
             && state.incoming < self.limits.incoming
             && state.all < self.limits.all
-            && !state.is_full_at(&self.limits, place)
+            && !state.is_full_at(&self.limits, group)
     }
 
     /// Counts a connection that `peer` has opened. Another connection may be closed to make room for it.
@@ -175,11 +175,11 @@ impl Crowd {
         &self,
         id: ConnectionId,
         peer: PeerId,
-        place: Place,
+        group: Place,
         now: Instant,
-    ) -> Result<(), Crowded> {
+    ) -> Result<(), AtLimit> {
         let mut state = self.state();
-        let entered = state.enter(&self.limits, id, peer, place, now);
+        let entered = state.enter(&self.limits, id, peer, group, now);
         entered.inspect_err(|refused| state.count(refused))
     }
 
@@ -238,9 +238,9 @@ impl Crowd {
             ),
             LimitUse::of(
                 "connections_per_address",
-                state.by_group.most_of_site(),
-                limits.per_place,
-                refused.place,
+                state.by_scope.most_of_site(),
+                limits.per_site,
+                refused.group,
             ),
         ]
     }
@@ -253,49 +253,49 @@ impl Crowd {
 }
 
 impl State {
-    fn count(&mut self, refused: &Crowded) {
+    fn count(&mut self, refused: &AtLimit) {
         *match refused {
-            Crowded::All => &mut self.refused.all,
-            Crowded::Incoming => &mut self.refused.incoming,
-            Crowded::Place(_) => &mut self.refused.place,
-            Crowded::Peer => &mut self.refused.peer,
-            Crowded::Outgoing => &mut self.refused.outgoing,
+            AtLimit::All => &mut self.refused.all,
+            AtLimit::Incoming => &mut self.refused.incoming,
+            AtLimit::Group(_) => &mut self.refused.group,
+            AtLimit::Peer => &mut self.refused.peer,
+            AtLimit::Outgoing => &mut self.refused.outgoing,
             // The component that refuses these counts them.
-            Crowded::Handshakes(_) | Crowded::AllHandshakes | Crowded::Memory(_) => return,
+            AtLimit::Handshakes(_) | AtLimit::AllHandshakes | AtLimit::Memory(_) => return,
         } += 1;
     }
 
     /// Returns true if the network group, or a network around it, has reached its limit.
-    fn is_full_at(&self, limits: &Bounds, place: Place) -> bool {
-        let mut groups = place.groups();
-        groups.any(|(group, part)| self.by_group.of(group) >= limits.at(part))
+    fn is_full_at(&self, limits: &Bounds, group: Place) -> bool {
+        let mut scopes = group.scopes();
+        scopes.any(|(scope, part)| self.by_scope.of(scope) >= limits.at(part))
     }
 
     /// Returns the connection that would have to be closed for a newcomer from `group`, if any.
     fn room(
         &self,
         limits: &Bounds,
-        place: Place,
+        group: Place,
         now: Instant,
-    ) -> Result<Option<ConnectionId>, Crowded> {
-        if self.is_full_at(limits, place) {
-            return Err(Crowded::Place(place));
+    ) -> Result<Option<ConnectionId>, AtLimit> {
+        if self.is_full_at(limits, group) {
+            return Err(AtLimit::Group(group));
         }
         let refused = match () {
-            () if self.incoming >= limits.incoming => Crowded::Incoming,
-            () if self.all >= limits.all => Crowded::All,
+            () if self.incoming >= limits.incoming => AtLimit::Incoming,
+            () if self.all >= limits.all => AtLimit::All,
             () => return Ok(None),
         };
         if self.open.len() - self.all >= MAX_LEAVING {
             return Err(refused);
         }
-        let newcomer = place
-            .groups()
-            .map(|(group, part)| (self.by_group.of(group) + 1) * NORMAL / part)
+        let newcomer = group
+            .scopes()
+            .map(|(scope, part)| (self.by_scope.of(scope) + 1) * NORMAL / part)
             .max()
             .unwrap_or_default();
-        let crowded = self.costliest(|_| 1, |open| !open.worth.needed);
-        if let Some((pressure, id)) = crowded
+        let fullest = self.costliest(|_| 1, |open| !open.worth.needed);
+        if let Some((pressure, id)) = fullest
             && pressure > newcomer
         {
             return Ok(Some(id));
@@ -316,29 +316,29 @@ impl State {
         limits: &Bounds,
         id: ConnectionId,
         peer: PeerId,
-        place: Place,
+        group: Place,
         now: Instant,
-    ) -> Result<(), Crowded> {
+    ) -> Result<(), AtLimit> {
         if count(&self.by_peer, &peer) >= limits.per_peer {
-            return Err(Crowded::Peer);
+            return Err(AtLimit::Peer);
         }
-        if let Some(other) = self.room(limits, place, now)? {
+        if let Some(other) = self.room(limits, group, now)? {
             self.close(other);
         }
-        self.insert(id, peer, Some(place), now);
+        self.insert(id, peer, Some(group), now);
         Ok(())
     }
 
-    fn insert(&mut self, id: ConnectionId, peer: PeerId, place: Option<Place>, now: Instant) {
-        if let Some(place) = place {
+    fn insert(&mut self, id: ConnectionId, peer: PeerId, group: Option<Place>, now: Instant) {
+        if let Some(group) = group {
             self.incoming += 1;
-            self.by_group.add(place);
+            self.by_scope.add(group);
         }
         self.all += 1;
         *self.by_peer.entry(peer).or_default() += 1;
         let open = Open {
             peer,
-            place,
+            group,
             since: now,
             worth: Worth::default(),
             leaving: false,
@@ -346,12 +346,12 @@ impl State {
         self.open.insert(id, open);
     }
 
-    fn uncount(&mut self, peer: PeerId, place: Option<Place>) {
+    fn uncount(&mut self, peer: PeerId, group: Option<Place>) {
         self.all -= 1;
         release(&mut self.by_peer, peer);
-        if let Some(place) = place {
+        if let Some(group) = group {
             self.incoming -= 1;
-            self.by_group.remove(place);
+            self.by_scope.remove(group);
         }
     }
 
@@ -360,7 +360,7 @@ impl State {
         if let Some(open) = self.open.remove(&id)
             && !open.leaving
         {
-            self.uncount(open.peer, open.place);
+            self.uncount(open.peer, open.group);
         }
     }
 
@@ -369,9 +369,9 @@ impl State {
             return;
         };
         open.leaving = true;
-        let (peer, place) = (open.peer, open.place);
+        let (peer, group) = (open.peer, open.group);
         tracing::debug!(%peer, connection = %id, "closed to make room");
-        self.uncount(peer, place);
+        self.uncount(peer, group);
         self.to_close.push_back((peer, id));
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -383,7 +383,7 @@ impl State {
         self.open
             .iter()
             .filter(|(_, open)| !open.leaving)
-            .filter_map(|(id, open)| Some((*id, open.place?, open)))
+            .filter_map(|(id, open)| Some((*id, open.group?, open)))
     }
 
     /// Finds the network group that costs most for its limit. Returns its cost relative to the limit, and its least
@@ -393,13 +393,13 @@ impl State {
         cost: impl Fn(&Open) -> usize,
         may_go: impl Fn(&Open) -> bool,
     ) -> Option<(usize, ConnectionId)> {
-        let mut costs = ByGroup::default();
-        for (_, place, open) in self.candidates() {
-            costs.add_many(place, cost(open));
+        let mut costs = ByScope::default();
+        for (_, group, open) in self.candidates() {
+            costs.add_many(group, cost(open));
         }
-        let pressure = |place: Place| {
-            let of = |(group, part)| costs.of(group) * NORMAL / part;
-            place.groups().map(of).max().unwrap_or_default()
+        let pressure = |group: Place| {
+            let of = |(scope, part)| costs.of(scope) * NORMAL / part;
+            group.scopes().map(of).max().unwrap_or_default()
         };
         let usefulness = |open: &Open| {
             let Worth {
@@ -412,7 +412,7 @@ impl State {
         };
         self.candidates()
             .filter(|(.., open)| may_go(open))
-            .map(|(id, place, open)| (pressure(place), std::cmp::Reverse(usefulness(open)), id))
+            .map(|(id, group, open)| (pressure(group), std::cmp::Reverse(usefulness(open)), id))
             .max_by(|one, other| (one.0, one.1).cmp(&(other.0, other.1)))
             .map(|(pressure, _, id)| (pressure, id))
     }
@@ -423,11 +423,11 @@ const NORMAL: usize = 12;
 
 /// Reports connections to the connection manager, and closes those that make room.
 #[derive(Debug)]
-pub(crate) struct Behaviour(Crowd);
+pub(crate) struct Behaviour(ConnectionManager);
 
 impl Behaviour {
-    pub(crate) fn new(crowd: Crowd) -> Self {
-        Self(crowd)
+    pub(crate) fn new(manager: ConnectionManager) -> Self {
+        Self(manager)
     }
 }
 
@@ -442,8 +442,8 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        let place = Place::of(&Path::inbound(local, remote));
-        let entered = self.0.enter(id, peer, place, Instant::now());
+        let group = Place::of(&Path::inbound(local, remote));
+        let entered = self.0.enter(id, peer, group, Instant::now());
         entered.map_err(ConnectionDenied::new)?;
         Ok(dummy::ConnectionHandler)
     }
@@ -457,8 +457,8 @@ impl NetworkBehaviour for Behaviour {
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         let mut state = self.0.state();
         if state.dialing.len() >= self.0.limits.outgoing_pending {
-            state.count(&Crowded::Outgoing);
-            return Err(ConnectionDenied::new(Crowded::Outgoing));
+            state.count(&AtLimit::Outgoing);
+            return Err(ConnectionDenied::new(AtLimit::Outgoing));
         }
         state.dialing.insert(id);
         Ok(Vec::new())
@@ -475,8 +475,8 @@ impl NetworkBehaviour for Behaviour {
         let mut state = self.0.state();
         state.dialing.remove(&id);
         let refused = match () {
-            () if count(&state.by_peer, &peer) >= self.0.limits.per_peer => Crowded::Peer,
-            () if state.all >= self.0.limits.all => Crowded::All,
+            () if count(&state.by_peer, &peer) >= self.0.limits.per_peer => AtLimit::Peer,
+            () if state.all >= self.0.limits.all => AtLimit::All,
             () => {
                 state.insert(id, peer, None, Instant::now());
                 return Ok(dummy::ConnectionHandler);
@@ -522,25 +522,25 @@ impl NetworkBehaviour for Behaviour {
 impl State {
     /// Counts a connection under the new address of its remote end; closes it if there is no room there.
     fn moved(&mut self, limits: &Bounds, id: ConnectionId, path: &Path) {
-        let place = Place::of(path);
+        let group = Place::of(path);
         let known = self.open.get(&id).filter(|open| !open.leaving);
-        let Some((peer, Some(before))) = known.map(|open| (open.peer, open.place)) else {
+        let Some((peer, Some(before))) = known.map(|open| (open.peer, open.group)) else {
             return;
         };
-        if before == place {
+        if before == group {
             return;
         }
-        if self.is_full_at(limits, place) {
-            self.count(&Crowded::Place(place));
+        if self.is_full_at(limits, group) {
+            self.count(&AtLimit::Group(group));
             return self.close(id);
         }
         self.uncount(peer, Some(before));
         self.all += 1;
         self.incoming += 1;
         *self.by_peer.entry(peer).or_default() += 1;
-        self.by_group.add(place);
+        self.by_scope.add(group);
         if let Some(open) = self.open.get_mut(&id) {
-            open.place = Some(place);
+            open.group = Some(group);
         }
     }
 }

@@ -9,9 +9,9 @@ struct Door {
 
 impl Door {
     fn new(limits: Limits) -> Self {
-        let crowd = Crowd::new(&limits, Memory::new(None));
+        let manager = ConnectionManager::new(&limits, Memory::new(None));
         Self {
-            behaviour: Behaviour::new(crowd),
+            behaviour: Behaviour::new(manager),
             next: 0,
         }
     }
@@ -25,8 +25,8 @@ impl Door {
         let id = ConnectionId::new_unchecked(self.next);
         let local = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
         let remote = format!("{from}/tcp/1").parse().unwrap();
-        let place = Place::of(&Path::inbound(&local, &remote));
-        self.behaviour.0.admit(place).ok()?;
+        let group = Place::of(&Path::inbound(&local, &remote));
+        self.behaviour.0.admit(group).ok()?;
         let entered = self
             .behaviour
             .handle_established_inbound_connection(id, peer, &local, &remote);
@@ -170,14 +170,14 @@ fn shedding_takes_the_place_that_costs_most_and_spares_the_newcomer() {
 
 #[test]
 fn a_relay_is_one_place() {
-    let mut crowd = Behaviour::new(Crowd::new(&limits(512, 2), Memory::new(None)));
+    let mut manager = Behaviour::new(ConnectionManager::new(&limits(512, 2), Memory::new(None)));
     let relay = Multiaddr::empty().with(Protocol::P2p(PeerId::random()));
     let local = relay.with(Protocol::P2pCircuit);
     for n in 0..6 {
         let peer = PeerId::random();
         let remote = Multiaddr::empty().with(Protocol::P2p(peer));
         let id = ConnectionId::new_unchecked(n);
-        let taken = crowd.handle_established_inbound_connection(id, peer, &local, &remote);
+        let taken = manager.handle_established_inbound_connection(id, peer, &local, &remote);
         assert_eq!(taken.is_ok(), n < 4);
     }
 }
