@@ -113,7 +113,8 @@ def findings_of(path, words):
                     yield name, at, "opener", f'a sentence begins with "{begin[:40]}"'
     for at, line in enumerate(lines, 1):
         if path.suffix in {".rs", ".py", ".toml"}:
-            line = " ".join(re.findall(r'"(?:[^"\\]|\\.)*"|(?://|#).*', line))
+            # Texts and comments. A string of one word is a name.
+            line = " ".join(re.findall(r'"(?:[^"\\]|\\.)*\s(?:[^"\\]|\\.)*"|(?://|#).*', line))
         for pattern, word, instead in words:
             if pattern.search(without_code(line)):
                 yield name, at, "word", f'"{word}": use {instead}'

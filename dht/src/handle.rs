@@ -35,7 +35,7 @@ pub struct Dht {
     keys: Keypair,
     commands: mpsc::Sender<Command>,
     nodes: watch::Receiver<usize>,
-    meetings: watch::Receiver<u64>,
+    nodes_met: watch::Receiver<u64>,
     /// Highest sequence number assigned to, or seen in, a record of this node.
     sequence: Arc<AtomicU64>,
 }
@@ -55,7 +55,7 @@ impl Dht {
     fn make(keys: &Keypair, disk: Option<Disk>) -> (Self, Behaviour) {
         let (commands, requests) = mpsc::channel(COMMANDS);
         let (count, nodes) = watch::channel(0);
-        let (met, meetings) = watch::channel(0);
+        let (met, nodes_met) = watch::channel(0);
         let channels = Channels {
             requests,
             count,
@@ -66,7 +66,7 @@ impl Dht {
             keys: keys.clone(),
             commands,
             nodes,
-            meetings,
+            nodes_met,
             sequence: behaviour.sequence(),
         };
         (dht, behaviour)
@@ -113,11 +113,11 @@ impl Dht {
 
     /// Publishes a value as [`publish`](Self::publish) does, but may skip the lookup. If a lookup for a neighboring key
     /// has ended within the last ten minutes, the record is stored at the nodes that it found. This suits renewals and
-    /// large batches: ten thousand keys in the order of their [`place`]s cost little more than storing them.
+    /// large batches: ten thousand keys in the order of their [`key_position`]s cost little more than storing them.
     ///
     /// # Errors
     /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
-    pub async fn publish_again(
+    pub async fn publish_near(
         &self,
         key: &[u8],
         subkey: &[u8],
@@ -128,7 +128,7 @@ impl Dht {
             .await
     }
 
-    /// Renews a record as it was signed, like [`publish_again`](Self::publish_again), and returns the number of other
+    /// Renews a record as it was signed, like [`publish_near`](Self::publish_near), and returns the number of other
     /// nodes that stored it or already had it.
     ///
     /// The record is signed anew in two cases: if it claims to live longer than allowed, or if other nodes have a
@@ -136,7 +136,7 @@ impl Dht {
     ///
     /// # Errors
     /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
-    pub async fn say_again(&self, record: Record) -> Result<usize, DhtError> {
+    pub async fn renew(&self, record: Record) -> Result<usize, DhtError> {
         let ttl = record.remaining().min(record::MAX_TTL);
         if record.remaining() <= record::MAX_TTL + record::MAX_SKEW {
             let stored = match self.send_record(record.clone(), true).await {
@@ -217,7 +217,7 @@ impl Dht {
     ///
     /// # Errors
     /// Returns [`DhtError::Stopped`] if the network has stopped.
-    pub async fn get_with_removed(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+    pub async fn get_with_withdrawn(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         self.lookup(key, Enough::All).await
     }
 
@@ -276,8 +276,8 @@ impl Dht {
 
     /// Returns a receiver for the number of times that a node was met, or met again after it was gone. Such a node may
     /// not have this node's records.
-    pub fn meetings(&self) -> watch::Receiver<u64> {
-        self.meetings.clone()
+    pub fn nodes_met(&self) -> watch::Receiver<u64> {
+        self.nodes_met.clone()
     }
 
     /// Returns a receiver that is notified when the records of any publisher change that this node stores under
@@ -389,7 +389,7 @@ impl Dht {
 
 /// Returns the position of a key in the key space. Keys that are adjacent in the order of their positions are
 /// neighbors.
-pub fn place(key: &[u8]) -> [u8; 32] {
+pub fn key_position(key: &[u8]) -> [u8; 32] {
     let key = kad::KBucketKey::new(key.to_vec());
     let bytes = key.hashed_bytes().try_into();
     bytes.expect("positions are SHA-256 hashes")

@@ -34,7 +34,7 @@ pub use self::{
     behaviour::Behaviour,
     command::{DhtError, Progress, Status},
     disk::{Disk, DiskError},
-    handle::{Dht, place},
+    handle::{Dht, key_position},
     record::{MAX_KEY, MAX_SKEW, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
     store::Usage,
 };

@@ -133,7 +133,7 @@ mod tests {
         let now = Instant::now();
         let mut regions = Regions::default();
         let mut keys: Vec<_> = (0..2000).map(|n| format!("key {n}").into_bytes()).collect();
-        keys.sort_by_key(|key| crate::place(key));
+        keys.sort_by_key(|key| crate::key_position(key));
         let (mut looked_up, mut least) = (0, WIDTH);
         for key in keys {
             match regions.near(&key, now) {

@@ -46,7 +46,7 @@ pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 pub use self::{
     address::{
         Path, PathKind, Transport, dialable_from, is_outside, is_relayed,
-        own::{MAX_PLACES, first_places},
+        own::{MAX_ENDPOINTS, first_endpoints},
         split_peer_id,
     },
     driver::{
@@ -63,7 +63,7 @@ pub use self::{
         access::{Access, ParseRuleError, Rule},
         gate::{Destinations, Heard},
         limits::{AutonatLimits, LimitUse, Limits},
-        shares::{Full, Permit, Place, Shares},
+        shares::{Full, NetworkGroup, Permit, Shares},
     },
     relay::{RelayLimits, RelayUse},
     streams::{AcceptError, BestPath, Class, Incoming, OpenError, Stream, is_superseded},

@@ -239,13 +239,13 @@ impl Finder {
 
     async fn keep_searching(&self, topic: &str) {
         let mut pause = SEARCH_PAUSE.0;
-        let mut meetings = self.0.dht().meetings();
+        let mut nodes_met = self.0.dht().nodes_met();
         loop {
-            meetings.mark_unchanged();
+            nodes_met.mark_unchanged();
             let Ok(peers) = self.0.network().topics().peers(topic).await else {
                 return;
             };
-            let subject = weft_dht::place(&key(topic));
+            let subject = weft_dht::key_position(&key(topic));
             self.0.proved(&subject, peers.iter().copied());
             if peers.len() >= WANTED_SUBSCRIBERS || self.search(topic).await == 0 {
                 pause = (pause * 2).min(SEARCH_PAUSE.1);
@@ -254,7 +254,7 @@ impl Finder {
             }
             tokio::select! {
                 () = sleep(pause) => {}
-                met = meetings.changed() => {
+                met = nodes_met.changed() => {
                     if met.is_err() {
                         return;
                     }

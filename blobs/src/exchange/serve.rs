@@ -543,7 +543,7 @@ where
             return;
         }
         let (store, source) = (self.store.clone(), Arc::clone(source));
-        let noted = spawn_blocking(move || store.note_damage(&source, groups)).await;
+        let noted = spawn_blocking(move || store.mark_damaged(&source, groups)).await;
         if let Err(error) = noted.expect("recording damage does not panic") {
             tracing::warn!(%error, "cannot record damaged content");
         }

@@ -88,13 +88,13 @@ pub(crate) fn allocated(file: &fs::Metadata) -> u64 {
 
 /// The identity of a file when it was found, to recognize the file when it is opened later.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sighting {
+pub(crate) struct FileIdentity {
     device: u64,
     pub(crate) size: u64,
     stamp: Stamp,
 }
 
-impl Sighting {
+impl FileIdentity {
     pub(crate) fn of(metadata: &fs::Metadata) -> Self {
         Self {
             device: metadata.dev(),
@@ -122,7 +122,7 @@ impl Sighting {
 ///
 /// # Errors
 /// Those of `open`; [`io::ErrorKind::TimedOut`] if its disk does not answer.
-pub(crate) fn open_seen(path: &Path, seen: &Sighting) -> io::Result<Option<File>> {
+pub(crate) fn open_same(path: &Path, seen: &FileIdentity) -> io::Result<Option<File>> {
     let _under_way = UnderWay::begin(path)?;
     #[cfg(test)]
     blocked::wait(path);
@@ -340,8 +340,8 @@ mod tests {
         let path = folder.join("f");
         fs::create_dir(&folder).unwrap();
         fs::write(&path, "content").unwrap();
-        let seen = Sighting::of(&fs::symlink_metadata(&path).unwrap());
-        let is_opened = || open_seen(&path, &seen).unwrap().is_some();
+        let seen = FileIdentity::of(&fs::symlink_metadata(&path).unwrap());
+        let is_opened = || open_same(&path, &seen).unwrap().is_some();
         assert!(is_opened());
         fs::write(&path, "longer content").unwrap();
         assert!(is_opened());

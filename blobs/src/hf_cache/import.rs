@@ -19,7 +19,7 @@ use super::{
     on_one_line,
 };
 use crate::{
-    index::{self, IndexError, Indexed, NOT_PART_OF_A_MODEL, Progress, Rules, litter},
+    index::{self, IndexError, Indexed, NOT_PART_OF_A_MODEL, Progress, Rules, system_file_reason},
     path::{self as portable, OWN_PREFIX},
 };
 
@@ -394,7 +394,7 @@ impl Snapshot {
             without: problems.iter().map(|one| one.path.clone()).collect(),
             ..Rules::default()
         };
-        let indexed = index::index_by(&self.folder, &rules, progress)?;
+        let indexed = index::index_with_rules(&self.folder, &rules, progress)?;
         // This checks the files that were read: a link may have been changed since the first check.
         if !self.bounds.hold(&indexed.root) {
             problems.push(problem(&self.folder, Flaw::Outside));
@@ -564,7 +564,7 @@ fn entries(folder: &Path, problems: &mut Vec<Problem>) -> Vec<DirEntry> {
 /// Returns the name of an entry in `refs` or `snapshots`; `None` if it is a system file, or not UTF-8.
 fn usable_name(entry: &DirEntry, problems: &mut Vec<Problem>) -> Option<String> {
     match entry.file_name().into_string() {
-        Ok(name) if litter(&name).is_some() => None,
+        Ok(name) if system_file_reason(&name).is_some() => None,
         Ok(name) => Some(name),
         Err(_) => {
             problems.push(problem(&entry.path(), Flaw::Name("it is not UTF-8")));
@@ -639,7 +639,7 @@ impl<'a> Walk<'a> {
             let name = name.to_str().unwrap_or_default();
             let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
             let is_tools = is_folder && NOT_PART_OF_A_MODEL.contains(&name);
-            if name.starts_with(OWN_PREFIX) || is_tools || litter(name).is_some() {
+            if name.starts_with(OWN_PREFIX) || is_tools || system_file_reason(name).is_some() {
                 continue;
             }
             let relative = path.strip_prefix(root).ok().and_then(Path::to_str);

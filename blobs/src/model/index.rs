@@ -21,13 +21,13 @@ use std::{
     thread,
 };
 
-pub(crate) use self::walk::litter;
+pub(crate) use self::walk::system_file_reason;
 use self::walk::{FoundFile, Walker};
 use crate::{
     Hash,
     complete::lacking,
     content::hasher::{HashError, Hashers},
-    files::{self, Sighting},
+    files::{self, FileIdentity},
     header::{Format, HeaderError},
     manifest::{self, Manifest, ManifestError, Tensor},
     path::{self as portable, PathError},
@@ -296,7 +296,7 @@ impl Location {
 /// # Errors
 /// [`IndexError`].
 pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
-    index_by(path, &Rules::default(), progress)
+    index_with_rules(path, &Rules::default(), progress)
 }
 
 /// Indexes the folder or file at `path`. Blocks; uses all cores.
@@ -305,7 +305,11 @@ pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
 ///
 /// # Errors
 /// [`IndexError`].
-pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Indexed, IndexError> {
+pub fn index_with_rules(
+    path: &Path,
+    rules: &Rules,
+    progress: &Progress,
+) -> Result<Indexed, IndexError> {
     let given = path.canonicalize().map_err(|source| IndexError::Io {
         path: path.to_owned(),
         source,
@@ -542,7 +546,7 @@ fn unreadable(error: &io::Error) -> String {
 /// Checks before hashing that a file meets [`Rules::strict`].
 fn probe(name: &str, found_file: &FoundFile) -> Result<(), String> {
     let read = || {
-        let Some(file) = files::open_seen(&found_file.path, &found_file.seen)? else {
+        let Some(file) = files::open_same(&found_file.path, &found_file.seen)? else {
             return Err(io::Error::other("another file has replaced it"));
         };
         let size = file.metadata()?.len();
@@ -596,7 +600,7 @@ fn is_lfs_pointer(file: &File, size: u64) -> io::Result<bool> {
 /// Reads one file's header, and hashes the file. With `seen`, the file must be the one that was seen. Each byte is read
 /// from disk once; the header's bytes come from the page cache the second time.
 fn index_file(
-    (path, seen): (&Path, Option<&Sighting>),
+    (path, seen): (&Path, Option<&FileIdentity>),
     format: Option<Format>,
     hashers: &Hashers,
     (progress, stop): (&Progress, &[&AtomicBool]),
@@ -606,7 +610,7 @@ fn index_file(
         source,
     };
     let file = match seen {
-        Some(seen) => files::open_seen(path, seen)
+        Some(seen) => files::open_same(path, seen)
             .map_err(io)?
             .ok_or_else(|| IndexError::Changed(path.to_owned()))?,
         None => files::open(path).map_err(io)?,

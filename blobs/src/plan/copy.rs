@@ -93,7 +93,7 @@ pub(super) fn fill(
             Err(CopyError::Source(error)) => {
                 tracing::warn!(hash = %want.hash, %error, "a local copy is damaged or unreadable");
                 if let ReadError::Damaged(mismatch) = &error {
-                    store.note_damage(source, mismatch.group..mismatch.group + 1)?;
+                    store.mark_damaged(source, mismatch.group..mismatch.group + 1)?;
                 }
             }
         }

@@ -29,11 +29,11 @@ use crate::{
     selection::{Selected, Wanted},
     store::{
         KnownFiles,
-        elsewhere::Elsewhere,
+        local_copies::LocalCopies,
         make_folders,
         occupancy::Occupancy,
         part_path,
-        partial::{Partial, try_naming},
+        partial::{Partial, check_rename},
     },
     tree::Tree,
 };
@@ -109,7 +109,7 @@ pub(crate) struct Want {
     /// The right to fill the folder of the target.
     pub(crate) occupancy: Option<Arc<Occupancy>>,
     /// Content of the blob that this machine has in other blobs, as far as is known.
-    pub(crate) local_copies: Option<Arc<Elsewhere>>,
+    pub(crate) local_copies: Option<Arc<LocalCopies>>,
     /// True if a reader waits for it.
     pub(crate) urgent: bool,
     /// True if only readers want it, and no plan does.
@@ -225,7 +225,7 @@ impl Plan {
                 check_room(&root, &missing)?;
             }
             if !missing.is_empty() {
-                try_naming(&root)?;
+                check_rename(&root)?;
                 occupancy = Some(Arc::new(taken));
             }
         }
@@ -307,7 +307,7 @@ impl Plan {
             .iter()
             .filter(|file| wanted.contains(&file.blake3) && seen.insert(file.blake3))
             .collect();
-        let mut found = Elsewhere::find(&self.store, &files)?;
+        let mut found = LocalCopies::find(&self.store, &files)?;
         for want in &mut self.wants {
             want.local_copies = match found.remove(&want.hash) {
                 Some(found) => Some(found),
@@ -382,13 +382,13 @@ impl Plan {
 }
 
 /// Returns content in the part file of `want` that the store has no database row for.
-fn left(store: &Store, want: &Want) -> Result<Option<Arc<Elsewhere>>, StoreError> {
+fn left(store: &Store, want: &Want) -> Result<Option<Arc<LocalCopies>>, StoreError> {
     let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
     if claim.is_some() {
         return Ok(None);
     }
     let part = part_path(&want.target, &want.hash);
-    match Elsewhere::left(want.hash, want.tree, &part) {
+    match LocalCopies::left(want.hash, want.tree, &part) {
         Ok(left) => Ok(left.map(Arc::new)),
         Err(error) => {
             // The content is only an advantage: all of it can be fetched.
@@ -445,7 +445,7 @@ impl<'a> Chosen<'a> {
         let mut files = Vec::new();
         let mut owned: BTreeMap<Hash, Want> = BTreeMap::new();
         let mut own = |file: &manifest::File, groups: Option<Bitfield>| {
-            let target = store.owned_path(&file.blake3);
+            let target = store.own_copy_path(&file.blake3);
             let new = Want {
                 groups,
                 ..Want::whole(file.blake3, file.size, target)

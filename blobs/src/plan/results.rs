@@ -21,7 +21,7 @@ use crate::{
     selection::{Selected, Wanted},
     shards::{self, MAX_INDEX, ShardError},
     source::{ReadError, Source},
-    store::{make_folders, partial::rename_new, sync_folder},
+    store::{make_folders, partial::rename_noreplace, sync_folder},
     tree::GROUP,
 };
 
@@ -232,7 +232,7 @@ impl<'a> Content<'a> {
         let content = self.source.read_groups(groups.clone());
         // Damaged groups count as missing until they are fetched or verified again.
         if let Err(ReadError::Damaged(_)) = &content {
-            self.store.note_damage(&self.source, groups)?;
+            self.store.mark_damaged(&self.source, groups)?;
         }
         let mut content = content.map_err(|source| ResultError::Read {
             path: extract::shown(&self.file.path),
@@ -280,7 +280,7 @@ fn place(
             true => Ok(false),
             false if exists => Err(ResultError::Exists(target.to_owned())),
             false => {
-                rename_new(&temporary, target)
+                rename_noreplace(&temporary, target)
                     .map_err(StoreError::io("cannot complete", target))?;
                 sync_folder(folder)?;
                 Ok(true)

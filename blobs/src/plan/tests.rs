@@ -20,7 +20,7 @@ fn the_cost_of_equal_files_grows_linearly_with_their_number() {
         let origin = Origin::new(&all);
         let store = store(&home);
         let hash = origin.hash(&names[0]);
-        origin.bring(&store, &hash, &store.owned_path(&hash), u64::MAX);
+        origin.bring(&store, &hash, &store.own_copy_path(&hash), u64::MAX);
         let root = home.path().join("to");
         origin.expect(&store, &root);
         let before = LOCATIONS.get();

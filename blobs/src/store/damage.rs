@@ -90,7 +90,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn note_damage(&self, source: &Source, groups: Range<u64>) -> Result<(), StoreError> {
+    pub fn mark_damaged(&self, source: &Source, groups: Range<u64>) -> Result<(), StoreError> {
         let mut bad = Vec::new();
         for group in groups {
             match source.read_groups(group..group + 1) {

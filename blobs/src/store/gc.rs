@@ -304,7 +304,7 @@ impl Collector<'_> {
 
     /// Drops the store's own copy of a blob if a file of a model that a transfer wrote holds the blob too.
     fn drop_second_copy(&mut self, hash: &Hash, row: &mut BlobRow) {
-        let owned = self.store.owned_path(hash);
+        let owned = self.store.own_copy_path(hash);
         let is_owned = |location: &LocationRow| path_from(&location.path) == owned;
         let in_a_model =
             |row: &LocationRow| row.written && !row.damaged && !is_owned(row) && self.is_here(row);
@@ -413,7 +413,7 @@ impl Collector<'_> {
 
     /// Deletes files in the store's folder that have no row.
     fn folders(&mut self) -> Result<(), StoreError> {
-        let of_held = self.held.iter().map(|hash| self.store.owned_path(hash));
+        let of_held = self.held.iter().map(|hash| self.store.own_copy_path(hash));
         let of_held: HashSet<PathBuf> = of_held
             .zip(self.held)
             .flat_map(|(owned, hash)| [part_path(&owned, hash), owned])
@@ -537,9 +537,9 @@ mod tests {
         // The store's own copies of models that are not here: whole, partial, and never committed.
         let other = Origin::new(&[("c", &content(3, 4)), ("d", &content(4, 4))]);
         let (c, d) = (other.hash("c"), other.hash("d"));
-        other.bring(&store, &c, &store.owned_path(&c), 4);
-        other.bring(&store, &d, &store.owned_path(&d), 2);
-        let stray = part_path(&store.owned_path(&other.id()), &other.id());
+        other.bring(&store, &c, &store.own_copy_path(&c), 4);
+        other.bring(&store, &d, &store.own_copy_path(&d), 2);
+        let stray = part_path(&store.own_copy_path(&other.id()), &other.id());
         fs::write(&stray, [0; 4096]).unwrap();
         // A fetch that ended before its model was recorded, and a file of the user.
         let broken_off = home.path().join("broken-off");
@@ -602,7 +602,7 @@ mod tests {
         let origin = Origin::new(&[("a", &content(1, 3))]);
         let a = origin.hash("a");
         let cancelled = std::sync::atomic::AtomicBool::new(false);
-        let target = store.owned_path(&a);
+        let target = store.own_copy_path(&a);
         let open = store
             .partial(
                 a,
@@ -654,7 +654,7 @@ mod tests {
         let [a, b] = ["a", "b"].map(|path| origin.hash(path));
         let root = disk.join("fetched");
         origin.expect(&store, &root);
-        origin.bring(&store, &a, &store.owned_path(&a), 3);
+        origin.bring(&store, &a, &store.own_copy_path(&a), 3);
         origin.bring(&store, &a, &root.join("a"), 3);
         origin.bring(&store, &b, &root.join("b"), 2);
         fs::rename(&disk, &away).unwrap();
@@ -689,7 +689,7 @@ mod tests {
         let owned;
         {
             let store = store(&home);
-            owned = store.owned_path(&a);
+            owned = store.own_copy_path(&a);
             fs::create_dir(&root).unwrap();
             origin.bring(&store, &a, &root.join("a"), 3);
             origin.bring(&store, &b, &root.join("b"), 1);
@@ -732,8 +732,8 @@ mod tests {
         let [a, b] = ["a", "b"].map(|path| origin.hash(path));
         let root = home.path().join("to");
         origin.expect(&store, &root);
-        origin.bring(&store, &a, &store.owned_path(&a), 3);
-        origin.bring(&store, &b, &store.owned_path(&b), 2);
+        origin.bring(&store, &a, &store.own_copy_path(&a), 3);
+        origin.bring(&store, &b, &store.own_copy_path(&b), 2);
         assert_clean(&store);
         let manifest = origin.manifest();
         let model = store.model(&origin.id()).unwrap();
@@ -756,9 +756,9 @@ mod tests {
         let other = Origin::new(&[("c", &content(3, 3))]);
         let c = other.hash("c");
         other.expect(&store, &home.path().join("other"));
-        other.bring(&store, &c, &store.owned_path(&c), 3);
+        other.bring(&store, &c, &store.own_copy_path(&c), 3);
         store.remove(&other.id(), false).unwrap();
-        assert!(!store.owned_path(&c).exists());
+        assert!(!store.own_copy_path(&c).exists());
         assert_clean(&store);
     }
 }

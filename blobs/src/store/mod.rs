@@ -18,10 +18,10 @@ mod damage;
 mod discards;
 mod disk_checks;
 mod durable;
-pub(crate) mod elsewhere;
 mod error;
 mod gc;
 mod holds;
+pub(crate) mod local_copies;
 mod locations;
 mod models;
 pub(crate) mod occupancy;
@@ -124,7 +124,7 @@ struct Inner {
     /// Number of the last recorded use.
     last_use: AtomicU64,
     /// Index from tensors to the models that contain them.
-    tensors: Mutex<elsewhere::Index>,
+    tensors: Mutex<local_copies::Index>,
     /// Number of times the store was opened without a clean close before. Rows about part files from earlier epochs are
     /// checked before use.
     epoch: u64,
@@ -231,7 +231,7 @@ impl Store {
 
     /// Returns the path of the store's own copy of a blob. It lies in no model's folder, and is deleted once the blob
     /// is not needed.
-    pub fn owned_path(&self, hash: &Hash) -> PathBuf {
+    pub fn own_copy_path(&self, hash: &Hash) -> PathBuf {
         self.inner.folder.join("blobs").join(hash.to_string())
     }
 
@@ -394,7 +394,7 @@ impl Store {
             let target = model.root.join(&file.path);
             let damaged = self.good_of_damaged(&file.blake3, &target)?;
             let damaged = damaged.map_or(0, |good| good.bytes(&Tree::new(file.size)));
-            let targets = [target, self.owned_path(&file.blake3)];
+            let targets = [target, self.own_copy_path(&file.blake3)];
             let partial = self.partial_bytes(&targets, &file.blake3, file.size)?;
             presence.bytes += partial.max(damaged);
         }
@@ -503,7 +503,7 @@ impl Store {
         Ok(Some(file))
     }
 
-    pub(crate) fn tensors(&self) -> std::sync::MutexGuard<'_, elsewhere::Index> {
+    pub(crate) fn tensors(&self) -> std::sync::MutexGuard<'_, local_copies::Index> {
         self.inner
             .tensors
             .lock()

@@ -113,7 +113,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn expect_model(
+    pub fn record_fetch(
         &self,
         id: Hash,
         root: &Path,
@@ -141,7 +141,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold the model.
-    pub fn note_results(&self, id: &Hash, paths: &[PathBuf]) -> Result<(), StoreError> {
+    pub fn record_results(&self, id: &Hash, paths: &[PathBuf]) -> Result<(), StoreError> {
         let mut locations = Vec::new();
         for path in paths {
             let cannot_read = || StoreError::io("cannot read", path);
@@ -199,7 +199,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold the model.
-    pub fn drop_name(&self, id: &Hash, name: &str) -> Result<(), StoreError> {
+    pub fn remove_name(&self, id: &Hash, name: &str) -> Result<(), StoreError> {
         self.change_model(id, |model| model.names.retain(|known| known.name != name))
     }
 
@@ -208,7 +208,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold the model.
-    pub fn note_made(&self, id: &Hash, folder: &Path) -> Result<(), StoreError> {
+    pub fn record_created_folder(&self, id: &Hash, folder: &Path) -> Result<(), StoreError> {
         self.change_model(id, |model| {
             if !model.made.iter().any(|made| made == folder) {
                 model.made.push(folder.to_owned());

@@ -387,7 +387,7 @@ fn take_over(folder: &Path, content: &[u8]) -> io::Result<()> {
         result => result?,
     }
     if !matches!(read_lock_file(&aside), Ok((now, _)) if now == content) {
-        return crate::store::partial::rename_new(&aside, &path);
+        return crate::store::partial::rename_noreplace(&aside, &path);
     }
     tracing::warn!(folder = %folder.display(), "taking over a lock whose holder has ended");
     fs::remove_file(&aside)

@@ -168,7 +168,7 @@ impl Content {
         result
     }
 
-    /// Marks groups that are damaged on disk as missing. The writer learns of them from [`Partial::take_lost`].
+    /// Marks groups that are damaged on disk as missing. The writer learns of them from [`Partial::take_damaged`].
     pub(crate) fn forget(&self, groups: Range<u64>) {
         self.lock().remove_range(groups.clone());
         let mut lost = self.lost();
@@ -353,7 +353,7 @@ impl Partial {
 
     /// Records that `groups` were read. Those of `lost` are damaged, and count as missing from now on. Returns the
     /// groups that are still durable.
-    pub(crate) fn was_read(&self, groups: &Bitfield, lost: &Bitfield) -> Bitfield {
+    pub(crate) fn mark_read(&self, groups: &Bitfield, lost: &Bitfield) -> Bitfield {
         let mut have = self.lock();
         lost.runs().for_each(|run| have.remove_range(run));
         drop(have);
@@ -372,13 +372,13 @@ impl Partial {
 
     /// Takes the groups that readers have found damaged since the last call and that are still missing. The transfer
     /// that writes the blob fetches them again.
-    pub(crate) fn take_lost(&self) -> Option<Bitfield> {
+    pub(crate) fn take_damaged(&self) -> Option<Bitfield> {
         let mut lost = self.content.lost().take()?;
         self.have().runs().for_each(|run| lost.remove_range(run));
         if lost.count() == 0 {
             return None;
         }
-        self.was_read(&lost, &lost);
+        self.mark_read(&lost, &lost);
         // The row that vouches for them has to be written again.
         self.set_dirty();
         Some(lost)
@@ -541,7 +541,7 @@ impl Partial {
         let cannot_read = || StoreError::io("cannot read", &self.target);
         if !self.is_finished() {
             let renamed = match self.replaced() {
-                [] => rename_new(self.part(), &self.target),
+                [] => rename_noreplace(self.part(), &self.target),
                 _ => fs::rename(self.part(), &self.target),
             };
             match renamed {
@@ -662,7 +662,7 @@ impl Naming for System {
 }
 
 /// Renames a file without replacing an existing one.
-pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+pub(crate) fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
     rename_new_with(&System, from, to)
 }
 
@@ -708,7 +708,7 @@ fn is_unsupported(error: &io::Error) -> bool {
 const NAMES: usize = 64;
 
 /// Tests with empty files whether files can be renamed in `folder`, so that a failure shows before anything is fetched.
-pub(crate) fn try_naming(folder: &Path) -> Result<(), StoreError> {
+pub(crate) fn check_rename(folder: &Path) -> Result<(), StoreError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     try_naming_from(folder, &NEXT).map_err(StoreError::io("cannot rename files in", folder))
 }
@@ -724,7 +724,7 @@ fn try_naming_from(folder: &Path, next: &AtomicU64) -> io::Result<()> {
         // Never follows a link that another user left there, and removes no existing file.
         let made = crate::files::patiently(|| File::create_new(&from));
         let named = made.and_then(|_| {
-            let named = rename_new(&from, &to);
+            let named = rename_noreplace(&from, &to);
             let left = if named.is_ok() { &to } else { &from };
             crate::store::discard(left);
             named
@@ -832,9 +832,9 @@ mod tests {
     #[test]
     fn trying_to_rename_files_leaves_nothing_behind() {
         let folder = tempfile::tempdir().unwrap();
-        try_naming(folder.path()).unwrap();
+        check_rename(folder.path()).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
-        try_naming(&folder.path().join("missing")).unwrap_err();
+        check_rename(&folder.path().join("missing")).unwrap_err();
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Store {
             return Err(StoreError::Cancelled);
         }
         self.check_size(&hash, &tree)?;
-        let owned = target == self.owned_path(&hash);
+        let owned = target == self.own_copy_path(&hash);
         if owned && !part.exists() && target.exists() && !self.holds(&hash, target)? {
             // The file got its name, but no row: after a crash, or with a full disk. The row of its part file says
             // which groups are certain. Of a file that a read found damaged, the good groups are kept.
@@ -179,7 +179,7 @@ impl Store {
         // `read` returns `None` if the file's time has changed; an incomplete file has no time to compare.
         let good = good.unwrap_or_else(|| Bitfield::empty(tree.groups()));
         let lost = difference(&groups, &good);
-        let bits = partial.was_read(&groups, &lost);
+        let bits = partial.mark_read(&groups, &lost);
         if lost.count() > 0 {
             let (bytes, part) = (lost.bytes(&tree), partial.part().display());
             tracing::warn!(

@@ -59,7 +59,7 @@ pub struct Usage {
     /// Manifests, outboards and the database.
     pub metadata: u64,
     /// Fetched files in folders outside the home.
-    pub elsewhere: u64,
+    pub external: u64,
     /// Files that were added in place.
     pub in_place: u64,
 }
@@ -86,7 +86,7 @@ impl Need {
     /// Returns the need for `bytes` more than the store's own part file of a blob of `size` bytes takes now. Stats the
     /// part file.
     pub fn more(store: &Store, hash: Hash, size: u64, bytes: u64) -> Self {
-        let target = store.owned_path(&hash);
+        let target = store.own_copy_path(&hash);
         let here = allocated(&part_path(&target, &hash));
         Self {
             target,
@@ -268,7 +268,7 @@ impl Store {
                     () if location.path.starts_with(folder) => {}
                     () if !row.written => usage.in_place += bytes,
                     () if location.path.starts_with(home) => usage.models += bytes,
-                    () => usage.elsewhere += bytes,
+                    () => usage.external += bytes,
                 }
             }
         }
@@ -276,7 +276,7 @@ impl Store {
             let bytes = states.size(&location.path).unwrap_or(location.size);
             match location.path.starts_with(home) {
                 true => usage.models += bytes,
-                false => usage.elsewhere += bytes,
+                false => usage.external += bytes,
             }
         }
         let open = self.open_parts().clone().into_iter();
@@ -286,7 +286,7 @@ impl Store {
             let bytes = states.allocated(&part).unwrap_or(had);
             match part.starts_with(home) {
                 true => usage.parts += bytes,
-                false => usage.elsewhere += bytes,
+                false => usage.external += bytes,
             }
         }
         for kind in ["outboards", "manifests"] {
@@ -497,7 +497,7 @@ impl Store {
 
     /// Returns the size of the store's own copy of a blob, in bytes; 0 if there is none.
     fn owned_size(&self, hash: &Hash) -> u64 {
-        let owned = self.owned_path(hash);
+        let owned = self.own_copy_path(hash);
         fs::symlink_metadata(owned).map_or(0, |file| file.len())
     }
 
@@ -766,7 +766,7 @@ mod tests {
         partial.bring(store, &part_of, &setup.root("partial").join("a"), 4);
         set_used_at(store, &partial.id(), 300);
         let owned = origin(6, 10).hash("a");
-        origin(6, 10).bring(store, &owned, &store.owned_path(&owned), 10);
+        origin(6, 10).bring(store, &owned, &store.own_copy_path(&owned), 10);
         // Added in place, so it does not count.
         add(store, &setup.home.path().join("mine"), &content(7, 10));
         let before = setup.counted();
@@ -774,7 +774,7 @@ mod tests {
         store.set_quota(Some(60 * GROUP)).unwrap();
 
         let (room, gone) = setup.room(1).unwrap();
-        assert!(gone.is_empty() && !store.owned_path(&owned).exists());
+        assert!(gone.is_empty() && !store.own_copy_path(&owned).exists());
         assert!(!store.sources(&part_of).unwrap().is_empty());
         drop(room);
         let (room, gone) = setup.room(11).unwrap();
@@ -868,7 +868,7 @@ mod tests {
         assert!(gone.is_empty());
         origin(2, 3).fetch(store, &external.path().join("2"));
         let usage = store.usage(setup.home.path()).unwrap();
-        assert_eq!((usage.models, usage.elsewhere), (10 * GROUP, 3 * GROUP));
+        assert_eq!((usage.models, usage.external), (10 * GROUP, 3 * GROUP));
         assert!(usage.metadata > 0);
         store.set_quota(None).unwrap();
         assert_eq!(store.quota().unwrap(), None);

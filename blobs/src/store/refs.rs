@@ -223,7 +223,7 @@ mod tests {
         let store = store(&home);
         let one = Origin::new(&[("a", &content(1, 3))]);
         let root = home.path().join("1");
-        store.expect_model(one.id(), &root, None, true).unwrap();
+        store.record_fetch(one.id(), &root, None, true).unwrap();
         assert_eq!(count(&store, &one.hash("a")), 0);
         one.expect(&store, &root);
         assert_eq!(count(&store, &one.hash("a")), 1);

@@ -61,7 +61,10 @@ impl Store {
             return Err(StoreError::Busy(model.root));
         }
         for file in manifest.iter().flat_map(Manifest::files) {
-            for target in [model.root.join(&file.path), self.owned_path(&file.blake3)] {
+            for target in [
+                model.root.join(&file.path),
+                self.own_copy_path(&file.blake3),
+            ] {
                 let part = part_path(&target, &file.blake3);
                 if self.is_arriving(&part) {
                     return Err(StoreError::Busy(part));
@@ -293,7 +296,7 @@ impl Forget<'_> {
         }
         let mut table = self.txn.open_table(BLOBS).map_err(database)?;
         table.remove(hash.as_bytes()).map_err(database)?;
-        deletions.own(self.store.owned_path(hash));
+        deletions.own(self.store.own_copy_path(hash));
         deletions.own(self.store.outboard_path(hash));
         Ok(())
     }
@@ -336,7 +339,7 @@ mod tests {
         let one = Origin::new(&[("a", &data), ("b", &data), ("c", b"c")]);
         let (first, second) = (home.path().join("1"), home.path().join("2"));
         one.fetch(&store, &first);
-        store.note_made(&one.id(), &first).unwrap();
+        store.record_created_folder(&one.id(), &first).unwrap();
         one.fetch(&store, &second);
         fs::write(second.join("mine.txt"), "mine").unwrap();
         let removed = store.remove(&one.id(), true).unwrap();
@@ -377,7 +380,7 @@ mod tests {
         let commit = Commit::of_model(&one.id());
         store.publish_as(&one.id(), "me/a", None).unwrap();
         store.publish_as(&one.id(), "me/b", Some(commit)).unwrap();
-        store.drop_name(&one.id(), "me/a").unwrap();
+        store.remove_name(&one.id(), "me/a").unwrap();
         let names = store.model(&one.id()).unwrap().names;
         assert_eq!(names.len(), 1);
         assert_eq!((&*names[0].name, names[0].commit), ("me/b", Some(commit)));

@@ -80,7 +80,7 @@ impl Origin {
         let manifest = self.manifest();
         fs::create_dir_all(root).unwrap();
         store.add_manifest(&manifest.encode()).unwrap();
-        store.expect_model(self.id, root, None, true).unwrap();
+        store.record_fetch(self.id, root, None, true).unwrap();
     }
 
     /// Writes the first `groups` groups of a file to a target, as a transfer does.

@@ -35,7 +35,7 @@ use crate::{
     files::stamp::Stamp,
     index::{self, IndexError, Location, hash_file},
     source::{ReadError, Source},
-    store::partial::rename_new,
+    store::partial::rename_noreplace,
     tree::Tree,
 };
 use redb::WriteTransaction;
@@ -167,7 +167,7 @@ impl Tasks<'_> {
     /// `None` if the model is not held, so that no file can be missing from it.
     fn add(&mut self, of: Listed<'_>, target: Option<&Path>) -> Result<(), StoreError> {
         let (store, hash) = (self.store, of.hash);
-        let owned = store.owned_path(&hash);
+        let owned = store.own_copy_path(&hash);
         let rows = store.blob_row(&hash)?;
         for row in rows.into_iter().flat_map(|row| row.locations) {
             let at = path_from(&row.path);
@@ -560,7 +560,7 @@ impl Store {
             tree,
         };
         self.note_part(hash, &held, false, |_| Ok(()))?;
-        rename_new(&location.path, &part)
+        rename_noreplace(&location.path, &part)
             .map_err(StoreError::io("cannot rename", &location.path))?;
         if let Some(folder) = part.parent() {
             sync_folder(folder)?;

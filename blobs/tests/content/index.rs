@@ -14,7 +14,7 @@ use std::{
 
 use weft_blobs::{
     Manifest,
-    index::{IndexError, Indexed, Progress, Rules, index, index_by},
+    index::{IndexError, Indexed, Progress, Rules, index, index_with_rules},
 };
 
 /// Returns a safetensors file with the given header and `data` bytes of tensors.
@@ -120,7 +120,7 @@ fn published(name: &str, content: &[u8]) -> Result<usize, String> {
     // A receiver of the manifest accepts it.
     let received = Manifest::decode(&indexed.manifest.encode()).unwrap();
     assert_eq!(received, indexed.manifest);
-    let strict = index_by(
+    let strict = index_with_rules(
         folder.path(),
         &by(|rules| rules.strict = true),
         &Progress::default(),
@@ -502,7 +502,7 @@ fn files_of_operating_systems_are_left_out_and_reported() {
         one("F32", "[4]", 16),
     )
     .unwrap();
-    for litter in [
+    for system_file_reason in [
         "._model.safetensors",
         "._config.json",
         "._model-Q4_K_M.gguf",
@@ -512,14 +512,14 @@ fn files_of_operating_systems_are_left_out_and_reported() {
         "__MACOSX/._model.bin",
         "__MACOSX/x",
     ] {
-        write(litter);
+        write(system_file_reason);
     }
     for rules in [
         Rules::default(),
         by(|rules| rules.hidden = true),
         by(|rules| rules.strict = true),
     ] {
-        let indexed = index_by(folder.path(), &rules, &Progress::default()).unwrap();
+        let indexed = index_with_rules(folder.path(), &rules, &Progress::default()).unwrap();
         assert_eq!(names(&indexed), ["model.safetensors"]);
         assert_eq!(indexed.skipped.len(), 7, "{:?}", indexed.skipped);
         assert!(indexed.opaque.is_empty());
@@ -555,7 +555,7 @@ fn hidden_files_are_published_only_on_request() {
     let env = indexed.skipped.iter().find(|note| note.starts_with(".env"));
     assert!(env.unwrap().contains("--hidden"), "{env:?}");
     let all = by(|rules| rules.hidden = true);
-    let indexed = index_by(folder.path(), &all, &Progress::default()).unwrap();
+    let indexed = index_with_rules(folder.path(), &all, &Progress::default()).unwrap();
     assert!(names(&indexed).contains(&".ssh/id_ed25519"));
     assert!(names(&indexed).contains(&"readme.txt"));
     assert!(!names(&indexed).contains(&".git/HEAD"));
@@ -626,7 +626,7 @@ fn all_names_that_other_systems_do_not_support_are_reported_at_once_or_left_out(
         "{message:?}"
     );
     let skip = by(|rules| rules.skip_unportable = true);
-    let indexed = index_by(folder.path(), &skip, &Progress::default()).unwrap();
+    let indexed = index_with_rules(folder.path(), &skip, &Progress::default()).unwrap();
     assert_eq!(indexed.manifest.files().len(), 4, "{:?}", names(&indexed));
     assert_eq!(indexed.skipped.len(), odd.len());
 }
@@ -675,7 +675,7 @@ fn links_within_the_folder_are_followed_and_links_out_of_it_only_on_request() {
     assert!(note("folder: ").contains("--follow-links"));
     assert!(note("dangling.bin: ").contains("gone.bin, which does not exist"));
     let follow = by(|rules| rules.follow_links = true);
-    let indexed = index_by(&root, &follow, &Progress::default()).unwrap();
+    let indexed = index_with_rules(&root, &follow, &Progress::default()).unwrap();
     assert_eq!(
         names(&indexed),
         [
@@ -689,7 +689,7 @@ fn links_within_the_folder_are_followed_and_links_out_of_it_only_on_request() {
     );
     assert_eq!(indexed.followed.len(), 2, "{:?}", indexed.followed);
     let strict = by(|rules| rules.strict = true);
-    let error = index_by(&root, &strict, &Progress::default()).unwrap_err();
+    let error = index_with_rules(&root, &strict, &Progress::default()).unwrap_err();
     assert!(
         matches!(&error, IndexError::Strict(faults) if faults.len() == 2),
         "{error}"

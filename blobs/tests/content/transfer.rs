@@ -495,7 +495,7 @@ async fn the_first_damage_found_in_a_file_leads_to_a_check_of_the_whole_file() {
     let hash = world.manifest.files()[0].blake3;
     let source = world.provider.sources(&hash).unwrap().remove(0);
     source.read_groups(60..61).unwrap_err();
-    world.provider.note_damage(&source, 60..61).unwrap();
+    world.provider.mark_damaged(&source, 60..61).unwrap();
     let here = || {
         let sources = world.provider.sources(&hash).unwrap();
         sources[0].have().count()
@@ -1208,7 +1208,7 @@ async fn outboards_of_forgotten_part_files_are_not_reused() {
         world.receiver.add_manifest(&bytes).unwrap();
         world
             .receiver
-            .expect_model(id, &root.canonicalize().unwrap(), None, true)
+            .record_fetch(id, &root.canonicalize().unwrap(), None, true)
             .unwrap();
     };
     for to in ["one", "two"] {
@@ -1247,7 +1247,7 @@ async fn removing_with_files_deletes_only_files_that_were_fetched() {
     let (mut download, _) = world.plan("to").unwrap();
     world
         .receiver
-        .expect_model(world.id, download.root(), None, true)
+        .record_fetch(world.id, download.root(), None, true)
         .unwrap();
     download.fetch(world.connect()).await.unwrap();
     let removed = world.receiver.remove(&world.id, true).unwrap();

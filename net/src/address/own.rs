@@ -2,7 +2,7 @@
 //!
 //! A machine has addresses that lead nowhere for other peers: bridges of containers and virtual machines, tunnels.
 //! Lists of addresses are limited in length, and their receivers dial only the first few. So every list of own
-//! addresses that leaves this node is sorted here ([`Own::sort`]) and cut by [`first_places`].
+//! addresses that leaves this node is sorted here ([`Own::sort`]) and cut by [`first_endpoints`].
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,10 +14,10 @@ use libp2p::{Multiaddr, multiaddr::Protocol};
 use crate::address::{first_ip, is_public, is_relayed, socket_within, starts_with_name};
 
 /// Most host and port pairs in a list of addresses, regardless of transport.
-pub const MAX_PLACES: usize = 16;
+pub const MAX_ENDPOINTS: usize = 16;
 
 /// Most addresses in such a list: each host and port by TCP and by QUIC.
-pub(crate) const MAX_ADDRESSES: usize = 2 * MAX_PLACES;
+pub(crate) const MAX_ADDRESSES: usize = 2 * MAX_ENDPOINTS;
 
 /// Most addresses of one host and port: TCP, WebSocket, WebSocket within TLS, QUIC.
 const PER_ENDPOINT: usize = 4;
@@ -106,7 +106,7 @@ fn endpoint(address: &Multiaddr) -> Vec<u8> {
 
 /// Returns the addresses of the first `endpoints` host and port pairs. A host and port counts once, regardless of
 /// transport. At most thirty-two addresses are returned.
-pub fn first_places(
+pub fn first_endpoints(
     addresses: impl IntoIterator<Item = Multiaddr>,
     endpoints: usize,
 ) -> Vec<Multiaddr> {
@@ -203,7 +203,7 @@ mod tests {
             assert!(
                 useful
                     .iter()
-                    .all(|address| first_places(all.clone(), 2).contains(address))
+                    .all(|address| first_endpoints(all.clone(), 2).contains(address))
             );
         }
     }
@@ -227,16 +227,16 @@ mod tests {
     #[test]
     fn a_host_and_port_for_both_transports_counts_once() {
         let all = nine_bridges();
-        assert_eq!(first_places(all.clone(), MAX_PLACES), all);
-        assert_eq!(first_places(all.clone(), 3), all[..6]);
+        assert_eq!(first_endpoints(all.clone(), MAX_ENDPOINTS), all);
+        assert_eq!(first_endpoints(all.clone(), 3), all[..6]);
         let ports = (1..1000).map(|port| format!("/ip4/1.1.1.1/tcp/{port}").parse().unwrap());
-        assert_eq!(first_places(ports, MAX_PLACES).len(), MAX_PLACES);
+        assert_eq!(first_endpoints(ports, MAX_ENDPOINTS).len(), MAX_ENDPOINTS);
         // All transports of one port are kept.
         let port = ["tcp/443", "tcp/443/ws", "tcp/443/tls/ws", "udp/443/quic-v1"];
         let port = port.map(|end| format!("/ip4/1.1.1.1/{end}").parse().unwrap());
-        assert_eq!(first_places(port.clone(), 1), port);
+        assert_eq!(first_endpoints(port.clone(), 1), port);
         let same = std::iter::repeat_n(all[0].clone(), 100);
-        assert_eq!(first_places(same, MAX_PLACES), all[..1]);
+        assert_eq!(first_endpoints(same, MAX_ENDPOINTS), all[..1]);
     }
 
     #[test]

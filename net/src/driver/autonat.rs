@@ -15,7 +15,8 @@ use tokio::{sync::oneshot, time::timeout};
 
 use super::{DialMode, Driver, Outcome, accept, dialing::Dial, opened};
 use crate::{
-    AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Shares, Stream, Transport,
+    AutonatLimits, Class, Filtering, Heard, Incoming, NetworkGroup, PathKind, Shares, Stream,
+    Transport,
     address::{is_public, of_socket, socket},
     exchange::within,
     nat::autonat::{
@@ -413,7 +414,7 @@ where
         let from = from.filter(is_public);
         let Some(from) = from.filter(|from| self.autonat.bounds.begin(peer, *from, now)) else {
             // If too many requests are being refused, the stream is dropped, and so reset.
-            let group = Place::of(stream.path());
+            let group = NetworkGroup::of(stream.path());
             if let Ok(permit) = self.autonat.rejections.take(peer, group) {
                 span::spawn(peer, async move {
                     let _permit = permit;

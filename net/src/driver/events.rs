@@ -312,7 +312,7 @@ where
                 _ => relayed || dialable_from(&seen_at, address),
             })
             .collect();
-        let claimed = own::first_places(claimed, own::MAX_PLACES);
+        let claimed = own::first_endpoints(claimed, own::MAX_ENDPOINTS);
         if let Some((at, _)) = socket(&seen_at).filter(|_| !relayed) {
             lanes::remember(&mut peer.tcp, &claimed, at.ip());
         }

@@ -19,7 +19,7 @@ use super::{
     peers::{Connection, Peer},
 };
 use crate::{
-    Class, Incoming, Limits, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
+    Class, Incoming, Limits, NetworkGroup, OpenError, Path, PathKind, Shares, Stream, Transport,
     address::{first_ip, socket},
     policy::gate::{Gate, Target},
     span,
@@ -144,14 +144,17 @@ where
         // A lane that the peer dials takes its permit when it arrives.
         let (permit, has_room) = match &way {
             Way::Dial(address, _) => {
-                let permit = self.lanes.shares.take(peer, Place::of(&Path::of(address)));
+                let permit = self
+                    .lanes
+                    .shares
+                    .take(peer, NetworkGroup::of(&Path::of(address)));
                 let has_room = permit.is_ok();
                 (permit.ok(), has_room)
             }
             Way::Call(connection) => {
                 let known = self.peers.get(&peer);
                 let known = known.and_then(|peer| peer.connections.get(connection));
-                let room = |c: &Connection| self.lanes.shares.has(&peer, Place::of(&c.path));
+                let room = |c: &Connection| self.lanes.shares.has(&peer, NetworkGroup::of(&c.path));
                 (None, known.is_some_and(room))
             }
         };
@@ -215,7 +218,7 @@ where
         tracing::debug!(%peer, %error, "cannot open a lane");
         // The peer is not blamed if this node has reached its limit of lanes.
         let best = self.peers.get(&peer).and_then(Peer::best);
-        if best.is_some_and(|best| self.lanes.shares.has(&peer, Place::of(&best.path))) {
+        if best.is_some_and(|best| self.lanes.shares.has(&peer, NetworkGroup::of(&best.path))) {
             self.lanes.paused.insert(peer, Instant::now() + PAUSE);
         }
         let streams = &mut self.swarm.behaviour_mut().streams;
@@ -283,7 +286,7 @@ where
             return;
         };
         let path = Path::of(&arrival.from);
-        let permit = match self.lanes.shares.take(peer, Place::of(&path)) {
+        let permit = match self.lanes.shares.take(peer, NetworkGroup::of(&path)) {
             Ok(permit) => permit,
             Err(full) => {
                 tracing::debug!(%peer, %full, "lane refused");
@@ -312,7 +315,11 @@ where
             // Dropped, and so reset. That refuses the request without a message or a task. The same holds below.
             return;
         };
-        let Ok(permit) = self.lanes.shares.take(peer, Place::of(stream.path())) else {
+        let Ok(permit) = self
+            .lanes
+            .shares
+            .take(peer, NetworkGroup::of(stream.path()))
+        else {
             return;
         };
         let Some((address, target)) = self.lane_target(&peer) else {

@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{Driver, Outcome, PATH_TIMEOUT, accept, addresses::source, peers::Connection};
 use crate::{
-    Incoming, PathKind, Place, Shares, Stream, Transport,
+    Incoming, NetworkGroup, PathKind, Shares, Stream, Transport,
     address::socket_within,
     ping::{self, PING_PROTOCOL},
     policy::connection_manager::Worth,
@@ -75,7 +75,7 @@ where
     /// Answers a stream of pings that a peer has opened.
     pub(super) fn on_pings(&self, stream: Stream) {
         // If there are too many, the stream is dropped, and so reset.
-        let group = Place::of(stream.path());
+        let group = NetworkGroup::of(stream.path());
         if let Ok(permit) = self.liveness.pingers.take(stream.peer(), group) {
             span::spawn(stream.peer(), async move {
                 let _permit = permit;

@@ -17,7 +17,7 @@ use weft_proto::wire::UdpMapping;
 
 use super::{DialMode, Driver, Outcome, accept, opened, peers::Peer};
 use crate::{
-    Heard, Incoming, Mapping, PathKind, Place, Shares, Stream, Transport,
+    Heard, Incoming, Mapping, NetworkGroup, PathKind, Shares, Stream, Transport,
     address::{first_ip, is_link_local, is_public, of_socket, socket},
     exchange::within,
     nat::{
@@ -530,7 +530,7 @@ where
 
     /// Receives a question whether another peer is at the addresses it claims.
     pub(super) fn on_seen_question(&mut self, mut stream: Stream) {
-        let group = Place::of(stream.path());
+        let group = NetworkGroup::of(stream.path());
         let Ok(permit) = self.punching.questions.take(stream.peer(), group) else {
             // Dropped, and so reset.
             return;

@@ -2,8 +2,8 @@
 //!
 //! libp2p limits connections in total and per peer. That does not stop an attacker who makes a new key for every
 //! connection: each connection is then another peer, and together they keep honest peers out. So incoming connections
-//! are also counted by network group ([`Place`]: addresses, networks, relays). A full node makes room for a newcomer
-//! from another network group: it closes the least useful connection of the group that has most.
+//! are also counted by network group ([`NetworkGroup`]: addresses, networks, relays). A full node makes room for a
+//! newcomer from another network group: it closes the least useful connection of the group that has most.
 //!
 //! [`ConnectionManager`] keeps the counts and decides; it has no sockets and no clock of its own. [`Behaviour`] reports
 //! the swarm's connections to it. Connections in the handshake are counted in [`pending`](crate::policy::pending).
@@ -30,7 +30,7 @@ use libp2p::{
 };
 
 use crate::{
-    LimitUse, Limits, Path, Place,
+    LimitUse, Limits, NetworkGroup, Path,
     policy::{
         limits::{Memory, Short},
         shares::{ByScope, SITE, count, release},
@@ -49,11 +49,11 @@ const IDLE: Duration = Duration::from_secs(300);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AtLimit {
     #[error("too many connections in the handshake from {0}")]
-    Handshakes(Place),
+    Handshakes(NetworkGroup),
     #[error("too many connections in the handshake")]
     AllHandshakes,
     #[error("too many connections from {0}, or from a network around it")]
-    Group(Place),
+    Group(NetworkGroup),
     #[error("too many incoming connections")]
     Incoming,
     #[error("too many connections")]
@@ -84,7 +84,7 @@ pub(crate) struct Worth {
 struct Open {
     peer: PeerId,
     /// Network group of an incoming connection; `None` for an outgoing one.
-    group: Option<Place>,
+    group: Option<NetworkGroup>,
     since: Instant,
     worth: Worth,
     /// True while the connection is being closed; it no longer counts.
@@ -153,7 +153,7 @@ impl ConnectionManager {
     }
 
     /// Checks that a connection from `group` could be opened. Called before the handshake, which costs more.
-    pub(crate) fn admit(&self, group: Place) -> Result<(), AtLimit> {
+    pub(crate) fn admit(&self, group: NetworkGroup) -> Result<(), AtLimit> {
         self.memory.spare()?;
         let mut state = self.state();
         let room = state.room(&self.limits, group, Instant::now());
@@ -162,7 +162,7 @@ impl ConnectionManager {
 
     /// Returns true if [`admit`](Self::admit) would succeed now without closing another connection. It counts nothing
     /// and looks at no connection, because it is called for each packet of any sender.
-    pub(crate) fn has_free_room(&self, group: Place) -> bool {
+    pub(crate) fn has_free_room(&self, group: NetworkGroup) -> bool {
         let state = self.state();
         !self.memory.is_short()
             && state.incoming < self.limits.incoming
@@ -175,7 +175,7 @@ impl ConnectionManager {
         &self,
         id: ConnectionId,
         peer: PeerId,
-        group: Place,
+        group: NetworkGroup,
         now: Instant,
     ) -> Result<(), AtLimit> {
         let mut state = self.state();
@@ -266,7 +266,7 @@ impl State {
     }
 
     /// Returns true if the network group, or a network around it, has reached its limit.
-    fn is_full_at(&self, limits: &Bounds, group: Place) -> bool {
+    fn is_full_at(&self, limits: &Bounds, group: NetworkGroup) -> bool {
         let mut scopes = group.scopes();
         scopes.any(|(scope, part)| self.by_scope.of(scope) >= limits.at(part))
     }
@@ -275,7 +275,7 @@ impl State {
     fn room(
         &self,
         limits: &Bounds,
-        group: Place,
+        group: NetworkGroup,
         now: Instant,
     ) -> Result<Option<ConnectionId>, AtLimit> {
         if self.is_full_at(limits, group) {
@@ -316,7 +316,7 @@ impl State {
         limits: &Bounds,
         id: ConnectionId,
         peer: PeerId,
-        group: Place,
+        group: NetworkGroup,
         now: Instant,
     ) -> Result<(), AtLimit> {
         if count(&self.by_peer, &peer) >= limits.per_peer {
@@ -329,7 +329,13 @@ impl State {
         Ok(())
     }
 
-    fn insert(&mut self, id: ConnectionId, peer: PeerId, group: Option<Place>, now: Instant) {
+    fn insert(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        group: Option<NetworkGroup>,
+        now: Instant,
+    ) {
         if let Some(group) = group {
             self.incoming += 1;
             self.by_scope.add(group);
@@ -346,7 +352,7 @@ impl State {
         self.open.insert(id, open);
     }
 
-    fn uncount(&mut self, peer: PeerId, group: Option<Place>) {
+    fn uncount(&mut self, peer: PeerId, group: Option<NetworkGroup>) {
         self.all -= 1;
         release(&mut self.by_peer, peer);
         if let Some(group) = group {
@@ -379,7 +385,7 @@ impl State {
     }
 
     /// Iterates over incoming connections with the network group of each.
-    fn candidates(&self) -> impl Iterator<Item = (ConnectionId, Place, &Open)> {
+    fn candidates(&self) -> impl Iterator<Item = (ConnectionId, NetworkGroup, &Open)> {
         self.open
             .iter()
             .filter(|(_, open)| !open.leaving)
@@ -397,7 +403,7 @@ impl State {
         for (_, group, open) in self.candidates() {
             costs.add_many(group, cost(open));
         }
-        let pressure = |group: Place| {
+        let pressure = |group: NetworkGroup| {
             let of = |(scope, part)| costs.of(scope) * NORMAL / part;
             group.scopes().map(of).max().unwrap_or_default()
         };
@@ -442,7 +448,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        let group = Place::of(&Path::inbound(local, remote));
+        let group = NetworkGroup::of(&Path::inbound(local, remote));
         let entered = self.0.enter(id, peer, group, Instant::now());
         entered.map_err(ConnectionDenied::new)?;
         Ok(dummy::ConnectionHandler)
@@ -522,7 +528,7 @@ impl NetworkBehaviour for Behaviour {
 impl State {
     /// Counts a connection under the new address of its remote end; closes it if there is no room there.
     fn moved(&mut self, limits: &Bounds, id: ConnectionId, path: &Path) {
-        let group = Place::of(path);
+        let group = NetworkGroup::of(path);
         let known = self.open.get(&id).filter(|open| !open.leaving);
         let Some((peer, Some(before))) = known.map(|open| (open.peer, open.group)) else {
             return;

@@ -30,7 +30,7 @@ use libp2p::{
 use tokio::sync::oneshot;
 
 use crate::{
-    LimitUse, Path, Place,
+    LimitUse, NetworkGroup, Path,
     policy::{
         connection_manager::{AtLimit, ConnectionManager},
         shares::{self, SITE, Scope, release},
@@ -79,7 +79,7 @@ struct State {
 struct Entry {
     carrier: Carrier,
     /// `None` while the address is not proven; the connection then counts towards no group.
-    group: Option<Place>,
+    group: Option<NetworkGroup>,
     spoke: bool,
     /// Dropped with the entry, which ends the connection.
     _held: oneshot::Sender<Infallible>,
@@ -128,7 +128,7 @@ impl Pending {
     /// # Errors
     ///
     /// Returns [`AtLimit`] if the connection is refused, and counts the refusal.
-    pub(crate) fn enter(&self, carrier: Carrier, group: Place) -> Result<Ticket, AtLimit> {
+    pub(crate) fn enter(&self, carrier: Carrier, group: NetworkGroup) -> Result<Ticket, AtLimit> {
         self.manager.admit(group)?;
         let mut state = self.state();
         state.make_room_at(group, self.per_site)?;
@@ -141,7 +141,7 @@ impl Pending {
     ///
     /// Returns `None` if the sender has to show it first: there are too many such connections, or the group has no free
     /// room. Refusing instead would trust the claimed source address.
-    pub(crate) fn enter_unproven(&self, group: Place) -> Option<Ticket> {
+    pub(crate) fn enter_unproven(&self, group: NetworkGroup) -> Option<Ticket> {
         let mut state = self.state();
         let quic = |entry: &&Entry| entry.carrier == Carrier::Quic;
         let full =
@@ -157,7 +157,7 @@ impl Pending {
         Some(self.insert(&mut state, Carrier::Quic, None))
     }
 
-    fn insert(&self, state: &mut State, carrier: Carrier, group: Option<Place>) -> Ticket {
+    fn insert(&self, state: &mut State, carrier: Carrier, group: Option<NetworkGroup>) -> Ticket {
         let (held, replaced) = oneshot::channel();
         let id = state.next;
         state.next += 1;
@@ -169,7 +169,7 @@ impl Pending {
             _held: held,
         };
         state.entries.insert(id, entry);
-        for (scope, _) in group.into_iter().flat_map(Place::scopes) {
+        for (scope, _) in group.into_iter().flat_map(NetworkGroup::scopes) {
             *state.by_scope.entry(scope).or_default() += 1;
         }
         Ticket {
@@ -226,7 +226,7 @@ fn limit(per_site: usize, part: usize) -> usize {
 impl State {
     fn remove(&mut self, id: u64) {
         if let Some(entry) = self.entries.remove(&id) {
-            for (scope, _) in entry.group.into_iter().flat_map(Place::scopes) {
+            for (scope, _) in entry.group.into_iter().flat_map(NetworkGroup::scopes) {
                 release(&mut self.by_scope, scope);
             }
         }
@@ -237,19 +237,19 @@ impl State {
     }
 
     /// Returns the connections of a network group relative to its limit; the fullest of its scopes decides.
-    fn pressure(&self, group: Place, more: usize) -> usize {
+    fn pressure(&self, group: NetworkGroup, more: usize) -> usize {
         let of = |(scope, part)| (shares::count(&self.by_scope, &scope) + more) * NORMAL / part;
         group.scopes().map(of).max().unwrap_or_default()
     }
 
-    fn make_room_at(&mut self, group: Place, per_site: usize) -> Result<(), AtLimit> {
+    fn make_room_at(&mut self, group: NetworkGroup, per_site: usize) -> Result<(), AtLimit> {
         for (scope, part) in group.scopes() {
             if shares::count(&self.by_scope, &scope) < limit(per_site, part) {
                 continue;
             }
             self.refused_at_site += 1;
             let there = |entry: &Entry| {
-                let mut scopes = entry.group.into_iter().flat_map(Place::scopes);
+                let mut scopes = entry.group.into_iter().flat_map(NetworkGroup::scopes);
                 scopes.any(|(of, _)| of == scope)
             };
             let mut silent = self.entries.iter();
@@ -260,7 +260,12 @@ impl State {
         Ok(())
     }
 
-    fn make_room(&mut self, carrier: Carrier, group: Place, share: usize) -> Result<(), AtLimit> {
+    fn make_room(
+        &mut self,
+        carrier: Carrier,
+        group: NetworkGroup,
+        share: usize,
+    ) -> Result<(), AtLimit> {
         let same = |entry: &Entry| entry.carrier == carrier;
         if self.entries.values().filter(|entry| same(entry)).count() < share {
             return Ok(());
@@ -296,7 +301,7 @@ impl Ticket {
     /// # Errors
     ///
     /// Returns [`AtLimit`] if there is no room for it there.
-    pub(crate) fn came_from(self, group: Place) -> Result<Self, AtLimit> {
+    pub(crate) fn came_from(self, group: NetworkGroup) -> Result<Self, AtLimit> {
         let pending = self.pending.clone();
         pending.manager.admit(group)?;
         let mut state = pending.state();
@@ -381,7 +386,7 @@ where
                     local_addr,
                     send_back_addr,
                 } => {
-                    let group = Place::of(&Path::inbound(&local_addr, &send_back_addr));
+                    let group = NetworkGroup::of(&Path::inbound(&local_addr, &send_back_addr));
                     let mut ticket = match self.pending.enter(Carrier::Relay, group) {
                         Ok(ticket) => ticket,
                         Err(refused) => {
@@ -424,8 +429,8 @@ mod tests {
         Pending::new(all, manager)
     }
 
-    fn at(ip: &str) -> Place {
-        Place::of_ip(ip.parse().unwrap())
+    fn at(ip: &str) -> NetworkGroup {
+        NetworkGroup::of_ip(ip.parse().unwrap())
     }
 
     async fn is_open(ticket: &mut Ticket) -> bool {
@@ -543,8 +548,9 @@ mod tests {
     #[tokio::test]
     async fn the_number_of_unproven_senders_is_bounded() {
         let pending = pending(1024);
-        let enter =
-            |n: u32| pending.enter_unproven(Place::of_ip(std::net::Ipv4Addr::from(n << 8).into()));
+        let enter = |n: u32| {
+            pending.enter_unproven(NetworkGroup::of_ip(std::net::Ipv4Addr::from(n << 8).into()))
+        };
         let held: Vec<_> = (0..100).filter_map(|n| enter(0x0b_0000 + n)).collect();
         assert_eq!(held.len(), MAX_UNPROVEN);
         assert!(pending.enter(Carrier::Quic, at("203.0.113.1")).is_ok());

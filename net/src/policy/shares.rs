@@ -2,7 +2,7 @@
 //!
 //! A pool limits work that peers make this node do: streams served, lanes, circuits. A limit in total or per peer is
 //! not enough: identities cost nothing, so one machine could take the whole pool with a new key for each member.
-//! Addresses in many networks do cost something, so [`Shares`] also counts by [`Place`].
+//! Addresses in many networks do cost something, so [`Shares`] also counts by [`NetworkGroup`].
 //!
 //! The limit of a network group depends on how full the pool is. One address may hold half as many members as are free.
 //! So the first address gets a third of an empty pool, the next one a third of the rest, and so on. After ten networks
@@ -36,7 +36,7 @@ use crate::{
 
 /// A network group: the part of the network that a connection comes from. Limits hold for it as well as for a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Place(Kind);
+pub struct NetworkGroup(Kind);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Kind {
@@ -52,7 +52,7 @@ enum Kind {
     Unknown,
 }
 
-impl Place {
+impl NetworkGroup {
     /// Returns the network group of a path's remote end. Peers behind a relay are in the relay's group, because the
     /// relay reports nothing reliable about their addresses.
     pub fn of(path: &Path) -> Self {
@@ -154,7 +154,7 @@ impl Scope {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for NetworkGroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Kind::Machine => f.write_str("this machine"),
@@ -174,7 +174,7 @@ pub enum Full {
     Peer,
     /// The network group, or a network around it, holds as many members as it may.
     #[error("the limit for {0} is reached")]
-    Place(Place),
+    NetworkGroup(NetworkGroup),
     /// All members are taken.
     #[error("the total limit is reached")]
     All,
@@ -183,10 +183,10 @@ pub enum Full {
 /// A pool that is shared out by peer and by place. Cheap to clone; all clones are one pool.
 ///
 /// ```
-/// # use weft_net::{Path, PeerId, Place, Shares};
+/// # use weft_net::{Path, PeerId, NetworkGroup, Shares};
 /// let pool = Shares::new(128, 8);
 /// let peer = PeerId::random();
-/// let place = Place::of(&Path::of(&"/ip4/198.51.100.7/tcp/9338".parse().unwrap()));
+/// let place = NetworkGroup::of(&Path::of(&"/ip4/198.51.100.7/tcp/9338".parse().unwrap()));
 /// let permit = pool.take(peer, place)?; // held while the peer is served
 /// assert_eq!(pool.used(), 1);
 /// drop(permit);
@@ -221,7 +221,7 @@ struct Refused {
 pub struct Permit {
     shares: Shares,
     peer: PeerId,
-    group: Place,
+    group: NetworkGroup,
 }
 
 impl Shares {
@@ -234,17 +234,17 @@ impl Shares {
         }
     }
 
-    /// Takes a member for `peer`, whose network group is `group`: [`Place::of`] the path of its stream.
+    /// Takes a member for `peer`, whose network group is `group`: [`NetworkGroup::of`] the path of its stream.
     ///
     /// # Errors
     ///
     /// [`Full`] names the limit that is reached. The refusal is counted.
-    pub fn take(&self, peer: PeerId, group: Place) -> Result<Permit, Full> {
+    pub fn take(&self, peer: PeerId, group: NetworkGroup) -> Result<Permit, Full> {
         let mut state = self.lock();
         if let Err(full) = self.check(&state, &peer, group) {
             *match full {
                 Full::Peer => &mut state.refused.peer,
-                Full::Place(_) => &mut state.refused.group,
+                Full::NetworkGroup(_) => &mut state.refused.group,
                 Full::All => &mut state.refused.all,
             } += 1;
             return Err(full);
@@ -261,11 +261,11 @@ impl Shares {
     }
 
     /// Returns true if [`take`](Self::take) would succeed now. Counts nothing.
-    pub fn has(&self, peer: &PeerId, group: Place) -> bool {
+    pub fn has(&self, peer: &PeerId, group: NetworkGroup) -> bool {
         self.check(&self.lock(), peer, group).is_ok()
     }
 
-    fn check(&self, state: &State, peer: &PeerId, group: Place) -> Result<(), Full> {
+    fn check(&self, state: &State, peer: &PeerId, group: NetworkGroup) -> Result<(), Full> {
         if count(&state.by_peer, peer) >= self.per_peer {
             return Err(Full::Peer);
         }
@@ -277,7 +277,7 @@ impl Shares {
             |(scope, part)| state.by_scope.of(scope) < (free.saturating_mul(part) / 4).max(1);
         match group.scopes().all(within) {
             true => Ok(()),
-            false => Err(Full::Place(group)),
+            false => Err(Full::NetworkGroup(group)),
         }
     }
 
@@ -334,7 +334,7 @@ impl Shares {
 
 impl Permit {
     /// Returns the network group that the member was taken for.
-    pub fn group(&self) -> Place {
+    pub fn group(&self) -> NetworkGroup {
         self.group
     }
 }
@@ -353,17 +353,17 @@ impl Drop for Permit {
 pub(crate) struct ByScope(HashMap<Scope, usize>);
 
 impl ByScope {
-    pub(crate) fn add(&mut self, group: Place) {
+    pub(crate) fn add(&mut self, group: NetworkGroup) {
         self.add_many(group, 1);
     }
 
-    pub(crate) fn add_many(&mut self, group: Place, many: usize) {
+    pub(crate) fn add_many(&mut self, group: NetworkGroup, many: usize) {
         for (scope, _) in group.scopes() {
             *self.0.entry(scope).or_default() += many;
         }
     }
 
-    pub(crate) fn remove(&mut self, group: Place) {
+    pub(crate) fn remove(&mut self, group: NetworkGroup) {
         for (scope, _) in group.scopes() {
             release(&mut self.0, scope);
         }
@@ -404,7 +404,7 @@ pub(crate) fn release<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
     }
 }
 
-impl Place {
+impl NetworkGroup {
     /// Returns the names of the public networks around the group, narrowest first, or of its relay. It is for pools
     /// that count something other than members. Private networks and this machine return no name.
     pub fn networks(self) -> impl Iterator<Item = String> {
@@ -422,12 +422,12 @@ mod tests {
 
     use super::*;
 
-    fn at(ip: &str) -> Place {
-        Place::of_ip(ip.parse().unwrap())
+    fn at(ip: &str) -> NetworkGroup {
+        NetworkGroup::of_ip(ip.parse().unwrap())
     }
 
     /// Returns the members that one network group gets by itself, with any number of identities.
-    fn filled(shares: &Shares, group: impl Fn(u8) -> Place) -> Vec<Permit> {
+    fn filled(shares: &Shares, group: impl Fn(u8) -> NetworkGroup) -> Vec<Permit> {
         let take = |n: usize| shares.take(PeerId::random(), group(n as u8)).ok();
         (0..4 * shares.all()).filter_map(take).collect()
     }
@@ -438,7 +438,7 @@ mod tests {
         let attacker = filled(&shares, |_| at("203.0.113.7"));
         assert_eq!(attacker.len(), 32);
         let refused = shares.take(PeerId::random(), at("203.0.113.7"));
-        assert_eq!(refused.unwrap_err(), Full::Place(at("203.0.113.7")));
+        assert_eq!(refused.unwrap_err(), Full::NetworkGroup(at("203.0.113.7")));
         let _honest = shares.take(PeerId::random(), at("198.51.100.1")).unwrap();
         let [all, group, peer] = shares.limits("all", "place", "peer");
         assert_eq!((all.used, all.limit, all.refused), (33, Some(96), 0));
@@ -499,8 +499,8 @@ mod tests {
         let relayed = address
             .with(Protocol::P2p(relay))
             .with(Protocol::P2pCircuit);
-        let group = Place::of(&Path::of(&relayed));
-        assert_eq!(group, Place::behind(relay));
+        let group = NetworkGroup::of(&Path::of(&relayed));
+        assert_eq!(group, NetworkGroup::behind(relay));
         assert_eq!(filled(&Shares::new(96, 8), |_| group).len(), 48);
     }
 

@@ -28,7 +28,7 @@ use weft_proto::wire::{
 };
 
 use crate::{
-    LimitUse, OpenError, PathKind, Permit, Place, RelayLimits, RelayUse, Shares, Stream,
+    LimitUse, NetworkGroup, OpenError, PathKind, Permit, RelayLimits, RelayUse, Shares, Stream,
     exchange::{self, ExchangeError, within},
     policy::shares::{ByScope, SITE, Scope, count},
     relay::accounts::{Counted, DAY, Day, Rate, lock},
@@ -124,7 +124,7 @@ struct Reservation {
 struct Held {
     ends: [PeerId; 2],
     /// Network group of the source.
-    group: Place,
+    group: NetworkGroup,
     since: Instant,
     /// Beginning of the current window, bytes that passed in it, and bytes in the window before.
     window: (Instant, u64, u64),
@@ -211,13 +211,18 @@ impl State {
     /// Returns the circuit of those `among` that has to make room for one from `group`. This is the one that has been
     /// idle longest. If none is idle, it is the oldest circuit of the network group that has most, if that is more than
     /// the newcomer's group would have.
-    fn to_replace(&self, among: impl Fn(&Held) -> bool, group: Place, now: Instant) -> Option<u64> {
+    fn to_replace(
+        &self,
+        among: impl Fn(&Held) -> bool,
+        group: NetworkGroup,
+        now: Instant,
+    ) -> Option<u64> {
         let candidates = || self.circuits.iter().filter(|(_, held)| among(held));
         let idle = candidates().filter(|(_, held)| held.is_idle(now));
         if let Some((id, _)) = idle.min_by_key(|(_, held)| (held.window.0, held.since)) {
             return Some(*id);
         }
-        let mut of_group: HashMap<Place, usize> = HashMap::new();
+        let mut of_group: HashMap<NetworkGroup, usize> = HashMap::new();
         for (_, held) in candidates() {
             *of_group.entry(held.group).or_default() += 1;
         }
@@ -253,7 +258,7 @@ impl Server {
         let per_peer = circuits.max().unwrap_or_default();
         let bytes = state.peers.values().map(|counted| counted.day.bytes);
         let bytes_per_peer = bytes.max().unwrap_or_default();
-        let mut pairs: HashMap<(Place, PeerId), usize> = HashMap::new();
+        let mut pairs: HashMap<(NetworkGroup, PeerId), usize> = HashMap::new();
         for held in state.circuits.values() {
             *pairs.entry((held.group, held.ends[1])).or_default() += 1;
         }
@@ -361,7 +366,7 @@ impl Server {
     /// Answers a request. `addresses` are the addresses at which peers reach this node.
     pub(crate) fn serve(&self, stream: Stream, addresses: Vec<Multiaddr>) {
         let (server, client) = (self.clone(), stream.peer());
-        let group = Place::of(stream.path());
+        let group = NetworkGroup::of(stream.path());
         if stream.path().kind == PathKind::Relayed {
             return;
         }
@@ -413,7 +418,7 @@ impl Server {
         addresses: Vec<Multiaddr>,
     ) -> Result<Option<(Stream, Stream, Circuit)>, CircuitError> {
         let client = stream.peer();
-        let group = Place::of(stream.path());
+        let group = NetworkGroup::of(stream.path());
         let answered = within(3 * PATIENCE, async {
             let request = exchange::receive(&mut stream, MAX_MESSAGE);
             let request: HopMessage = within(PATIENCE, request).await?;
@@ -482,7 +487,7 @@ impl Server {
     async fn reserve(
         &self,
         client: PeerId,
-        group: Place,
+        group: NetworkGroup,
         addresses: Vec<Multiaddr>,
     ) -> Result<HopMessage, CircuitStatus> {
         let holds = self.limits.reservation_duration;
@@ -541,7 +546,7 @@ impl Server {
     async fn connect(
         &self,
         source: PeerId,
-        group: Place,
+        group: NetworkGroup,
         destination: PeerId,
     ) -> Result<(Stream, Circuit), CircuitStatus> {
         let circuit = self.circuit(source, group, destination)?;
@@ -565,7 +570,7 @@ impl Server {
     fn circuit(
         &self,
         source: PeerId,
-        group: Place,
+        group: NetworkGroup,
         destination: PeerId,
     ) -> Result<Circuit, CircuitStatus> {
         let now = Instant::now();

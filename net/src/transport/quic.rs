@@ -48,7 +48,7 @@ use self::{
     sockets::{Registered, fits},
 };
 use crate::{
-    Place, Transport,
+    NetworkGroup, Transport,
     address::{any_socket, of_socket},
     policy::pending::{Carrier, Pending, Ticket},
     span,
@@ -510,7 +510,7 @@ impl Listener {
     /// address, or refused because of the limit there, only if it has shown that it receives there.
     fn admit(&self, incoming: quinn::Incoming) -> Option<(Ticket, quinn::Incoming)> {
         let from = incoming.remote_address();
-        let group = Place::of_ip(from.ip());
+        let group = NetworkGroup::of_ip(from.ip());
         if !incoming.remote_address_validated() {
             if let Some(ticket) = self.pending.enter_unproven(group) {
                 return Some((ticket, incoming));

@@ -54,7 +54,7 @@ use tokio::{
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 
 use crate::{
-    Place, Rule,
+    NetworkGroup, Rule,
     address::{RESOURCE, Web, split_web},
     policy::{
         access::{KeptOut, Shared},
@@ -429,7 +429,9 @@ impl InboundRules {
         if !self.access.get().admits(None, Some(&ip)) {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, KeptOut));
         }
-        ticket.came_from(Place::of_ip(ip)).map_err(io::Error::other)
+        ticket
+            .came_from(NetworkGroup::of_ip(ip))
+            .map_err(io::Error::other)
     }
 
     /// Accepts a connection of any of the three kinds.
@@ -675,7 +677,7 @@ where
                     local_addr,
                     send_back_addr,
                 } => {
-                    let group = Place::of(&crate::Path::of(&send_back_addr));
+                    let group = NetworkGroup::of(&crate::Path::of(&send_back_addr));
                     let entered = self.rules.pending.enter(Carrier::Tcp, group);
                     let ticket = match entered {
                         Ok(ticket) => ticket,

@@ -52,7 +52,7 @@ fn storage_response(now: &Storage) -> api::StorageResponse {
         owned_bytes: now.owned,
         expected_bytes: now.expected,
         metadata_bytes: now.metadata,
-        elsewhere_bytes: now.elsewhere,
+        elsewhere_bytes: now.external,
         in_place_bytes: now.in_place,
         counted_bytes: now.counted(),
         quota_bytes: now.quota,

@@ -3,13 +3,13 @@
 use bytes::Bytes;
 use prost::Message;
 use weft_dht::Record;
-use weft_net::{Heard, MAX_PLACES, Multiaddr, first_places};
+use weft_net::{Heard, MAX_ENDPOINTS, Multiaddr, first_endpoints};
 use weft_proto::wire;
 
-/// Encodes addresses for records and tickets: those of the first sixteen places, the most useful ones. A host and
-/// port for both transports is one place.
+/// Encodes addresses for records and tickets: those of the first sixteen endpoints, the most useful ones. A host
+/// and port that serve both transports are one endpoint.
 pub(crate) fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
-    let addresses = first_places(addresses.iter().cloned(), MAX_PLACES).into_iter();
+    let addresses = first_endpoints(addresses.iter().cloned(), MAX_ENDPOINTS).into_iter();
     addresses.map(|address| address.to_vec().into()).collect()
 }
 
@@ -17,9 +17,9 @@ pub(crate) fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
 pub(crate) fn decode_given(addresses: &[Bytes]) -> Vec<Multiaddr> {
     let addresses = addresses
         .iter()
-        .take(2 * MAX_PLACES)
+        .take(2 * MAX_ENDPOINTS)
         .filter_map(|bytes| Multiaddr::try_from(bytes.to_vec()).ok());
-    first_places(addresses, MAX_PLACES)
+    first_endpoints(addresses, MAX_ENDPOINTS)
 }
 
 /// Decodes the unverified addresses of a record or a message. Malformed addresses are left out.

@@ -218,7 +218,7 @@ impl Discovery {
     ) -> Result<Round, DhtError> {
         let records = self.dht.get_some(key).await?;
         Ok(self
-            .reach(weft_dht::place(key), &records, ttl, wanted)
+            .reach(weft_dht::key_position(key), &records, ttl, wanted)
             .await)
     }
 

@@ -44,13 +44,13 @@ pub(crate) async fn find_relays(discovery: Discovery) {
         return;
     }
     let mut addresses = network.watch_addresses();
-    let mut meetings = dht.meetings();
+    let mut nodes_met = dht.nodes_met();
     let mut pause = SEARCH_PAUSE.0;
     // Each node begins with another key.
     let mut shard = shard_of(&network.local_peer());
     loop {
         addresses.mark_unchanged();
-        meetings.mark_unchanged();
+        nodes_met.mark_unchanged();
         let Some(known) = network.reachability().await else {
             return;
         };
@@ -80,7 +80,7 @@ pub(crate) async fn find_relays(discovery: Discovery) {
                     discovery.start_over();
                     break;
                 }
-                met = meetings.changed() => {
+                met = nodes_met.changed() => {
                     if met.is_err() {
                         return;
                     }
@@ -97,7 +97,7 @@ pub(crate) async fn find_relays(discovery: Discovery) {
 
 /// Returns the position in the key space of a relay's record.
 fn relay_subject(relay: &PeerId) -> [u8; 32] {
-    weft_dht::place(&relay_key(relay))
+    weft_dht::key_position(&relay_key(relay))
 }
 
 /// Connects to a few relays from the DHT.

@@ -81,7 +81,7 @@ pub(crate) struct Watcher {
     number: u64,
     /// Changes that were found and not yet returned.
     changes: VecDeque<Change>,
-    meetings: watch::Receiver<u64>,
+    nodes_met: watch::Receiver<u64>,
     next: Instant,
     /// Notified when this node's own records under the key change. `None` if it was not requested yet, or is not
     /// available.
@@ -96,7 +96,7 @@ pub(crate) struct Watcher {
 impl Watcher {
     pub(crate) fn new(dht: Dht, key: Vec<u8>) -> Self {
         Self {
-            meetings: dht.meetings(),
+            nodes_met: dht.nodes_met(),
             dht,
             key,
             known: BTreeMap::new(),
@@ -139,14 +139,14 @@ impl Watcher {
                     self.changed = true;
                     continue;
                 }
-                met = self.meetings.changed(), if small => {
+                met = self.nodes_met.changed(), if small => {
                     met.ok()?;
                     // The new node first needs time to publish its records.
                     self.next = self.next.min(Instant::now() + PUBLISH_DELAY);
                     continue;
                 }
             }
-            let records = self.dht.get_with_removed(&self.key).await.ok()?;
+            let records = self.dht.get_with_withdrawn(&self.key).await.ok()?;
             let now = Instant::now();
             // A lookup that no node has answered misses everything. So does a lookup for a key under which nothing is
             // left; the records then expire by themselves.

@@ -15,7 +15,7 @@ use tokio::{
 };
 use tracing::Instrument;
 use weft_crdt::{DocumentId, Documents};
-use weft_dht::place;
+use weft_dht::key_position;
 use weft_proto::wire;
 
 use super::peer_of;
@@ -72,7 +72,7 @@ pub(super) enum SearchRequest {
 /// The state of the search for a document's holders.
 #[derive(Debug)]
 struct Known {
-    place: [u8; 32],
+    key_position: [u8; 32],
     seek_at: Instant,
     pause: Duration,
     /// Time since which the document is held.
@@ -114,7 +114,7 @@ pub(super) async fn find_holders(
     mut requests: mpsc::UnboundedReceiver<SearchRequest>,
 ) {
     let now = Instant::now();
-    let mut meetings = discovery.dht().meetings();
+    let mut nodes_met = discovery.dht().nodes_met();
     let mut nodes = discovery.dht().nodes();
     let mut finding = Finding {
         discovery,
@@ -143,7 +143,7 @@ pub(super) async fn find_holders(
             Some(sought) = searches.join_next() => if let Ok(sought) = sought {
                 finding.sought(&sought);
             },
-            met = meetings.changed() => match met {
+            met = nodes_met.changed() => match met {
                 Ok(()) => finding.met(*nodes.borrow() < SMALL_MESH),
                 Err(_) => return,
             },
@@ -168,9 +168,9 @@ impl Finding {
         if let Some(known) = self.known.get_mut(&id) {
             let at = known.seek_at;
             if let Some(before) = known.queued.replace(at) {
-                self.queue.remove(&(before, known.place, id));
+                self.queue.remove(&(before, known.key_position, id));
             }
-            self.queue.insert((at, known.place, id));
+            self.queue.insert((at, known.key_position, id));
         }
     }
 
@@ -181,7 +181,7 @@ impl Finding {
         let earlier = self.unseen.checked_sub(Duration::from_micros(1));
         self.unseen = earlier.unwrap_or(self.unseen);
         let known = Known {
-            place: place(&key(&id)),
+            key_position: key_position(&key(&id)),
             seek_at: self.unseen,
             pause: SEARCH_PAUSE.0,
             since: Instant::now(),
@@ -196,7 +196,7 @@ impl Finding {
         if let Some(known) = self.known.remove(id)
             && let Some(at) = known.queued
         {
-            self.queue.remove(&(at, known.place, *id));
+            self.queue.remove(&(at, known.key_position, *id));
         }
     }
 
@@ -244,7 +244,7 @@ impl Finding {
                 };
             };
             let key = key(&id);
-            discovery.proved(&place(&key), sharing.iter().filter_map(peer_of));
+            discovery.proved(&key_position(&key), sharing.iter().filter_map(peer_of));
             let wanted = WANTED_HOLDERS.saturating_sub(sharing.len());
             let round = match wanted {
                 0 => Round::default(),

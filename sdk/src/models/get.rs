@@ -437,9 +437,9 @@ impl Work {
                 whole,
                 is_made,
             } = expected;
-            store.expect_model(id, &root, name.as_deref(), whole)?;
+            store.record_fetch(id, &root, name.as_deref(), whole)?;
             if is_made {
-                store.note_made(&id, &root)?;
+                store.record_created_folder(&id, &root)?;
             }
             Ok(())
         })
@@ -497,7 +497,7 @@ impl Work {
             let made = results::write(&store, &manifest, &selected, &folder, cancelled)?;
             let new = made.iter().filter(|made| made.new);
             let new: Vec<_> = new.map(|made| made.path.clone()).collect();
-            store.note_results(&id, &new)?;
+            store.record_results(&id, &new)?;
             Ok(made.into_iter().map(|made| made.path).collect())
         })
         .await

@@ -26,7 +26,7 @@ use std::{
 use prost::Message;
 use weft_blobs::{
     Manifest, Store,
-    index::{self, Opaque, index_by},
+    index::{self, Opaque, index_with_rules},
     store,
 };
 use weft_crdt::DocumentId;
@@ -460,7 +460,7 @@ impl Models {
         let (store, id) = (node.store().clone(), info.id);
         if let Some(name) = only {
             let dropped = name.to_string();
-            blocking(move || Ok(store.drop_name(&id, &dropped)?)).await?;
+            blocking(move || Ok(store.remove_name(&id, &dropped)?)).await?;
             let withdrawn = node.announcer().withdraw_name(&name).await;
             return Ok(Removed {
                 model: info,
@@ -597,7 +597,7 @@ impl Add {
         let name = published.as_ref().map(ToString::to_string);
         let (path, rules, named) = (self.path, self.rules, published.clone());
         let (model, info, indexed, had_it) = blocking(move || {
-            let indexed = index_by(&path, &rules, &progress)?;
+            let indexed = index_with_rules(&path, &rules, &progress)?;
             let had_it = match &named {
                 Some(name) => by_name(store.models()?, name),
                 None => None,

@@ -438,7 +438,7 @@ fn read(
             }
             Err(error) => {
                 tracing::debug!(%hash, %error, "cannot read stored content; fetching it again");
-                store.note_damage(&source, here)?;
+                store.mark_damaged(&source, here)?;
             }
         }
     }

@@ -42,7 +42,7 @@ impl Node {
                 let (target, bytes) = match chosen {
                     Some(None) => return None,
                     Some(Some(chosen)) if chosen.wanted != Wanted::Whole => {
-                        (store.owned_path(&file.blake3), chosen.bytes())
+                        (store.own_copy_path(&file.blake3), chosen.bytes())
                     }
                     _ => (folder.join(&file.path), file.size),
                 };

@@ -35,7 +35,7 @@ pub struct Storage {
     /// Manifests, outboards and the store's database.
     pub metadata: u64,
     /// Fetched files in folders outside the home. The quota does not count them.
-    pub elsewhere: u64,
+    pub external: u64,
     /// Files that were added in place. The quota does not count them.
     pub in_place: u64,
     /// The quota: the most bytes of fetched content that the home may hold. `None` means no limit.
@@ -220,7 +220,7 @@ impl Models {
                 owned: usage.owned,
                 expected: usage.expected,
                 metadata: usage.metadata,
-                elsewhere: usage.elsewhere,
+                external: usage.external,
                 in_place: usage.in_place,
                 quota: store.quota()?,
                 free: store.free()?,

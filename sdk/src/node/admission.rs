@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 use weft_blobs::{Store, serve::serve_in_turn};
-use weft_net::{Incoming, LimitUse, Place, Shares, Stream as NetStream};
+use weft_net::{Incoming, LimitUse, NetworkGroup, Shares, Stream as NetStream};
 
 use crate::swarm::bandwidth::Bandwidth;
 
@@ -76,7 +76,7 @@ where
             stream = incoming.next() => {
                 let Some(stream) = stream else { return };
                 let peer = stream.peer();
-                let permit = match served.take(peer, Place::of(stream.path())) {
+                let permit = match served.take(peer, NetworkGroup::of(stream.path())) {
                     Ok(permit) => permit,
                     Err(full) => {
                         // Dropping the stream resets it: the peer asks another provider.
@@ -102,7 +102,7 @@ where
 pub(super) async fn serve_transfer(store: Store, bandwidth: Arc<Bandwidth>, stream: NetStream) {
     let peer = stream.peer();
     let limits = bandwidth.upload_of(peer);
-    let place = Place::of(stream.path()).network();
+    let place = NetworkGroup::of(stream.path()).network();
     let line = bandwidth.uplink().line(&peer.to_bytes(), place.as_bytes());
     match serve_in_turn(store, stream, &limits, line).await {
         Ok(bytes) => tracing::debug!(%peer, bytes, "served"),

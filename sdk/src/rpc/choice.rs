@@ -12,7 +12,7 @@ use std::{
 use prost::Message as _;
 use tokio::time::Instant;
 use weft_dht::Record;
-use weft_net::{Heard, Multiaddr, Path, PathKind, PeerId, Place};
+use weft_net::{Heard, Multiaddr, NetworkGroup, Path, PathKind, PeerId};
 use weft_proto::wire;
 
 use super::announced::{Labels, MAX_LABELS, check_labels};
@@ -134,7 +134,7 @@ impl Candidate {
 fn network(addresses: &Heard) -> Option<String> {
     let addresses = addresses.to_wire().into_iter();
     let addresses = addresses.filter_map(|address| Multiaddr::try_from(address).ok());
-    let places = addresses.map(|address| Place::of(&Path::of(&address)));
+    let places = addresses.map(|address| NetworkGroup::of(&Path::of(&address)));
     places.filter_map(|place| place.networks().last()).next()
 }
 

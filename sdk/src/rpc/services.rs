@@ -151,7 +151,7 @@ impl Shared {
     async fn look_up_providers(&self, some: bool) {
         let records = match some {
             true => self.dht.get_some(&self.key).await,
-            false => self.dht.get_with_removed(&self.key).await,
+            false => self.dht.get_with_withdrawn(&self.key).await,
         };
         let Ok(records) = records else { return };
         let (own, now) = (self.network.local_peer(), Instant::now());

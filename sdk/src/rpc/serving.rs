@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures::{FutureExt, future::BoxFuture};
-use weft_net::{LimitUse, Place, Shares, Stream};
+use weft_net::{LimitUse, NetworkGroup, Shares, Stream};
 use weft_proto::rpc::{Budget, Handler, Limits, Session};
 
 use super::Offered;
@@ -83,7 +83,7 @@ pub(super) fn usage(budget: &Budget, all: &'static str, of_one: &'static str) ->
 
 /// Returns the part of a budget that counts for the peer of a stream and for the network groups around it.
 pub(super) fn of_stream(budget: &Budget, stream: &Stream) -> Budget {
-    let networks = Place::of(stream.path()).networks();
+    let networks = NetworkGroup::of(stream.path()).networks();
     budget.of(networks.chain([stream.peer().to_string()]))
 }
 

@@ -372,7 +372,7 @@ impl Swarm {
     /// they can fetch from each other.
     fn note_other_fetchers(&self) {
         let others = self.members.values().any(|one| one.offers && !one.complete);
-        self.transfer.set_crowded(others);
+        self.transfer.set_contended(others);
     }
 
     fn handle_news(&mut self, news: News) {

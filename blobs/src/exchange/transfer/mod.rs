@@ -171,7 +171,7 @@ impl Transfer {
 
     /// Sets whether other nodes fetch the same content from the same providers. Each node then fetches other pieces
     /// first, so that they can fetch from each other.
-    pub fn set_crowded(&self, crowded: bool) {
+    pub fn set_contended(&self, crowded: bool) {
         self.shared.state().schedule.set_contended(crowded);
     }
 
@@ -276,7 +276,7 @@ impl Transfer {
                 None => Want {
                     groups: Some(wanted.clone()),
                     for_readers: true,
-                    ..Want::whole(hash, tree.size(), shared.store.owned_path(&hash))
+                    ..Want::whole(hash, tree.size(), shared.store.own_copy_path(&hash))
                 },
             };
             if let Some(known) = &mut want.groups {

@@ -80,7 +80,7 @@ impl Shared {
             }
             // Another transfer fetches the same content for another model. This transfer finds the content when that
             // one ends.
-            Err(StoreError::Busy(_)) if want.target == self.store.owned_path(&want.hash) => {
+            Err(StoreError::Busy(_)) if want.target == self.store.own_copy_path(&want.hash) => {
                 let mut state = self.state();
                 state.end_opening(&mut want);
                 want.urgent = false;

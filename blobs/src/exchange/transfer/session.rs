@@ -29,7 +29,7 @@ use crate::{
     exchange::schedule::{Next, Run},
     rate::{self, Limit},
     store::{
-        elsewhere::Elsewhere,
+        local_copies::LocalCopies,
         partial::{Partial, Segment},
     },
     tree::{PARENT, Step, Verifier},
@@ -73,7 +73,7 @@ struct Request {
     number: u64,
     run: Run,
     partial: Arc<Partial>,
-    local_copies: Option<Arc<Elsewhere>>,
+    local_copies: Option<Arc<LocalCopies>>,
     /// True if the provider was told that the request is cancelled.
     cancelled: bool,
 }
@@ -586,7 +586,7 @@ impl Session<'_> {
 }
 
 /// Reads the content of a run that was found in other blobs; less, or nothing, if not all of it can be read.
-async fn read_local_copies(local_copies: &Option<Arc<Elsewhere>>, bytes: Range<u64>) -> Vec<u8> {
+async fn read_local_copies(local_copies: &Option<Arc<LocalCopies>>, bytes: Range<u64>) -> Vec<u8> {
     let Some(local_copies) = local_copies.clone() else {
         return Vec::new();
     };

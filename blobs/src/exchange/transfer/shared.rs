@@ -19,7 +19,7 @@ use crate::{
     bitfield::Bitfield,
     exchange::schedule::Schedule,
     plan::{Progress, Want, open},
-    store::{elsewhere::Elsewhere, partial::Partial},
+    store::{local_copies::LocalCopies, partial::Partial},
     tree::Tree,
 };
 
@@ -102,7 +102,7 @@ pub(super) struct Open {
     pub(super) wanted: Option<Bitfield>,
     /// The groups that the plan wants, a part of `wanted`; empty if only readers want the blob.
     pub(super) planned: Option<Bitfield>,
-    pub(super) local_copies: Option<Arc<Elsewhere>>,
+    pub(super) local_copies: Option<Arc<LocalCopies>>,
 }
 
 impl Open {
@@ -163,7 +163,7 @@ impl Shared {
             .expect("nothing panics while holding the lock");
         let open = self.open();
         for partial in &open {
-            if let Some(lost) = partial.take_lost() {
+            if let Some(lost) = partial.take_damaged() {
                 self.want_again(partial, lost);
             }
         }
@@ -259,7 +259,7 @@ impl Shared {
 
     /// Opens the part file of a want; `None` if it is the store's own file and complete by now. Blocks.
     pub(super) fn open_part(&self, want: &Want) -> Result<Option<Arc<Partial>>, StoreError> {
-        let owned = want.target == self.store.owned_path(&want.hash);
+        let owned = want.target == self.store.own_copy_path(&want.hash);
         if owned
             && let Some(whole) = self.store.whole(&want.hash)?
             && whole.tree().size() == want.tree.size()

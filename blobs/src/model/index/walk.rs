@@ -11,7 +11,7 @@ use std::{
 
 use super::{IndexError, NOT_PART_OF_A_MODEL, Notes, Progress, Rules, unreadable};
 use crate::{
-    files::Sighting,
+    files::FileIdentity,
     manifest::{MAX_FILES, ManifestError},
     path::{MAX_PATH, OWN_PREFIX, PathError},
 };
@@ -29,7 +29,7 @@ const MACOSX: &str = "__MACOSX";
 const APPLE_DOUBLE: &str = "._";
 
 /// Returns the reason why a file or folder of this name is always left out, whatever the rules.
-pub(crate) fn litter(name: &str) -> Option<&'static str> {
+pub(crate) fn system_file_reason(name: &str) -> Option<&'static str> {
     if name.starts_with(APPLE_DOUBLE) {
         Some("macOS stores another file's attributes in it")
     } else if SYSTEM_FILES.contains(&name) || name == MACOSX {
@@ -44,7 +44,7 @@ pub(crate) fn litter(name: &str) -> Option<&'static str> {
 pub(super) struct FoundFile {
     /// Path of the file, without links.
     pub(super) path: PathBuf,
-    pub(super) seen: Sighting,
+    pub(super) seen: FileIdentity,
 }
 
 /// Walks through a folder.
@@ -229,7 +229,7 @@ impl<'a> Walker<'a> {
         }
         match fs::symlink_metadata(&path) {
             Ok(metadata) if metadata.is_file() => {
-                let seen = Sighting::of(&metadata);
+                let seen = FileIdentity::of(&metadata);
                 self.found.insert(relative, FoundFile { path, seen });
             }
             // The path was a file a moment ago.
@@ -264,7 +264,7 @@ impl<'a> Walker<'a> {
             Some("it belongs to an unfinished transfer")
         } else if is_folder && NOT_PART_OF_A_MODEL.contains(&name) {
             Some("it is a tool's own folder")
-        } else if let Some(reason) = litter(name) {
+        } else if let Some(reason) = system_file_reason(name) {
             Some(reason)
         } else if name.starts_with('.') && !self.rules.hidden && !KNOWN_HIDDEN.contains(&name) {
             Some("hidden; --hidden includes it")

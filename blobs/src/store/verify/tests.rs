@@ -65,7 +65,7 @@ fn all_held_content_is_verified_including_content_of_models_that_were_only_read(
     store.add_manifest(&read.manifest().encode()).unwrap();
     let [b, c, d] = [read.hash("b"), read.hash("c"), other.hash("d")];
     for (origin, hash, groups) in [(&read, b, 20), (&read, c, 10), (&other, d, 6)] {
-        origin.bring(&store, &hash, &store.owned_path(&hash), groups);
+        origin.bring(&store, &hash, &store.own_copy_path(&hash), groups);
     }
     let found = verify(&store, true);
     assert!(found.iter().all(|one| one.condition == Condition::Good));
@@ -79,9 +79,9 @@ fn all_held_content_is_verified_including_content_of_models_that_were_only_read(
     let of_model = store.verify(Some(&models), true, &Progress::default());
     assert_eq!(of_model.unwrap().len(), 2);
 
-    flip(&store.owned_path(&b), 7 * GROUP);
-    flip(&part_path(&store.owned_path(&c), &c), 2 * GROUP);
-    flip(&store.owned_path(&d), 5 * GROUP);
+    flip(&store.own_copy_path(&b), 7 * GROUP);
+    flip(&part_path(&store.own_copy_path(&c), &c), 2 * GROUP);
+    flip(&store.own_copy_path(&d), 5 * GROUP);
     fs::remove_file(root.join("again")).unwrap();
     let found = verify(&store, true);
     let of = |hash: Hash| found.iter().find(|one| one.hash == hash).unwrap();
@@ -99,15 +99,15 @@ fn all_held_content_is_verified_including_content_of_models_that_were_only_read(
     assert_eq!((found.len(), bytes(&found)), (5, (5 + 20 + 10 + 6) * GROUP));
     // A reader that continues fetches the damaged groups.
     for (origin, hash) in [(&read, b), (&read, c), (&other, d)] {
-        origin.bring(&store, &hash, &store.owned_path(&hash), u64::MAX);
+        origin.bring(&store, &hash, &store.own_copy_path(&hash), u64::MAX);
         assert!(store.whole(&hash).unwrap().is_some());
     }
     let found = verify(&store, true);
     let good = found.iter().filter(|one| one.condition == Condition::Good);
     assert_eq!(good.count(), 4);
     // No model lacks content that nobody holds.
-    fs::remove_file(store.owned_path(&b)).unwrap();
-    fs::write(store.owned_path(&c), "other content").unwrap();
+    fs::remove_file(store.own_copy_path(&b)).unwrap();
+    fs::write(store.own_copy_path(&c), "other content").unwrap();
     assert_eq!(verify(&store, true).len(), 3);
 }
 
@@ -251,12 +251,12 @@ fn damaged_groups_of_a_part_file_count_as_missing() {
     let root = home.path().join("to");
     origin.expect(&store, &root);
     origin.bring(&store, &a, &root.join("a"), 10);
-    origin.bring(&store, &b, &store.owned_path(&b), 20);
+    origin.bring(&store, &b, &store.own_copy_path(&b), 20);
     let part = part_path(&root.join("a"), &a);
     flip(&part, 4 * GROUP);
     // Damage outside the held groups does not matter.
     flip(&part, 15 * GROUP);
-    flip(&store.owned_path(&b), 7 * GROUP);
+    flip(&store.own_copy_path(&b), 7 * GROUP);
     let found = verify(&store, false);
     assert!(found.iter().all(|one| one.condition == Condition::Damaged));
     assert_eq!(found[0].damaged, vec![4 * GROUP..5 * GROUP]);

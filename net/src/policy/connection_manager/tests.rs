@@ -25,7 +25,7 @@ impl Door {
         let id = ConnectionId::new_unchecked(self.next);
         let local = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
         let remote = format!("{from}/tcp/1").parse().unwrap();
-        let group = Place::of(&Path::inbound(&local, &remote));
+        let group = NetworkGroup::of(&Path::inbound(&local, &remote));
         self.behaviour.0.admit(group).ok()?;
         let entered = self
             .behaviour

@@ -7,7 +7,7 @@ use libp2p::Multiaddr;
 use super::MAX_ADDRESSES;
 use crate::address::{
     first_ip, network,
-    own::{self, first_places},
+    own::{self, first_endpoints},
 };
 
 /// Unverified addresses: a peer claims them for itself or for another peer. Only the gate can use them for a dial;
@@ -18,7 +18,7 @@ pub struct Heard(Vec<Multiaddr>);
 impl Heard {
     /// Marks addresses as unverified. Keeps those of the first sixteen host and port pairs.
     pub fn new(addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
-        Self(first_places(addresses, own::MAX_PLACES))
+        Self(first_endpoints(addresses, own::MAX_ENDPOINTS))
     }
 
     /// Returns true if there are no addresses.

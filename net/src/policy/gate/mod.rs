@@ -54,7 +54,7 @@ use crate::{
     LimitUse, Transport,
     address::{
         is_public, is_relayed, of_socket,
-        own::{self, first_places},
+        own::{self, first_endpoints},
         site, socket, socket_within, starts_with_name,
     },
     policy::gate::{dialed::Dialed, seen::Confirmed},
@@ -280,7 +280,7 @@ impl Gate {
             // address.
             let mut some = addresses.to_vec();
             some.sort_by_key(|address| state.distance(address));
-            let some = first_places(some, own::MAX_PLACES);
+            let some = first_endpoints(some, own::MAX_ENDPOINTS);
             state.neighbours.insert(peer, (some, now));
         }
     }

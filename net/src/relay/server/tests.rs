@@ -5,8 +5,8 @@ fn server(limits: RelayLimits) -> Server {
 }
 
 /// Returns a public address in a network of its own.
-fn at(network: u8) -> Place {
-    Place::of_ip([11, 0, network, 1].into())
+fn at(network: u8) -> NetworkGroup {
+    NetworkGroup::of_ip([11, 0, network, 1].into())
 }
 
 fn reserve(server: &Server, peer: PeerId) {
@@ -126,9 +126,9 @@ async fn one_site_does_not_get_all_circuits() {
         circuits_per_peer: 2,
         ..RelayLimits::default()
     });
-    let here = Place::of_ip("2001:db8::1".parse().unwrap());
-    let neighbour = Place::of_ip("2001:db8::2".parse().unwrap());
-    let other_site = Place::of_ip("2001:db8:0:1::1".parse().unwrap());
+    let here = NetworkGroup::of_ip("2001:db8::1".parse().unwrap());
+    let neighbour = NetworkGroup::of_ip("2001:db8::2".parse().unwrap());
+    let other_site = NetworkGroup::of_ip("2001:db8:0:1::1".parse().unwrap());
     let mut open = Vec::new();
     let mut circuit = |network| {
         let [one, other] = [PeerId::random(), PeerId::random()];

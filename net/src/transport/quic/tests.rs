@@ -294,7 +294,7 @@ async fn forged_first_packets_do_not_keep_their_address_from_connecting_by_tcp_o
     // This machine may have 12: six times the limit of an address.
     let pending = pending(1024).with_per_site(2);
     let at = |pending: &Pending| {
-        let group = Place::of_ip([127, 0, 0, 2].into());
+        let group = NetworkGroup::of_ip([127, 0, 0, 2].into());
         pending.enter(Carrier::Tcp, group)
     };
     let (_, _, mut forger) = transport();

@@ -284,7 +284,7 @@ impl Advertiser {
 /// Publishes and withdraws records by the schedule, until the network stops.
 async fn run(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Command>) {
     let mut addresses = network.watch_addresses();
-    let mut meetings = dht.meetings();
+    let mut nodes_met = dht.nodes_met();
     let mut nodes = dht.nodes();
     let mut runner = Runner {
         schedule: Schedule::new(Instant::now()),
@@ -321,7 +321,7 @@ async fn run(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Com
                 let Ok(()) = changed else { return };
                 runner.schedule.addresses_changed(Instant::now());
             },
-            met = meetings.changed() => {
+            met = nodes_met.changed() => {
                 let Ok(()) = met else { return };
                 let small = *nodes.borrow() < SMALL_MESH;
                 runner.schedule.met(small, Instant::now());
@@ -491,7 +491,7 @@ async fn publish(
 ) -> Done {
     let (key, subkey) = (&work.id.key, &work.id.subkey);
     match value {
-        Ok(Some(value)) if again => ended(dht.publish_again(key, subkey, &value, work.ttl).await),
+        Ok(Some(value)) if again => ended(dht.publish_near(key, subkey, &value, work.ttl).await),
         Ok(Some(value)) => ended(dht.publish(key, subkey, &value, work.ttl).await),
         Ok(None) => (Ok(0), Outcome::Nothing),
         Err(error) => (Err(error), Outcome::Nothing),
@@ -506,7 +506,7 @@ async fn renew(dht: &Dht, id: &RecordId) -> Done {
     };
     let mut own = own.into_iter();
     match own.find(|record| record.key() == id.key && record.subkey() == id.subkey) {
-        Some(record) if !record.remaining().is_zero() => ended(dht.say_again(record).await),
+        Some(record) if !record.remaining().is_zero() => ended(dht.renew(record).await),
         _ => (Ok(0), Outcome::Over),
     }
 }

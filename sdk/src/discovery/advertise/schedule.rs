@@ -73,7 +73,7 @@ pub(super) struct Leaving {
 #[derive(Debug)]
 struct Entry<V> {
     terms: Terms,
-    place: [u8; 32],
+    position: [u8; 32],
     /// One value for each registration; the last one counts. If there is none, the record is to be withdrawn.
     values: Vec<(Token, V)>,
     due: Instant,
@@ -270,7 +270,7 @@ impl<V: Clone> Schedule<V> {
         if entry.doing.is_some() {
             return None;
         }
-        self.queues[entry.terms.rank as usize].remove(&(entry.due, entry.place, id.clone()));
+        self.queues[entry.terms.rank as usize].remove(&(entry.due, entry.position, id.clone()));
         let action = match entry.values.last() {
             Some((_, value)) => Action::Publish {
                 value: value.clone(),
@@ -329,7 +329,7 @@ impl<V: Clone> Schedule<V> {
             false => {
                 _ = self.queues[entry.terms.rank as usize].insert((
                     entry.due,
-                    entry.place,
+                    entry.position,
                     id.clone(),
                 ))
             }
@@ -344,9 +344,9 @@ impl<V: Clone> Schedule<V> {
             entry.terms.at_stop == AtStop::Withdraw || entry.values.is_empty()
         });
         let mut leaving: Vec<_> = leaving
-            .map(|(id, entry)| (entry.terms.rank as usize, entry.place, id, entry))
+            .map(|(id, entry)| (entry.terms.rank as usize, entry.position, id, entry))
             .collect();
-        leaving.sort_by_key(|(rank, place, id, _)| (*rank, *place, *id));
+        leaving.sort_by_key(|(rank, position, id, _)| (*rank, *position, *id));
         leaving
             .into_iter()
             .map(|(_, _, id, entry)| Leaving {
@@ -364,13 +364,13 @@ impl<V: Clone> Schedule<V> {
     }
 
     fn insert(&mut self, id: RecordId, entry: Entry<V>) {
-        self.queues[entry.terms.rank as usize].insert((entry.due, entry.place, id.clone()));
+        self.queues[entry.terms.rank as usize].insert((entry.due, entry.position, id.clone()));
         self.entries.insert(id, entry);
     }
 
     fn forget(&mut self, id: &RecordId) {
         if let Some(entry) = self.entries.remove(id) {
-            self.queues[entry.terms.rank as usize].remove(&(entry.due, entry.place, id.clone()));
+            self.queues[entry.terms.rank as usize].remove(&(entry.due, entry.position, id.clone()));
         }
     }
 
@@ -383,8 +383,8 @@ impl<V: Clone> Schedule<V> {
         // A record with work under way is queued when the work is done.
         if entry.doing.is_none() {
             let queue = &mut self.queues[entry.terms.rank as usize];
-            queue.remove(&(before, entry.place, id.clone()));
-            queue.insert((at, entry.place, id.clone()));
+            queue.remove(&(before, entry.position, id.clone()));
+            queue.insert((at, entry.position, id.clone()));
         }
     }
 
@@ -409,7 +409,7 @@ impl<V> Entry<V> {
     ) -> Self {
         Self {
             terms,
-            place: weft_dht::place(&id.key),
+            position: weft_dht::key_position(&id.key),
             values,
             due,
             doing: None,

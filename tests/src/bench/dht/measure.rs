@@ -277,7 +277,7 @@ impl Run {
         };
         let at = peers
             .iter()
-            .map(|peer| begin(weft_dht::place(&peer.to_bytes())));
+            .map(|peer| begin(weft_dht::key_position(&peer.to_bytes())));
         let at: Vec<_> = at.collect();
         if let Mesh::Simulated(network) = &self.mesh {
             network.borrow_mut().parted = true;
@@ -384,7 +384,7 @@ impl Run {
             return;
         }
         if self.side == Side::Weft {
-            things.sort_by_key(|key| weft_dht::place(key));
+            things.sort_by_key(|key| weft_dht::key_position(key));
         }
         let before = self.mesh.requests();
         let provider = self.any();

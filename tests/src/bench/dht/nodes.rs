@@ -179,7 +179,7 @@ impl Handle {
         let provide = async {
             match self {
                 Self::Ours(dht) => {
-                    let took = dht.publish_again(&key, b"", &[7; 100], TTL).await;
+                    let took = dht.publish_near(&key, b"", &[7; 100], TTL).await;
                     took.is_ok_and(|took| took > 0)
                 }
                 Self::Stock(asks) => {

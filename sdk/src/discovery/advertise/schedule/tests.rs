@@ -119,7 +119,7 @@ fn many_records_are_published_in_the_order_of_their_positions() {
     let done = world.run(HOUR / 2);
     let places: Vec<_> = done
         .iter()
-        .map(|(_, work)| weft_dht::place(&work.id.key))
+        .map(|(_, work)| weft_dht::key_position(&work.id.key))
         .collect();
     assert_eq!(places.len(), 1000);
     assert!(places.is_sorted());

@@ -115,7 +115,7 @@ fn hash_prefix(hash: &Hash) -> u64 {
 
 /// Content of a wanted blob that other files on this machine hold.
 #[derive(Debug)]
-pub(crate) struct Elsewhere {
+pub(crate) struct LocalCopies {
     /// Sorted by offset in the wanted blob; pieces do not overlap.
     pieces: Vec<Piece>,
     groups: Bitfield,
@@ -131,7 +131,7 @@ struct Piece {
 /// A tensor of a wanted file: the position of the file in the search, and of the tensor in the file.
 type Place = (usize, usize);
 
-impl Elsewhere {
+impl LocalCopies {
     /// Searches all models of the store for the tensors of `files`, by hash. Returns the sources for each blob of which
     /// whole groups were found. Blocks.
     ///
@@ -214,8 +214,8 @@ impl Elsewhere {
         }
         let of_files = pieces.into_iter().filter_map(|(at, pieces)| {
             let file = files[at];
-            let elsewhere = Self::new(Tree::new(file.size), pieces);
-            (elsewhere.groups.count() > 0).then(|| (file.blake3, Arc::new(elsewhere)))
+            let copies = Self::new(Tree::new(file.size), pieces);
+            (copies.groups.count() > 0).then(|| (file.blake3, Arc::new(copies)))
         });
         Ok(of_files.collect())
     }
@@ -378,7 +378,7 @@ mod tests {
         }
         let wanted = origins[2].manifest();
         let find = || {
-            Elsewhere::find(&store, &[&wanted.files()[0]]).unwrap();
+            LocalCopies::find(&store, &[&wanted.files()[0]]).unwrap();
         };
         find();
         assert_eq!(store.tensors().tensors.len(), 3);
