@@ -71,6 +71,13 @@ const SWEEP: Duration = Duration::from_secs(60);
 const MAX_OF_NETWORK: usize = 10;
 const MAX_OF_NETWORK_IN_BUCKET: usize = 2;
 
+/// After the end of a server role, this node's own or a peer's, time in which no new one begins: a change of role costs
+/// all neighbors work, and a stranger must not cause it in a loop.
+const ROLE_PAUSE: Duration = Duration::from_secs(30);
+
+/// Most peers of which it is remembered that their server role has ended.
+const MAX_ENDED: usize = 1024;
+
 /// Most nodes whose private addresses are remembered.
 const MAX_WITH_PRIVATE: usize = 1024;
 
@@ -92,12 +99,18 @@ struct Peer {
     claimed: Vec<Multiaddr>,
     /// True if the peer is a server of this DHT.
     serves: bool,
-    /// Connections on which the peer announces the server role. Announcements on different connections differ in age.
-    serving: HashSet<ConnectionId>,
+    /// The role that the peer announces on each connection: true for a server. Announcements on different connections
+    /// differ in age.
+    announced: HashMap<ConnectionId, bool>,
     connections: HashMap<ConnectionId, Multiaddr>,
 }
 
 impl Peer {
+    /// Returns true if the peer announces on some connection that it is no server, and on none that it is one.
+    fn denies_serving(&self) -> bool {
+        !self.announced.is_empty() && !self.announced.values().any(|serves| *serves)
+    }
+
     /// Notes the address of a connection that has opened or whose address has changed.
     fn set_address(&mut self, connection: ConnectionId, address: Multiaddr) {
         self.connections.insert(connection, address);
@@ -152,8 +165,12 @@ pub struct Behaviour {
     reachable: bool,
     /// True if a peer from outside this node's own networks is connected.
     outside: bool,
+    /// The last time at which a peer from outside was connected, or about to be.
+    last_outside: Option<Instant>,
     /// True if this node announces itself as a server.
     serves: bool,
+    /// Peers whose server role has ended, with the time until which a new one has to wait.
+    ended_roles: HashMap<PeerId, Instant>,
     /// Private addresses of nodes, which are not given to peers outside this node's own networks.
     private_addresses: HashMap<PeerId, Vec<Multiaddr>>,
     /// Records of other publishers whose signatures are checked outside the swarm's task.
@@ -216,7 +233,9 @@ impl Behaviour {
             swept: Instant::now(),
             reachable: false,
             outside: false,
+            last_outside: None,
             serves: true,
+            ended_roles: HashMap::new(),
             private_addresses: HashMap::new(),
         }
     }
@@ -307,6 +326,7 @@ impl Behaviour {
     /// Starts a liveness check of the node that is most overdue, if one is due.
     fn check_next(&mut self) {
         let now = Instant::now();
+        self.begin_waiting_roles();
         let silent = |dialing: &Dialing| dialing.checks && dialing.counted.is_none();
         let late: Vec<_> = (self.dialing.iter())
             .filter(|(peer, dialing)| {
@@ -335,16 +355,24 @@ impl Behaviour {
         let dialing = &self.dialing;
         let is_under_way = |peer| dialing.contains_key(&peer);
         let is_connected = |peer| peers.contains_key(&peer);
-        let due = self
+        let members = members.iter().copied();
+        let mut due = self
             .liveness
-            .due(members.into_iter(), is_under_way, is_connected, now);
+            .due(members.clone(), is_under_way, is_connected, now);
+        let mut probed = None;
+        // A probe on an open connection costs little, and takes no turn from a node that has to be dialed.
+        if let Some(check) = due.take_if(|check| peers.contains_key(&check.peer)) {
+            probed = Some(check.peer);
+            let is_busy = |peer| is_under_way(peer) || is_connected(peer);
+            due = self.liveness.due(members, is_busy, is_connected, now);
+        }
+        if let Some(peer) = probed {
+            tracing::debug!(%peer, "checking whether the DHT node is alive");
+            self.liveness.postpone(peer, now);
+            self.probe(peer);
+        }
         if let Some(check) = due {
             tracing::debug!(peer = %check.peer, "checking whether the DHT node is alive");
-            if self.peers.contains_key(&check.peer) {
-                self.liveness.postpone(check.peer, now);
-                self.probe(check.peer);
-                return;
-            }
             let dialing = self.dial(check.peer, check.addresses, false);
             dialing.checks = true;
         }
@@ -397,9 +425,11 @@ impl Behaviour {
                 self.regions.met(peer);
                 self.on_server(peer);
             }
-            kad::Event::UnroutablePeer { peer } => self.on_server(peer),
+            kad::Event::UnroutablePeer { peer } if !self.has_to_wait(peer) => self.on_server(peer),
             kad::Event::RoutablePeer { peer, address }
-            | kad::Event::PendingRoutablePeer { peer, address } => {
+            | kad::Event::PendingRoutablePeer { peer, address }
+                if !self.has_to_wait(peer) =>
+            {
                 self.route(peer, address);
                 self.on_server(peer);
             }
@@ -455,7 +485,10 @@ impl Behaviour {
         self.kad.kbucket(peer).is_some_and(|bucket| {
             let mut entries = bucket.iter();
             let entry = entries.find(|entry| *entry.node.key.preimage() == peer);
-            entry.is_some_and(|entry| entry.node.value.iter().any(|known| known == address))
+            // Kademlia adds the PeerId to the addresses that it stores.
+            let whole = address.clone().with_p2p(peer);
+            let whole = whole.as_ref().unwrap_or(address);
+            entry.is_some_and(|entry| entry.node.value.iter().any(|known| known == whole))
         })
     }
 
@@ -477,26 +510,49 @@ impl Behaviour {
             }
             self.count_nodes();
         }
+        let is_private_again = self.outside && !outside;
         self.outside = outside;
-        let serves = self.reachable || !outside;
+        if outside {
+            self.last_outside = Some(Instant::now());
+        }
+        let was_outside = self
+            .last_outside
+            .is_some_and(|at| at.elapsed() < ROLE_PAUSE);
+        let serves = self.reachable || !was_outside;
         if serves != self.serves {
             self.set_serves(serves);
+        }
+        if is_private_again {
+            self.restore_private_routes();
+        }
+    }
+
+    /// Adds the private addresses of connected servers to the routing table again, once no peer from outside is
+    /// connected any more.
+    fn restore_private_routes(&mut self) {
+        let addresses = self.private_addresses.iter();
+        let addresses = addresses.filter(|(peer, _)| {
+            let known = self.peers.get(peer);
+            known.is_some_and(|known| known.serves)
+        });
+        let routes: Vec<_> = addresses
+            .map(|(peer, addresses)| (*peer, addresses.clone()))
+            .collect();
+        for (peer, addresses) in routes {
+            for address in addresses {
+                self.route(peer, address);
+            }
         }
     }
 
     /// Handles a connection that is about to open. The first one with a peer from outside ends the server role
     /// before that peer learns the protocols of this node. libp2p-identify loses a change that comes before its first
     /// message, so the peer would take this node for a server until another change.
-    fn connection_begins(&mut self, remote: &Multiaddr) {
-        if self.serves && !self.reachable && !is_private(remote) {
+    fn connection_begins(&mut self, peer: PeerId, remote: &Multiaddr) {
+        let is_neighbor = self.peers.get(&peer).is_some_and(|known| !known.outside);
+        if self.serves && !self.reachable && !is_neighbor && !is_private(remote) {
+            self.last_outside = Some(Instant::now());
             self.set_serves(false);
-        }
-    }
-
-    /// Restores the server role if a pending connection to a peer from outside has not opened.
-    fn connection_did_not_open(&mut self) {
-        if !self.serves && !self.outside {
-            self.settle_role();
         }
     }
 
@@ -507,28 +563,76 @@ impl Behaviour {
         self.kad.set_mode(Some(mode));
     }
 
-    /// Handles a peer's announcement, on one connection, that it is a server. The announcement is a sign of life; the
+    /// Handles a peer's announcement, on one connection, that it is a server. A suspect gets another chance, because the
     /// peer may just have become a server.
     fn on_serving(&mut self, peer: PeerId, connection: ConnectionId) {
-        if let Some(known) = self.peers.get_mut(&peer) {
-            known.serving.insert(connection);
-            self.on_alive(peer, None);
-            self.on_server(peer);
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        known.announced.insert(connection, true);
+        if !self.has_to_wait(peer) {
+            self.begin_role(peer);
         }
+    }
+
+    /// Takes a peer for a server from now on.
+    fn begin_role(&mut self, peer: PeerId) {
+        for address in self.liveness.pardon(peer) {
+            self.route(peer, address);
+        }
+        self.on_server(peer);
+    }
+
+    /// Returns true if the peer's last server role ended so recently that a new one has to wait.
+    fn has_to_wait(&self, peer: PeerId) -> bool {
+        let until = self.ended_roles.get(&peer);
+        until.is_some_and(|until| Instant::now() < *until)
     }
 
     /// Handles a peer's announcement, on one connection, that it is not a server.
     fn on_not_serving(&mut self, peer: PeerId, connection: ConnectionId) {
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.announced.insert(connection, false);
+            self.end_role_if_denied(peer);
+        }
+    }
+
+    /// Ends a peer's server role if the peer denies it on all connections that say anything about it.
+    fn end_role_if_denied(&mut self, peer: PeerId) {
         let Some(known) = self.peers.get_mut(&peer) else {
             return;
         };
-        known.serving.remove(&connection);
-        if known.serves && known.serving.is_empty() {
-            known.serves = false;
-            tracing::debug!(%peer, "peer is no longer a server of the DHT");
-            self.regions.forget(peer);
-            self.kad.remove_peer(&peer);
-            self.count_nodes();
+        if !known.serves || !known.denies_serving() {
+            return;
+        }
+        known.serves = false;
+        tracing::debug!(%peer, "peer is no longer a server of the DHT");
+        self.regions.forget(peer);
+        self.liveness.pardon(peer);
+        self.kad.remove_peer(&peer);
+        self.count_nodes();
+        if self.ended_roles.len() >= MAX_ENDED
+            && let Some(oldest) = self.ended_roles.iter().min_by_key(|(_, until)| **until)
+        {
+            let oldest = *oldest.0;
+            self.ended_roles.remove(&oldest);
+        }
+        self.ended_roles.insert(peer, Instant::now() + ROLE_PAUSE);
+    }
+
+    /// Begins roles that had to wait: those of peers, and this node's own.
+    fn begin_waiting_roles(&mut self) {
+        let now = Instant::now();
+        let over = self.ended_roles.extract_if(|_, until| *until <= now);
+        let over: Vec<_> = over.map(|(peer, _)| peer).collect();
+        for peer in over {
+            let known = self.peers.get(&peer);
+            if known.is_some_and(|known| known.announced.values().any(|serves| *serves)) {
+                self.begin_role(peer);
+            }
+        }
+        if !self.serves {
+            self.settle_role();
         }
     }
 
@@ -608,7 +712,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.connection_begins(remote);
+        self.connection_begins(peer, remote);
         self.kad
             .handle_established_inbound_connection(id, peer, local, remote)
     }
@@ -644,7 +748,7 @@ impl NetworkBehaviour for Behaviour {
         role: Endpoint,
         port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.connection_begins(address);
+        self.connection_begins(peer, address);
         self.kad
             .handle_established_outbound_connection(id, peer, address, role, port)
     }
@@ -663,7 +767,7 @@ impl NetworkBehaviour for Behaviour {
                     outside: !is_private(address),
                     claimed: Vec::new(),
                     serves: false,
-                    serving: HashSet::new(),
+                    announced: HashMap::new(),
                     connections: HashMap::new(),
                 });
                 peer.set_address(*connection_id, address.clone());
@@ -691,7 +795,7 @@ impl NetworkBehaviour for Behaviour {
             }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
                     peer.connections.remove(connection_id);
-                    peer.serving.remove(connection_id);
+                    peer.announced.remove(connection_id);
                     peer.choose_seen_at();
                     if peer.connections.is_empty() {
                         self.peers.remove(peer_id);
@@ -701,6 +805,8 @@ impl NetworkBehaviour for Behaviour {
                             self.liveness.lost(*peer_id, Instant::now());
                         }
                         self.disconnected(*peer_id);
+                    } else {
+                        self.end_role_if_denied(*peer_id);
                     }
                 }
             }
@@ -710,10 +816,6 @@ impl NetworkBehaviour for Behaviour {
                 ..
             }) => {
                 self.dial_failed(*peer, error);
-                self.connection_did_not_open();
-            }
-            FromSwarm::DialFailure(_) | FromSwarm::ListenFailure(_) => {
-                self.connection_did_not_open()
             }
             FromSwarm::NewExternalAddrOfPeer(NewExternalAddrOfPeer { peer_id, addr }) => {
                 self.on_claimed(*peer_id, addr);
@@ -843,7 +945,7 @@ mod tests {
             outside: true,
             claimed: Vec::new(),
             serves: true,
-            serving: HashSet::new(),
+            announced: HashMap::new(),
             connections: HashMap::new(),
         };
         peer.set_address(ConnectionId::new_unchecked(1), relayed.clone());
@@ -933,16 +1035,14 @@ mod tests {
         let mut behaviour = behaviour();
         let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
         assert_eq!(behaviour.kad.mode(), Mode::Server);
-        let id = ConnectionId::new_unchecked(1);
         // The connection has no handler yet.
-        behaviour.connection_begins(&at);
+        behaviour.connection_begins(peer, &at);
         assert_eq!(behaviour.kad.mode(), Mode::Client);
-        // The connection does not open.
-        behaviour.on_swarm_event(FromSwarm::DialFailure(DialFailure {
-            peer_id: Some(peer),
-            error: &libp2p::swarm::DialError::Aborted,
-            connection_id: id,
-        }));
+        // The connection does not open, but one that opens and closes in a loop must not change the role each time.
+        behaviour.begin_waiting_roles();
+        assert_eq!(behaviour.kad.mode(), Mode::Client);
+        behaviour.last_outside = Instant::now().checked_sub(ROLE_PAUSE);
+        behaviour.begin_waiting_roles();
         assert_eq!(behaviour.kad.mode(), Mode::Server);
         connect(&mut behaviour, peer, &at);
         assert_eq!(behaviour.kad.mode(), Mode::Client);
@@ -950,9 +1050,85 @@ mod tests {
         let mut other = self::behaviour();
         connect(&mut other, peer, &address("/ip4/192.168.1.2/tcp/1"));
         assert_eq!(other.kad.mode(), Mode::Server);
-        other.reachable = true;
-        other.connection_begins(&at);
+        // A neighbor stays a neighbor if it also connects through a relay.
+        other.connection_begins(peer, &at);
         assert_eq!(other.kad.mode(), Mode::Server);
+        other.reachable = true;
+        other.connection_begins(PeerId::random(), &at);
+        assert_eq!(other.kad.mode(), Mode::Server);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_changes_its_role_in_a_loop_is_taken_for_a_server_once_in_30_seconds() {
+        let mut behaviour = behaviour();
+        let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
+        connect(&mut behaviour, peer, &at);
+        let (id, endpoint) = dialed(peer, &at);
+        for _ in 0..20 {
+            let endpoint = endpoint.clone();
+            let yes = THandlerOutEvent::<Behaviour>::ProtocolConfirmed { endpoint };
+            behaviour.on_connection_handler_event(peer, id, yes);
+            settle(&mut behaviour).await;
+            let endpoint = dialed(peer, &at).1;
+            let no = THandlerOutEvent::<Behaviour>::ProtocolNotSupported { endpoint };
+            behaviour.on_connection_handler_event(peer, id, no);
+            settle(&mut behaviour).await;
+            assert_eq!(behaviour.nodes(), 0);
+        }
+        assert_eq!(*behaviour.met.borrow(), 1);
+        let yes = THandlerOutEvent::<Behaviour>::ProtocolConfirmed { endpoint };
+        behaviour.on_connection_handler_event(peer, id, yes);
+        settle(&mut behaviour).await;
+        assert_eq!(behaviour.nodes(), 0);
+        // The last announcement counts when the pause is over.
+        behaviour.ended_roles.insert(peer, Instant::now());
+        behaviour.begin_waiting_roles();
+        settle(&mut behaviour).await;
+        assert!(behaviour.peers[&peer].serves);
+        assert_eq!(*behaviour.met.borrow(), 2);
+    }
+
+    #[test]
+    fn a_role_ends_with_the_last_connection_that_announces_it() {
+        let mut behaviour = behaviour();
+        let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
+        connect(&mut behaviour, peer, &at);
+        let [old, new] = [1, 2].map(ConnectionId::new_unchecked);
+        let known = behaviour.peers.get_mut(&peer).unwrap();
+        known.set_address(new, at.clone());
+        behaviour.on_serving(peer, old);
+        behaviour.on_not_serving(peer, new);
+        assert!(behaviour.peers[&peer].serves);
+        let known = behaviour.peers.get_mut(&peer).unwrap();
+        known.announced.remove(&old);
+        behaviour.end_role_if_denied(peer);
+        assert!(!behaviour.peers[&peer].serves);
+    }
+
+    #[tokio::test]
+    async fn many_silent_connected_nodes_do_not_keep_other_nodes_from_being_checked() {
+        let mut behaviour = behaviour();
+        let now = Instant::now();
+        let route = address("/ip4/8.8.8.8/tcp/1");
+        for n in 0..40 {
+            let (peer, at) = (PeerId::random(), address(&format!("/ip4/8.8.9.{n}/tcp/1")));
+            let connected = Peer {
+                seen_at: at.clone(),
+                outside: true,
+                claimed: Vec::new(),
+                serves: true,
+                announced: HashMap::new(),
+                connections: HashMap::new(),
+            };
+            behaviour.peers.insert(peer, connected);
+            let past = now.checked_sub(Duration::from_secs(30)).unwrap();
+            let routes = vec![at];
+            let liveness = &mut behaviour.liveness;
+            liveness.failed(peer, past, &routes, routes.clone(), false, past);
+        }
+        behaviour.route(PeerId::random(), route);
+        behaviour.check_next();
+        assert_eq!(behaviour.dialing.len(), 1);
     }
 
     #[tokio::test]
@@ -981,7 +1157,7 @@ mod tests {
             outside: true,
             claimed: Vec::new(),
             serves: true,
-            serving: HashSet::new(),
+            announced: HashMap::new(),
             connections: HashMap::new(),
         };
         let of_stranger = PeerId::random();
@@ -1001,9 +1177,23 @@ mod tests {
         behaviour.reachable = true;
         behaviour.settle_role();
         assert!(behaviour.serves);
+        let near = Peer {
+            seen_at: address("/ip4/192.168.1.2/tcp/1"),
+            outside: false,
+            claimed: Vec::new(),
+            serves: true,
+            announced: HashMap::new(),
+            connections: HashMap::new(),
+        };
+        behaviour.peers.insert(neighbour, near);
         behaviour.peers.remove(&of_stranger);
         behaviour.reachable = false;
         behaviour.settle_role();
+        // The routing table has the neighbor again at once; the role waits.
+        assert_eq!((behaviour.nodes(), behaviour.serves), (1, false));
+        behaviour.last_outside = Instant::now().checked_sub(ROLE_PAUSE);
+        behaviour.begin_waiting_roles();
         assert!(behaviour.serves);
+        assert!(behaviour.is_route(neighbour, &address("/ip4/192.168.1.2/tcp/1")));
     }
 }

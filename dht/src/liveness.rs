@@ -219,6 +219,13 @@ impl Liveness {
             .unwrap_or_default()
     }
 
+    /// Forgets the failures of a node, which gets another chance. Returns its routes, if it had left the routing table
+    /// as a suspect. Unlike an answer, this says nothing about requests that are still unanswered.
+    pub(crate) fn pardon(&mut self, peer: PeerId) -> Vec<Multiaddr> {
+        let failed = self.failed.remove(&peer);
+        failed.map(|failed| failed.routes).unwrap_or_default()
+    }
+
     /// Notes that a node did not answer a request sent at `asked` to `addresses`. `routes` are its addresses in the
     /// routing table, if it is a member. A request counts once, even if it is reported again. `alone` says that no peer
     /// is connected, so the fault is likely on this node's side.

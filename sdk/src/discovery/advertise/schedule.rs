@@ -23,6 +23,9 @@ use super::{AtStop, Pace, Rank, RecordId, SETTLE, Terms};
 /// second.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(2);
 
+/// The pace starts over at most once in this time, so that a peer that comes and goes cannot make the node exceed it.
+const REJOIN: Duration = Duration::from_secs(60);
+
 /// The first and the longest pause before a record that no other node stored is published again.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
@@ -115,6 +118,8 @@ pub(super) struct Schedule<V> {
     /// The front of the queues: a time before all others, which becomes earlier with each use.
     front: Instant,
     pace: Pace,
+    /// The last time at which the pace started over because a first node was met.
+    joined: Option<Instant>,
 }
 
 impl<V: Clone> Schedule<V> {
@@ -124,6 +129,7 @@ impl<V: Clone> Schedule<V> {
             queues: Default::default(),
             front: now,
             pace: Pace::new(now),
+            joined: None,
         }
     }
 
@@ -241,7 +247,13 @@ impl<V: Clone> Schedule<V> {
 
     /// Publishes records again after the first node was met, because none has reached another node yet.
     pub(super) fn joined(&mut self, now: Instant) {
-        self.pace.start_over(now);
+        let lately = self
+            .joined
+            .is_some_and(|at| now.saturating_duration_since(at) < REJOIN);
+        if !lately {
+            self.joined = Some(now);
+            self.pace.start_over(now);
+        }
         self.bring_all_forward(now, |entry| entry.taken.is_none());
     }
 
@@ -337,16 +349,23 @@ impl<V: Clone> Schedule<V> {
     }
 
     /// Returns the records to withdraw when the node stops, the most important first: those that are valid only while
-    /// the node runs, and those whose withdrawal is due or under way.
+    /// the node runs, then those whose withdrawal is due or under way.
     pub(super) fn leaving(&self) -> Vec<Leaving> {
         let entries = self.entries.iter();
         let leaving = entries.filter(|(_, entry)| {
             entry.terms.at_stop == AtStop::Withdraw || entry.values.is_empty()
         });
         let mut leaving: Vec<_> = leaving
-            .map(|(id, entry)| (entry.terms.rank as usize, entry.position, id, entry))
+            .map(|(id, entry)| (entry.terms, entry.position, id, entry))
             .collect();
-        leaving.sort_by_key(|(rank, position, id, _)| (*rank, *position, *id));
+        leaving.sort_by_key(|(terms, position, id, _)| {
+            (
+                terms.at_stop == AtStop::Keep,
+                terms.rank as usize,
+                *position,
+                *id,
+            )
+        });
         leaving
             .into_iter()
             .map(|(_, _, id, entry)| Leaving {
