@@ -13,16 +13,16 @@
 //! Rules for unverified addresses, in order:
 //!
 //! 1. Unspecified, multicast, broadcast and link-local addresses, port 0, and sockets that this node listens on are
-//!   never dialed.
+//!    never dialed.
 //! 2. Loopback addresses are dialed only while the mesh is on this machine ([`Extent::Machine`]), or at a socket at
-//!   which the peer has been dialed.
+//!    which the peer has been dialed.
 //! 3. Public addresses are dialed, except this machine's own while the mesh reaches beyond its networks.
 //! 4. Private addresses are dialed only where the peer has been dialed before; or while no peer from outside has been
-//!   met ([`Extent::Lan`]) and the address lies in a network of one of this node's interfaces, or in the private block
-//!   of a given address.
+//!    met ([`Extent::Lan`]) and the address lies in a network of one of this node's interfaces, or in the private block
+//!    of a given address.
 //! 5. One dial of a peer goes to at most two IP addresses of a family and three ports at each.
 //! 6. A destination that has not proved itself by an authenticated connection is dialed at the rates below, regardless
-//!   of the source of its address.
+//!    of the source of its address.
 
 pub(crate) mod dialed;
 mod heard;
