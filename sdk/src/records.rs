@@ -148,7 +148,8 @@ impl Records {
     }
 
     /// Returns the records of all publishers under `key`, each with its signature verified, sorted by publisher and
-    /// subkey. Asks every node that should have the key; takes at most 30 s.
+    /// subkey. Asks every node that should have the key, for at most 10 s. Within 5 s of the node's start, it first
+    /// waits for the mesh, so the call takes at most 15 s.
     ///
     /// # Errors
     /// [`Error::Record`] if the key is empty or too long; [`Error::Disconnected`] if this node has no such record and
@@ -169,7 +170,7 @@ impl Records {
     /// Nodes that cannot be reached now are told later, for as long as the record would have lasted.
     ///
     /// # Errors
-    /// Those of [`put`](Self::put).
+    /// Returns the errors of [`put`](Self::put).
     pub async fn remove(
         &self,
         key: impl AsRef<[u8]>,

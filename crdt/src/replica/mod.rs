@@ -410,7 +410,7 @@ impl Replica {
         self.decide_as(id, decision)
     }
 
-    /// Compacts a document: the content begins anew in its current state, without its history. Only the owner may do
+    /// Compacts a document: keeps its content in the current state, without its history. Only the owner may do
     /// this.
     ///
     /// # Errors
