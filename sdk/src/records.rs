@@ -122,7 +122,8 @@ impl Records {
     /// - `ttl`: from 1 s to [`MAX_RECORD_TTL`](crate::MAX_RECORD_TTL) (48 h).
     ///
     /// A result of zero is not an error: the record is on this node's disk, and other nodes get it when they connect.
-    /// Until it expires, the node re-publishes the record, with the same expiry. A second `put` under the same key and subkey replaces the value.
+    /// Until it expires, the node re-publishes the record, with the same expiry. A second `put` under the same key and
+    /// subkey replaces the value.
     ///
     /// # Errors
     /// [`Error::Record`] if `key`, `subkey`, `value` or `ttl` is outside its limits; [`Error::Disk`] if this node's

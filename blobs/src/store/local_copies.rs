@@ -1,5 +1,5 @@
-//! Finds wanted content that other local files already contain, such as equal tensors of other models, or part files,
-//! in any file and at any offset.
+//! Finds wanted content that other local files already contain at any offset, such as equal tensors of other models, or
+//! part files.
 //!
 //! The content is verified first: a provider sends only the hashes of the tree (the parents), and chunk groups that do
 //! not match are fetched.
