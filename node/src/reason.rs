@@ -225,7 +225,7 @@ reasons! {
         "`weft doc open ID` keeps the readable part, and fetches the rest from the document's holders.";
     /// A part of the imported file is damaged or missing.
     ImportIncomplete: "IMPORT_INCOMPLETE", Some(Code::DataLoss), DAMAGED,
-        "The valid part of the file is kept, and so is everything that was here before. Import another copy of the\n\
+        "Valid changes of the file are imported, and existing data is kept. Import another copy of the\n\
          file, or fetch the rest from the document's holders: `weft doc open ID`.";
 
     /// The network did not start.
