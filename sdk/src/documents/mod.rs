@@ -274,7 +274,7 @@ impl Docs {
     /// after a shutdown.
     ///
     /// With [`DocumentError::ImportIncomplete`](crate::DocumentError), a part of the file is damaged, missing or has
-    /// no room. The valid part is imported, and nothing that was here before is lost.
+    /// no room. Valid changes are imported, and existing data is kept.
     pub async fn import(&self, content: Vec<u8>) -> Result<DocImport, Error> {
         let imported = self
             .documents()
