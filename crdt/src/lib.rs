@@ -7,7 +7,7 @@
 //! Automerge is the data model, but its sync protocol is not used. A log of signed envelopes replicates instead, one
 //! chain of hashes for each author and session. Each envelope is checked in a fixed order before Automerge processes
 //! its change. The id of a document is the hash of its genesis, which its owner signs. The owner also signs a chain of
-//! epochs, which decides who may write. An epoch can compact the document: the content begins anew without its history,
+//! epochs, which decides who may write. An epoch can compact the document: its content is kept without its history,
 //! so that history does not grow without limit.
 //!
 //! The crate guarantees:

@@ -8,24 +8,24 @@ pub(crate) enum Refusal {
     /// The data breaks a rule that every honest sender follows.
     #[error("{0}")]
     Malformed(&'static str),
-    /// A signature is wrong.
-    #[error("a signature is wrong")]
+    /// A signature is invalid.
+    #[error("a signature is invalid")]
     Signature,
     /// Automerge cannot process the change, or would break on it.
-    #[error("a change is poisoned: {0}")]
+    #[error("Automerge cannot apply a change: {0}")]
     Poisoned(&'static str),
     /// The change is encoded as by another version of Automerge. This replica cannot accept it, because a save would
     /// have it under another hash. Its author and the sending peer may be honest.
     #[error("a change is encoded by another version of Automerge; update this node")]
     Foreign,
     /// The data may be valid, but one of its dependencies is missing.
-    #[error("a dependency of it is missing")]
+    #[error("a dependency of the change is missing")]
     Early,
     /// The data is not valid: its author may not write, or its session has ended. An honest peer may not know that yet.
-    #[error("it is not valid: its author may not write, or its session has ended")]
+    #[error("the change is invalid: its author has no write access, or its session has ended")]
     Void,
     /// The data is already known.
-    #[error("it is already known")]
+    #[error("the change is already known")]
     Known,
     /// The document has no more room.
     #[error("the document is full")]

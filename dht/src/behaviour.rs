@@ -563,8 +563,8 @@ impl Behaviour {
         self.kad.set_mode(Some(mode));
     }
 
-    /// Handles a peer's announcement, on one connection, that it is a server. A suspect gets another chance, because the
-    /// peer may just have become a server.
+    /// Handles a peer's announcement, on one connection, that it is a server. A suspect gets another chance, because
+    /// the peer may just have become a server.
     fn on_serving(&mut self, peer: PeerId, connection: ConnectionId) {
         let Some(known) = self.peers.get_mut(&peer) else {
             return;

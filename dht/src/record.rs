@@ -76,8 +76,8 @@ pub enum RecordError {
     /// The publisher's key is not an Ed25519 key.
     #[error("the record's publisher is not an Ed25519 key")]
     Publisher,
-    /// The signature is wrong.
-    #[error("the record's signature is wrong")]
+    /// The signature is invalid.
+    #[error("the record's signature is invalid")]
     Signature,
     /// The record is stored or returned under a key that is not its own.
     #[error("the record belongs to another key")]

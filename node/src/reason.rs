@@ -110,7 +110,7 @@ reasons! {
     /// The registry reserves the name, and no catalogue on this node lists it.
     NotListed: "NOT_LISTED", Some(Code::NotFound), NOT_FOUND,
         "`weft registry ls` shows how many catalogues have arrived. `weft search NAME` shows other publishers of\n\
-         the name; --publisher PEERID accepts the name from one of them.";
+         the name; --publisher PEER accepts the name from one of them.";
 
     /// The request is malformed.
     InvalidInput: "INVALID_INPUT", Some(Code::InvalidArgument), FAILED, "";
@@ -143,7 +143,7 @@ reasons! {
 
     /// Several peers publish the name as different models, and none of them is trusted.
     SeveralPublishers: "SEVERAL_PUBLISHERS", Some(Code::FailedPrecondition), SEVERAL_PUBLISHERS,
-        "Trust one of the publishers with `weft trust add PEER`, run the command again with --publisher PEERID, or\n\
+        "Trust one of the publishers with `weft trust add PEER`, run the command again with --publisher PEER, or\n\
          give the model's id instead of its name.";
     /// Tags pin the model.
     Tagged: "TAGGED", Some(Code::FailedPrecondition), FAILED,
@@ -182,7 +182,7 @@ reasons! {
         "Free space on that disk and run the same command again; a transfer keeps its verified part. `weft storage`\n\
          shows disk usage in the home; `weft gc` and `weft rm MODEL --files` free space there. `weft get` can write\n\
          its files to another disk, with --to or --cache-dir.";
-    /// The quota of fetched content is exceeded, even after eviction.
+    /// The content would exceed the quota even if everything evictable were evicted.
     QuotaExceeded: "QUOTA_EXCEEDED", Some(Code::ResourceExhausted), DISK_FULL,
         "Nothing was evicted. `weft storage` shows disk usage. Raise the quota with `weft storage --quota BYTES`,\n\
          release models with `weft tag rm TAG` or `weft rm MODEL --files`, or choose a folder outside the node's home\n\
@@ -191,7 +191,8 @@ reasons! {
     TooLarge: "TOO_LARGE", Some(Code::ResourceExhausted), FAILED, "";
     /// The node takes part in too many topics.
     TooManyTopics: "TOO_MANY_TOPICS", Some(Code::ResourceExhausted), FAILED,
-        "`weft topic ls` lists the topics of this node; a program leaves a topic when it stops watching it.";
+        "A node takes part in at most 256 topics. Stop a program that watches a topic;\n\
+         `weft topic ls` lists the topics.";
     /// Too many messages to topics are waiting to be sent.
     TopicBusy: "BUSY", Some(Code::ResourceExhausted), FAILED,
         "Wait a moment, and run the same command again.";
@@ -218,13 +219,13 @@ reasons! {
     /// A manifest, or the result of a selection, is invalid.
     InvalidContent: "INVALID_CONTENT", Some(Code::DataLoss), FAILED,
         "Nothing was written. Weft never writes an invalid manifest, so its publisher may be malicious:\n\
-         choose another publisher with --publisher PEERID, or another name or ticket.";
+         choose another publisher with --publisher PEER, or another name or ticket.";
     /// The document is damaged on disk.
     DocumentDamaged: "DOCUMENT_DAMAGED", Some(Code::DataLoss), DAMAGED,
         "`weft doc open ID` keeps the readable part, and fetches the rest from the document's holders.";
     /// A part of the imported file is damaged or missing.
     ImportIncomplete: "IMPORT_INCOMPLETE", Some(Code::DataLoss), DAMAGED,
-        "The valid part of the file is kept, and so is everything that was here before. Import another copy of the\n\
+        "Valid changes of the file are imported, and existing data is kept. Import another copy of the\n\
          file, or fetch the rest from the document's holders: `weft doc open ID`.";
 
     /// The network did not start.

@@ -55,7 +55,7 @@ pub enum Error {
     },
     /// Several peers publish the name as different models, and none of them is trusted.
     #[error(
-        "{} peers publish the name {name} as different models; choose one with --publisher PEERID",
+        "{} peers publish the name {name} as different models; choose one with --publisher PEER",
         .publishers.len()
     )]
     SeveralPublishers {

@@ -122,7 +122,8 @@ impl Records {
     /// - `ttl`: from 1 s to [`MAX_RECORD_TTL`](crate::MAX_RECORD_TTL) (48 h).
     ///
     /// A result of zero is not an error: the record is on this node's disk, and other nodes get it when they connect.
-    /// The node renews the record until it expires. A second `put` under the same key and subkey replaces the value.
+    /// Until it expires, the node re-publishes the record, with the same expiry. A second `put` under the same key and
+    /// subkey replaces the value.
     ///
     /// # Errors
     /// [`Error::Record`] if `key`, `subkey`, `value` or `ttl` is outside its limits; [`Error::Disk`] if this node's
@@ -148,7 +149,8 @@ impl Records {
     }
 
     /// Returns the records of all publishers under `key`, each with its signature verified, sorted by publisher and
-    /// subkey. Asks every node that should have the key; takes at most 30 s.
+    /// subkey. Asks every node that should have the key, for at most 10 s. Within 5 s of the node's start, it first
+    /// waits for the mesh, so the call takes at most 15 s.
     ///
     /// # Errors
     /// [`Error::Record`] if the key is empty or too long; [`Error::Disconnected`] if this node has no such record and
@@ -169,7 +171,7 @@ impl Records {
     /// Nodes that cannot be reached now are told later, for as long as the record would have lasted.
     ///
     /// # Errors
-    /// Those of [`put`](Self::put).
+    /// Returns the errors of [`put`](Self::put).
     pub async fn remove(
         &self,
         key: impl AsRef<[u8]>,

@@ -116,7 +116,7 @@ impl Topics {
     /// Subscribes to a topic, and accepts only messages of these publishers. Other messages are not passed on either.
     ///
     /// # Errors
-    /// Those of [`subscribe`](Self::subscribe).
+    /// Returns the errors of [`subscribe`](Self::subscribe).
     pub async fn subscribe_from(
         &self,
         topic: &str,
@@ -135,7 +135,7 @@ impl Topics {
     /// either. The validator should return within a few milliseconds, because the message waits for it.
     ///
     /// # Errors
-    /// Those of [`subscribe`](Self::subscribe).
+    /// Returns the errors of [`subscribe`](Self::subscribe).
     pub async fn subscribe_with(
         &self,
         topic: &str,

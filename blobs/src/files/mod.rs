@@ -56,7 +56,7 @@ static KNOWN_MOUNTS: Mutex<Option<(Instant, Vec<PathBuf>)>> = Mutex::new(None);
 /// Opens the regular file at `path` for reading; never waits for another process.
 ///
 /// # Errors
-/// Those of `open`; [`io::ErrorKind::InvalidInput`] if the path does not lead to a regular file;
+/// Returns the errors of `open`; [`io::ErrorKind::InvalidInput`] if the path does not lead to a regular file;
 /// [`io::ErrorKind::TimedOut`] if its disk does not answer.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let _under_way = UnderWay::begin(path)?;
@@ -73,7 +73,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
 /// Returns the metadata of `path` itself, without following a symbolic link. Waits for a disk that does not answer.
 ///
 /// # Errors
-/// Those of `lstat`.
+/// Returns the errors of `lstat`.
 pub(crate) fn stat(path: &Path) -> io::Result<fs::Metadata> {
     #[cfg(test)]
     blocked::wait(path);
@@ -121,7 +121,7 @@ impl FileIdentity {
 /// links then. Never waits for another process. `None` if there is another file now, or a symbolic link on the way.
 ///
 /// # Errors
-/// Those of `open`; [`io::ErrorKind::TimedOut`] if its disk does not answer.
+/// Returns the errors of `open`; [`io::ErrorKind::TimedOut`] if its disk does not answer.
 pub(crate) fn open_same(path: &Path, seen: &FileIdentity) -> io::Result<Option<File>> {
     let _under_way = UnderWay::begin(path)?;
     #[cfg(test)]
@@ -170,7 +170,7 @@ fn is_regular(metadata: &fs::Metadata) -> io::Result<()> {
 /// Runs `work`, which needs a file descriptor, and tries again for up to [`DESCRIPTOR`] while there is none.
 ///
 /// # Errors
-/// Those of `work`.
+/// Returns the errors of `work`.
 pub(crate) fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let begun = Instant::now();
     loop {

@@ -1,8 +1,9 @@
-//! Names of blobs in the cache: the ETag that the hub sends for a file.
+//! Chooses the file names of blobs in the Hugging Face cache: the ETags that the hub sends for the files.
 //!
 //! A file that the hub keeps in Git LFS is named by the SHA-256 of its content. Any other file is named by the id of
-//! its git blob, a SHA-1. The hub decides which applies when a file is uploaded; without the hub, this module guesses
-//! by the hub's rules. A wrong guess only leads to another name: readers of a cache follow the links.
+//! its git blob, a SHA-1. The hub decides which applies when a file is uploaded. Weft does not contact the hub, so
+//! this module predicts the hub's choice from the file's name and size. A wrong prediction is harmless: readers reach
+//! blobs through the snapshot's links.
 
 use std::fmt;
 

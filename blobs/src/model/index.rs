@@ -467,7 +467,7 @@ pub(crate) fn hash_file(
     hash_file_with(&Hashers::start(), path, progress)
 }
 
-/// As [`hash_file`], but with hashing threads that the caller reuses for several files.
+/// Like [`hash_file`], but with hashing threads that the caller reuses for several files.
 pub(crate) fn hash_file_with(
     hashers: &Hashers,
     path: &Path,

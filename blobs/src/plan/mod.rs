@@ -193,7 +193,7 @@ impl Plan {
     /// Makes a plan like [`new`](Self::new); `existing` says how to treat files that are in the folder already.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// Returns the errors of [`new`](Self::new).
     pub fn with(
         store: &Store,
         (manifest, selected): (&Manifest, Option<&Selected>),

@@ -40,11 +40,11 @@ pub enum ResultError {
         /// The error of reading.
         source: ReadError,
     },
-    /// The content of a file is not here.
-    #[error("the content of {0:?} is not here")]
+    /// The content of a file is missing from the store.
+    #[error("the content of {0:?} is missing from the store; run the same command again")]
     Missing(String),
     /// The tensors do not form a file.
-    #[error("cannot make a file of the tensors of {path:?}: {source}")]
+    #[error("cannot write the selected tensors of {path:?} as a safetensors file: {source}")]
     Extract {
         /// The file, by its path in the manifest.
         path: String,
@@ -52,7 +52,7 @@ pub enum ResultError {
         source: ExtractError,
     },
     /// The file is not a valid index.
-    #[error("{path:?} is not a valid index: {source}")]
+    #[error("the shard index {path:?} is invalid: {source}")]
     Index {
         /// The file, by its path in the manifest.
         path: String,

@@ -89,12 +89,12 @@ impl Store {
         self.collect_with(dry_run, false)
     }
 
-    /// As [`collect`](Self::collect). With `gone`, also removes the rows of files whose folder is gone, for example
+    /// Like [`collect`](Self::collect). With `gone`, also removes the rows of files whose folder is gone, for example
     /// after a copy of a model was deleted. If the folder is on a disk that is only unmounted, its files must be read
     /// again later. A model of which a whole copy exists in another folder moves there.
     ///
     /// # Errors
-    /// As [`collect`](Self::collect).
+    /// Returns the errors of [`collect`](Self::collect).
     pub fn collect_with(&self, dry_run: bool, gone: bool) -> Result<Collected, StoreError> {
         let states = self.check_all(true)?;
         let _alone = self.lock_deletion();

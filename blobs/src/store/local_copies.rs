@@ -1,8 +1,8 @@
-//! Content of a wanted blob that is on this machine in other blobs: tensors of other models and revisions, in any file
-//! and at any offset.
+//! Finds wanted content that other local files already contain at any offset, such as equal tensors of other models, or
+//! part files.
 //!
-//! Such content is a guess until it is checked. A provider sends the parents of the groups without their content, and
-//! groups that do not match their parents are fetched.
+//! The content is verified first: a provider sends only the hashes of the tree (the parents), and chunk groups that do
+//! not match are fetched.
 
 use std::{
     collections::{HashMap, HashSet},

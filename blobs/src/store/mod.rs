@@ -243,7 +243,7 @@ impl Store {
         self.add_while(indexed, name, &|| true)
     }
 
-    /// As [`add`](Self::add), but stops once `goes_on` returns false. `goes_on` is called before each file and before
+    /// Like [`add`](Self::add), but stops once `goes_on` returns false. `goes_on` is called before each file and before
     /// the commit. After a stop, the next garbage collection deletes the files written so far.
     ///
     /// # Errors
@@ -474,10 +474,10 @@ impl Store {
         }
     }
 
-    /// As [`sources`](Self::sources), but returns only sources of a blob of `size` bytes.
+    /// Like [`sources`](Self::sources), but returns only sources of a blob of `size` bytes.
     ///
     /// # Errors
-    /// As [`sources`](Self::sources).
+    /// Returns the errors of [`sources`](Self::sources).
     pub fn sources_of(&self, hash: &Hash, size: u64) -> Result<Vec<Source>, StoreError> {
         let mut sources = self.sources(hash)?;
         sources.retain(|source| source.tree().size() == size);

@@ -167,7 +167,7 @@ impl Forget<'_> {
         self.model_of(model, manifest, deletions, &mut BTreeSet::new())
     }
 
-    /// As [`model`](Self::model); adds the folders that files are deleted from to `folders`.
+    /// Like [`model`](Self::model), but also adds the folders that files are deleted from to `folders`.
     fn model_of(
         &self,
         model: &Model,

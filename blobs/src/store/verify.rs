@@ -636,7 +636,7 @@ impl<'a> Reading<'a> {
         Self { progress, done }
     }
 
-    /// As [`read`], with progress.
+    /// Like [`read`], but reports progress.
     fn read(&self, source: &Source, have: &Bitfield) -> Result<Option<Bitfield>, StoreError> {
         let done = |bytes| {
             self.done.fetch_add(bytes, Ordering::Relaxed);

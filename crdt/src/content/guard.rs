@@ -65,7 +65,7 @@ pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
     let outer = GUARDED.replace(true);
     let result = panic::catch_unwind(AssertUnwindSafe(work));
     GUARDED.set(outer);
-    result.map_err(|_| Refusal::Poisoned("Automerge panics on it"))
+    result.map_err(|_| Refusal::Poisoned("Automerge panics on the change"))
 }
 
 /// A change that is well-formed on its own.
@@ -197,7 +197,7 @@ impl<'a> Ancestry<'a> {
     }
 }
 
-const WRONG_CONTAINER: &str = "it uses a map as a list, or a list as a map";
+const WRONG_CONTAINER: &str = "an operation uses a map as a list, or a list as a map";
 
 /// The purpose for which an operation refers to another.
 #[derive(Debug, Clone, Copy)]
@@ -232,7 +232,11 @@ impl Role {
                 let is_list = match other.map(|made| &made.action) {
                     Some(OpType::Make(ObjType::List)) => true,
                     Some(OpType::Make(ObjType::Map)) => false,
-                    _ => return Err(Refusal::Poisoned("its object is neither a map nor a list")),
+                    _ => {
+                        return Err(Refusal::Poisoned(
+                            "the object of an operation is neither a map nor a list",
+                        ));
+                    }
                 };
                 match is_list == matches!(op.key, OpKey::Seq(_)) {
                     true => Ok(()),
@@ -242,7 +246,7 @@ impl Role {
             Self::Element => match other.is_some_and(|made| made.insert && made.obj == op.obj) {
                 true => Ok(()),
                 false => Err(Refusal::Poisoned(
-                    "it changes an element that is not in its list",
+                    "an operation changes an element that is not in its list",
                 )),
             },
             Self::Before => {
@@ -256,7 +260,9 @@ impl Role {
                 };
                 match other.is_some_and(is_here) {
                     true => Ok(()),
-                    false => Err(Refusal::Poisoned("it replaces a value at another position")),
+                    false => Err(Refusal::Poisoned(
+                        "an operation replaces a value at another position",
+                    )),
                 }
             }
         }
@@ -278,7 +284,7 @@ fn references(
         max_op = max_op.max(node.max_op);
     }
     if change.start_op().get() != max_op + 1 {
-        return Err(Refusal::Poisoned("its operations have wrong numbers"));
+        return Err(Refusal::Poisoned("the operations have wrong numbers"));
     }
     let expanded = change.decode();
     // A second encoding of the same operations would have another hash in a save. Envelopes of version 1 therefore have
@@ -292,7 +298,7 @@ fn references(
     // Automerge's clocks are correct only if an actor's changes build on each other.
     if previous.is_some_and(|previous| !ancestry.has_change(&previous)) {
         return Err(Refusal::Poisoned(
-            "it does not build on the previous change of its author",
+            "the change does not build on the previous change of its author",
         ));
     }
     let mut touched = Touched::default();
@@ -303,7 +309,7 @@ fn references(
             ObjectId::Id(id) if known(id) => {}
             ObjectId::Id(_) => {
                 return Err(Refusal::Poisoned(
-                    "it changes an object that is not among its ancestors",
+                    "an operation changes an object that is not among its ancestors",
                 ));
             }
         }
@@ -312,19 +318,21 @@ fn references(
             OpKey::Map(key) if key.len() > MAX_MAP_KEY || key.is_empty() => {
                 return Err(Refusal::Poisoned("a key is empty or too long"));
             }
-            OpKey::Map(_) if op.insert => return Err(Refusal::Poisoned("it inserts into a map")),
+            OpKey::Map(_) if op.insert => {
+                return Err(Refusal::Poisoned("an operation inserts into a map"));
+            }
             OpKey::Map(key) => _ = keys.insert(key.to_string()),
             OpKey::Seq(ElementId::Head) if op.insert => {}
             OpKey::Seq(ElementId::Id(id)) if known(id) => {}
             OpKey::Seq(_) => {
                 return Err(Refusal::Poisoned(
-                    "it changes an element that is not among its ancestors",
+                    "an operation changes an element that is not among its ancestors",
                 ));
             }
         }
         if !op.pred.iter().all(known) {
             return Err(Refusal::Poisoned(
-                "it replaces a value that is not among its ancestors",
+                "an operation replaces a value that is not among its ancestors",
             ));
         }
         if op.insert && !op.pred.is_empty() {
@@ -335,7 +343,7 @@ fn references(
             OpType::Delete | OpType::Increment(_) if !op.insert && !op.pred.is_empty() => {}
             _ => {
                 return Err(Refusal::Poisoned(
-                    "it holds an operation that is not allowed",
+                    "the change holds an operation that is not allowed",
                 ));
             }
         }
@@ -356,9 +364,11 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
         };
         let kind = doc
             .object_type(id)
-            .map_err(|_| Refusal::Poisoned("it changes a value that is not an object"))?;
+            .map_err(|_| Refusal::Poisoned("an operation changes a value that is not an object"))?;
         if !matches!(kind, ObjType::Map | ObjType::List) {
-            return Err(Refusal::Poisoned("its object is neither a map nor a list"));
+            return Err(Refusal::Poisoned(
+                "the object of an operation is neither a map nor a list",
+            ));
         }
         let as_list = matches!(kind, ObjType::List);
         if as_list == keys.is_empty() {
@@ -369,8 +379,9 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
             return Err(Refusal::Poisoned(WRONG_CONTAINER));
         }
         for key in keys {
-            doc.get_all(id, key.as_str())
-                .map_err(|_| Refusal::Poisoned("the value that it sets cannot be read"))?;
+            doc.get_all(id, key.as_str()).map_err(|_| {
+                Refusal::Poisoned("the value that an operation sets cannot be read")
+            })?;
         }
     }
     Ok(())
@@ -405,7 +416,7 @@ impl Depths {
         touched: &Touched,
         decoded: &mut Decoded,
     ) -> Result<(), Refusal> {
-        let missing = || Refusal::Poisoned("it changes an object that does not exist");
+        let missing = || Refusal::Poisoned("an operation changes an object that does not exist");
         let (start, actor) = (change.start_op().get(), change.actor_id());
         let mut own: HashMap<OpId, usize> = HashMap::new();
         // Sort by the change that created the object, so that none is decoded repeatedly.
@@ -425,7 +436,7 @@ impl Depths {
                     break *depth;
                 }
                 if above.len() > MAX_DEPTH {
-                    return Err(Refusal::Poisoned("it is nested too deeply"));
+                    return Err(Refusal::Poisoned("the content is nested too deeply"));
                 }
                 let made_here = id.actor() == actor && id.counter() >= start;
                 let parent = |op: &Op| op.obj.clone();
@@ -448,7 +459,7 @@ impl Depths {
                 };
             }
             if depth > MAX_DEPTH {
-                return Err(Refusal::Poisoned("it is nested too deeply"));
+                return Err(Refusal::Poisoned("the content is nested too deeply"));
             }
         }
         Ok(())
@@ -501,7 +512,7 @@ pub(crate) fn apply(
             .map(|one| one.checked.change.clone())
             .collect();
         doc.apply_changes(bare)
-            .map_err(|_| Refusal::Poisoned("Automerge refuses it"))?;
+            .map_err(|_| Refusal::Poisoned("Automerge refuses the change"))?;
         let mut touched = Touched::new();
         for one in changes {
             let change = &one.checked.change;

@@ -49,7 +49,7 @@ pub(crate) struct Decision {
     /// The keys that may write the document, sorted.
     pub(crate) writers: Vec<Key>,
     pub(crate) readers: Readers,
-    /// If set, the content is compacted at this time: it begins anew without its history.
+    /// If set, the content is compacted at this time: its history is dropped.
     pub(crate) compact_at: Option<i64>,
 }
 

@@ -47,7 +47,7 @@ pub enum Event {
     },
     /// The owner has changed the rights to write and read.
     Rights(DocumentId),
-    /// The owner has compacted the document: the content begins anew without its history.
+    /// The owner has compacted the document: its content is kept without its history.
     Compacted(DocumentId),
     /// An author has signed two different changes for one position. All replicas drop the session's changes from there
     /// on.

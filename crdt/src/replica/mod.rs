@@ -410,8 +410,8 @@ impl Replica {
         self.decide_as(id, decision)
     }
 
-    /// Compacts a document: the content begins anew in its current state, without its history. Only the owner may do
-    /// this.
+    /// Compacts a document: keeps its content in the current state, without its history. Only the owner may
+    /// do this.
     ///
     /// # Errors
     /// Returns [`Error`] if the operation is not allowed or does not fit, or if the disk fails; then nothing is

@@ -378,7 +378,7 @@ fn a_proof_of_nothing_is_an_offence() {
     forged.change = ChangeId([1; 32]);
     assert!(Proof::of(one.header.clone(), forged.clone()).is_some());
     world.lie(0, tell(&one.header, &forged));
-    assert_eq!(world.offences(0), ["a signature is wrong"]);
+    assert_eq!(world.offences(0), ["a signature is invalid"]);
 }
 
 #[test]
@@ -405,7 +405,7 @@ fn only_the_owner_signs_epochs() {
         })
     };
     world.lie(0, tell(&epoch));
-    assert_eq!(world.offences(0), ["a signature is wrong"]);
+    assert_eq!(world.offences(0), ["a signature is invalid"]);
     epoch.epoch = Bytes::from_static(b"\xff\xff");
     world.lie(0, tell(&epoch));
     assert_eq!(world.offences(0), ["an epoch cannot be decoded"]);

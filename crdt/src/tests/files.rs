@@ -165,7 +165,7 @@ fn an_incomplete_import_fails_and_reports_the_refused_changes_and_the_reasons() 
     type Bend<'a> = &'a dyn Fn(&mut Vec<wire::Envelope>, usize);
     for (bend, expected, says) in [
         (&flip as Bend<'_>, damaged, "1 is damaged"),
-        (&forge, damaged, "a signature is wrong"),
+        (&forge, damaged, "a signature is invalid"),
         (&spoil, damaged, "19 build on changes that are damaged"),
         (
             &drop,

@@ -9,8 +9,8 @@ use weft_proto::wire::{self, document_message::Kind};
 use super::{World, key};
 use crate::{DocumentId, NewDocument, Output, Readers, Rights};
 
-/// Nodes of a world in every order of their keys: the owner, a node that is shut out, a node that may read from then
-/// on, and a stranger.
+/// Nodes of a world in every order of their keys: the owner, a node that loses read access, a node that may read
+/// from then on, and a stranger.
 const CASTS: [[usize; 4]; 4] = [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]];
 
 fn only(world: &mut World, owner: usize, id: DocumentId, readers: &[usize]) {

@@ -8,8 +8,8 @@
 //!   connection counts towards no network group, so that forged packets do not use up a group's limit. Such connections
 //!   have a small limit of their own and make room for any other. Beyond that limit the sender first has to show that
 //!   it receives at its address.
-//! - One site has at most [`PER_SITE`]. A newcomer from there replaces the oldest connection from there that has sent
-//!   nothing.
+//! - One public IPv4 address or IPv6 /64 has at most [`PER_SITE`] connections in the handshake; a new connection from
+//!   it replaces its oldest silent connection.
 //! - When a share is full, the newcomer replaces the oldest silent connection of the network group that has most. If
 //!   all have sent something, it replaces the oldest connection of a group that has more than the newcomer's.
 

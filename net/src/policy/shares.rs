@@ -1,4 +1,4 @@
-//! Pools whose members are shared out by network group and by peer.
+//! Pools that are divided among network groups and peers.
 //!
 //! A pool limits work that peers make this node do: streams served, lanes, circuits. A limit in total or per peer is
 //! not enough: identities cost nothing, so one machine could take the whole pool with a new key for each member.
@@ -180,7 +180,7 @@ pub enum Full {
     All,
 }
 
-/// A pool that is shared out by peer and by place. Cheap to clone; all clones are one pool.
+/// A pool that is divided among peers and network groups. Cheap to clone; all clones are one pool.
 ///
 /// ```
 /// # use weft_net::{Path, PeerId, NetworkGroup, Shares};

@@ -15,7 +15,7 @@ pub(crate) enum Doc {
         #[arg(long, default_value = "", hide_default_value = true)]
         label: String,
 
-        /// Make this node the only writer for ever; writers cannot be added later
+        /// Make this node the only writer, permanently; writers cannot be added later
         #[arg(long, conflicts_with = "writer")]
         single_writer: bool,
 
@@ -84,7 +84,7 @@ pub(crate) enum Doc {
         /// Value as JSON; - reads it from standard input
         value: String,
     },
-    /// Add to a counter, and create it if there is no value
+    /// Add to a counter; creates the counter if the path has no value
     Increment {
         /// The document's id
         id: DocumentId,
@@ -137,8 +137,8 @@ pub(crate) enum Doc {
     },
     /// Show or change the readers of a document, besides owner and writers; only its owner may change them
     ///
-    /// A node that may no longer read the document keeps its replica. Every node that knows the decision tells it to
-    /// that node, which then sends nothing of the document to nodes that may not read it.
+    /// A node that loses read access keeps its replica. Once another node informs it, it no longer sends the document
+    /// to nodes without read access.
     Readers {
         /// The document's id
         id: DocumentId,
@@ -166,8 +166,8 @@ pub(crate) enum Doc {
     },
     /// Import a document from a file, and print its id
     ///
-    /// Exits with code 9 if a part of the file cannot be imported because it is damaged or missing, and prints the
-    /// number of changes and the reason. The valid part is kept, and so is everything that was here before.
+    /// Exits with code 9 if parts of the file are damaged or missing, and prints how many changes could not be imported
+    /// and why. Valid changes are imported; existing data is kept.
     Import {
         /// File to read; - for standard input
         file: PathBuf,

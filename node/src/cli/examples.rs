@@ -5,7 +5,7 @@ pub(super) const UP: &str = "Examples:
       weft up
 
   Join a mesh through a node whose address is known:
-      weft up --bootstrap /ip4/192.0.2.7/udp/9338/quic-v1/p2p/<PEERID>
+      weft up --bootstrap /ip4/192.0.2.7/udp/9338/quic-v1/p2p/<PEER>
 
   Keep at most 200 GB of fetched content, and upload at most 40 MB/s:
       weft up --quota 200GB --max-upload 40M
@@ -31,7 +31,7 @@ pub(super) const GET: &str = "Examples:
       weft get acme/llama --to ./llama
 
   Fetch a revision, from one publisher only:
-      weft get acme/llama@v2 --publisher <PEERID>
+      weft get acme/llama@v2 --publisher <PEER>
 
   Fetch the small files first, and the weights later:
       weft get acme/llama --to ./llama --files '*.json'
@@ -45,23 +45,23 @@ pub(super) const GET: &str = "Examples:
 
 pub(super) const CALL: &str = "Examples:
   List the services of a peer:
-      weft call <PEERID>
+      weft call <PEER>
 
   List the methods of one service:
-      weft call <PEERID> acme.llm.Llm
+      weft call <PEER> acme.llm.Llm
 
   Call a method at any provider of a service:
       weft call acme.llm.Llm Generate --data '{\"prompt\": \"hello\"}'
 
   Call a method at one peer, with a deadline of 5 seconds:
-      weft call <PEERID> acme.llm.Llm/Generate --timeout 5
+      weft call <PEER> acme.llm.Llm/Generate --timeout 5
 
   Send a tensor beside the message, and save the tensors of the answer:
-      weft call <PEERID> Embed --attach F32:2x3:x.bin --save ./answer";
+      weft call <PEER> Embed --attach F32:2x3:x.bin --save ./answer";
 
 pub(super) const DOC: &str = "Examples:
   Create a document, and let a second node write to it:
-      weft doc create --label plans --writer <PEERID>
+      weft doc create --label plans --writer <PEER>
 
   Replicate the document on the second node:
       weft doc open <DOCID>
@@ -85,7 +85,7 @@ pub(super) const RECORD: &str = "Examples:
 
 pub(super) const REGISTRY: &str = "Examples:
   Create a registry in which one peer publishes all names of acme:
-      weft registry create --label models --publisher <PEERID>=acme/*
+      weft registry create --label models --publisher <PEER>=acme/*
 
   Follow the registry on another node, and list its models:
       weft registry follow <DOCID>
@@ -103,7 +103,7 @@ pub(super) const TOPIC: &str = "Examples:
       weft topic publish acme/news -
 
   Print ten messages of one peer, as JSON:
-      weft topic watch acme/news --from <PEERID> --count 10 --json";
+      weft topic watch acme/news --from <PEER> --count 10 --json";
 
 pub(super) const SERVICE: &str = "Examples:
   List the peers that offer a service:
@@ -153,7 +153,7 @@ mod tests {
             let mut examples = 0;
             for line in help.lines().filter_map(|line| line.strip_prefix("      ")) {
                 let line = line
-                    .replace("<PEERID>", PEER)
+                    .replace("<PEER>", PEER)
                     .replace("<DOCID>", &"0".repeat(64));
                 // Every second part was in quotes.
                 let parts = line.split('\'').enumerate();

@@ -64,8 +64,8 @@ pub(crate) struct Get {
     #[arg(long, value_name = "DIR")]
     pub(crate) to: Option<PathBuf>,
 
-    /// Write the model into a Hugging Face cache, where huggingface_hub finds it, as the repository and revision of its
-    /// name, or as in --hf-cache=org/name or --hf-cache=org/name@revision; an id or a ticket needs a value
+    /// Write the model into a Hugging Face cache. The value is the repository and revision, as in
+    /// --hf-cache=org/name@revision [default: those of the model name]; required for an id or a ticket
     #[arg(
         long,
         value_name = "REPO",
@@ -82,7 +82,7 @@ pub(crate) struct Get {
     pub(crate) cache_dir: Option<PathBuf>,
 
     /// Accept the name only from this publisher
-    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
+    #[arg(long, value_name = "PEER", value_parser = peer_id)]
     pub(crate) publisher: Option<PeerId>,
 
     /// Most content to receive, in bytes per second, such as 40M; 0: no limit
@@ -98,12 +98,12 @@ pub(crate) struct Get {
     #[arg(long, value_name = "PATTERN")]
     pub(crate) tensors: Vec<Pattern>,
 
-    /// Keep trying until Ctrl-C while no provider is reachable (default: give up two minutes after content last
-    /// arrived)
+    /// Keep trying until Ctrl-C while no provider is reachable (default: give up after 10 s if no content has arrived,
+    /// or 2 minutes after content last arrived)
     #[arg(long)]
     pub(crate) keep_trying: bool,
 
-    /// Priority: low, normal or high; a fetch waits while content arrives for one of higher priority
+    /// Priority: low, normal or high; a fetch pauses while a fetch of higher priority receives content
     #[arg(long, default_value_t)]
     pub(crate) priority: Priority,
 
@@ -138,7 +138,7 @@ pub(crate) struct Cat {
     pub(crate) length: Option<u64>,
 
     /// Accept the name only from this publisher
-    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
+    #[arg(long, value_name = "PEER", value_parser = peer_id)]
     pub(crate) publisher: Option<PeerId>,
 }
 
@@ -158,7 +158,7 @@ pub(crate) struct Providers {
     pub(crate) target: String,
 
     /// Accept the name only from this publisher
-    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
+    #[arg(long, value_name = "PEER", value_parser = peer_id)]
     pub(crate) publisher: Option<PeerId>,
 }
 
@@ -171,8 +171,8 @@ pub(crate) struct Search {
 
 #[derive(Debug, Args)]
 pub(crate) struct Rm {
-    /// An id, or its first six or more digits, to forget the model; or a name, to drop the name, and with the last name
-    /// the model
+    /// A name, to drop that name (dropping the last name also forgets the model); or an id, or its first six or more
+    /// digits, to forget the model with all its names
     pub(crate) model: String,
 
     /// Also delete unchanged files that `weft get` wrote, in all folders; files added in place are never deleted
@@ -182,7 +182,7 @@ pub(crate) struct Rm {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Tag {
-    /// Pin a model: it is not removed, collected or evicted until the tag is removed
+    /// Pin a model: it is not removed, deleted by `weft gc`, or evicted until the tag is removed
     Add {
         /// Name of the tag: 1 to 128 letters, digits and . _ - / : @
         tag: String,

@@ -274,7 +274,7 @@ impl Docs {
     /// after a shutdown.
     ///
     /// With [`DocumentError::ImportIncomplete`](crate::DocumentError), a part of the file is damaged, missing or has
-    /// no room. The valid part is imported, and nothing that was here before is lost.
+    /// no room. Valid changes are imported, and existing data is kept.
     pub async fn import(&self, content: Vec<u8>) -> Result<DocImport, Error> {
         let imported = self
             .documents()
@@ -403,7 +403,7 @@ impl Doc {
     /// Returns the value at a path, deserialized into `T`. `None` if there is none.
     ///
     /// # Errors
-    /// Those of [`get`](Self::get), and [`Error::Value`] if the value does not fit `T`.
+    /// Returns the errors of [`get`](Self::get), and [`Error::Value`] if the value does not fit `T`.
     pub async fn get_as<T: DeserializeOwned>(&self, at: &str) -> Result<Option<T>, Error> {
         let value = self.get(at).await?;
         Ok(value.map(serde_json::from_value).transpose()?)
@@ -426,7 +426,7 @@ impl Doc {
     /// Deletes the value at a path. Returns the id of the change, or `None` if nothing changed.
     ///
     /// # Errors
-    /// Those of [`put`](Self::put).
+    /// Returns the errors of [`put`](Self::put).
     pub async fn delete(&self, at: &str) -> Result<Option<ChangeId>, Error> {
         self.transaction().delete(at)?.commit().await
     }
@@ -435,7 +435,7 @@ impl Doc {
     /// up.
     ///
     /// # Errors
-    /// Those of [`put`](Self::put).
+    /// Returns the errors of [`put`](Self::put).
     pub async fn increment(&self, at: &str, by: i64) -> Result<Option<ChangeId>, Error> {
         self.transaction().increment(at, by)?.commit().await
     }
@@ -443,7 +443,7 @@ impl Doc {
     /// Inserts a value into a list, before the element with the path's index, or at the end with `-`.
     ///
     /// # Errors
-    /// Those of [`put`](Self::put).
+    /// Returns the errors of [`put`](Self::put).
     pub async fn insert(&self, at: &str, value: impl Serialize) -> Result<Option<ChangeId>, Error> {
         self.transaction().insert(at, value)?.commit().await
     }
@@ -514,7 +514,7 @@ impl Doc {
     /// inner `None` of `readers` means every peer.
     ///
     /// # Errors
-    /// Those of [`set_readers`](Self::set_readers).
+    /// Returns the errors of [`set_readers`](Self::set_readers).
     pub async fn set_rights(
         &self,
         add: Vec<PeerId>,
@@ -685,7 +685,7 @@ impl Writers {
     /// may do this.
     ///
     /// # Errors
-    /// Those of [`add`](Self::add).
+    /// Returns the errors of [`add`](Self::add).
     pub async fn revoke(&self, peer: PeerId) -> Result<(), Error> {
         let revoke = keys(&[peer])?;
         self.doc

@@ -156,7 +156,7 @@ impl Get {
     }
 
     /// Sets whether to keep trying until the operation is dropped, however long no provider can be reached. Pauses
-    /// between attempts grow up to one minute. Default: no; the fetch then fails two minutes after content last
+    /// between attempts grow up to one minute. Default: no; the fetch then fails 2 minutes after content last
     /// arrived, or ten seconds after the start if none has.
     pub fn keep_trying(mut self, keep_trying: bool) -> Self {
         self.keep_trying = keep_trying;

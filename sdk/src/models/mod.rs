@@ -263,7 +263,7 @@ impl Models {
     /// Opens a model's file for reading like [`open`](Self::open), but accepts the name only from `publisher`.
     ///
     /// # Errors
-    /// Those of [`open`](Self::open).
+    /// Returns the errors of [`open`](Self::open).
     pub async fn open_from(
         &self,
         target: Target,

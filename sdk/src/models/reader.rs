@@ -174,7 +174,7 @@ impl Reader {
     /// order does not change.
     ///
     /// # Errors
-    /// Those of reading; see [`Reader`].
+    /// Returns the errors of reading; see [`Reader`].
     pub async fn read_range(&self, range: Range<u64>) -> io::Result<Vec<u8>> {
         let end = range.end.min(self.file().size);
         let mut bytes = Vec::new();

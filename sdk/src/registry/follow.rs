@@ -140,7 +140,7 @@ impl Root {
     /// Reads a registry. Returns `None` if the document is not a registry, or is too large.
     ///
     /// # Errors
-    /// Those of reading a document, such as [`DocumentError::NotYet`] while it is empty.
+    /// Returns the errors of reading a document, such as [`DocumentError::NotYet`] while it is empty.
     pub(super) fn read(
         replica: &mut Replica,
         id: DocumentId,

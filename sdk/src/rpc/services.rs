@@ -43,7 +43,7 @@ const LOOKUP_INTERVAL: Duration = Duration::from_secs(1);
 /// Age at which the known paths to providers are updated.
 const MAX_PATH_AGE: Duration = Duration::from_secs(2);
 
-/// Number of providers that are connected to before they are called, to find the nearest.
+/// Number of providers that are connected to before they are called, to measure their round trips.
 const MAX_MET: usize = 8;
 
 /// Time to reach a peer before another is tried. A dial over a long path takes less. The time doubles in case there
@@ -172,7 +172,7 @@ impl Shared {
         self.refresh_paths().await;
     }
 
-    /// Connects to some providers, to find the nearest.
+    /// Connects to some providers, to measure their round trips.
     async fn meet(&self) {
         let strangers: Vec<_> = {
             let (state, now) = (lock(&self.offers), Instant::now());

@@ -134,7 +134,7 @@ async fn a_get_after_a_dropped_one_resumes_its_part_files() {
         }
     };
     assert_eq!(waiting.phase, GetPhase::Waiting);
-    assert!(waiting.waiting_for.unwrap().contains("another get"));
+    assert!(waiting.waiting_for.unwrap().contains("another fetch"));
     drop(first);
     let got = timeout(PATIENCE, second).await.unwrap().unwrap();
     same_files(&model, &folder.path().join("two"));

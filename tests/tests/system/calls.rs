@@ -25,7 +25,7 @@ fn a_service_in_python_is_called_from_another_node() {
     // Before any service is offered.
     let failed = call(&[METHOD]);
     assert_eq!(failed.code(), Some(3), "{failed:?}");
-    assert!(failed.stderr.contains("does not say"), "{failed:?}");
+    assert!(failed.stderr.contains("does not publish"), "{failed:?}");
 
     let service = EchoService::start(&serving);
     let listed = call(&[]);

@@ -117,12 +117,12 @@ fn a_registry_is_made_followed_filled_and_left() {
                 &lets[..lets.len() - 1],
             ],
             2,
-            "no pattern",
+            "not a pattern",
         ),
         (
             vec!["registry", "follow", &id, "--prefix", "a b"],
             1,
-            "no pattern",
+            "not a pattern",
         ),
     ] {
         let failed = owner.run(&arguments);

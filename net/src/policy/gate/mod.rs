@@ -21,8 +21,8 @@
 //!    met ([`Extent::Lan`]) and the address lies in a network of one of this node's interfaces, or in the private block
 //!    of a given address.
 //! 5. One dial of a peer goes to at most two IP addresses of a family and three ports at each.
-//! 6. A destination that has not proved itself by an authenticated connection is dialed at the rates below, regardless
-//!    of the source of its address.
+//! 6. A destination at which no peer has authenticated is dialed at the rates below, regardless of the source of
+//!    its address.
 
 pub(crate) mod dialed;
 mod heard;

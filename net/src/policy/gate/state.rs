@@ -27,8 +27,8 @@ pub(super) const MAX_ATTEMPTS_PER_IP: usize = 2 * MAX_PORTS;
 /// The time window of the rates.
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
-/// Attempts per minute at one public IP address (one IPv6 /64) that has not proved itself: enough to dial a peer with
-/// six addresses there twice.
+/// Attempts per minute at one public IP address (one IPv6 /64) at which no peer has authenticated: enough to dial a
+/// peer with six addresses there twice.
 pub(super) const PER_SITE: usize = 12;
 
 /// Attempts per minute in one network (an IPv4 /24, an IPv6 /48): enough for four such addresses.

@@ -1,12 +1,12 @@
 //! The schedule of a node's records: what is published or withdrawn next, and when. It is a state machine without
 //! I/O: time comes in as an argument, and work comes out.
 //!
-//! - One [`Pace`] holds for all records. Work that a caller waits for begins at once, and delays the rest.
+//! - One rate limit ([`Pace`]) covers all records. Work that a caller waits for begins at once, and delays the rest.
 //! - Among due records, a lower [`Rank`] goes first, then records that were never published (the newest first), then
 //!   those that have been due for longest. Records that are due at the same time are ordered by their positions in
 //!   the key space, because neighbours are stored on the same nodes.
-//! - A record is published again before it expires, and when its value or its addresses change. In a small mesh, each
-//!   new node is told of all records.
+//! - A record is published again before it expires, and when its value or its addresses change. In a small mesh, all
+//!   records are sent to each new node.
 //! - A record that no other node stored is published again after a pause that doubles.
 //! - Work on one record never overlaps, so that other nodes know its latest state.
 
