@@ -185,8 +185,8 @@ reasons! {
     /// The content would exceed the quota even if everything evictable were evicted.
     QuotaExceeded: "QUOTA_EXCEEDED", Some(Code::ResourceExhausted), DISK_FULL,
         "Nothing was evicted. `weft storage` shows disk usage. Raise the quota with `weft storage --quota BYTES`,\n\
-         release models with `weft tag rm TAG` or `weft rm MODEL --files`, or choose a folder outside the node's home\n\
-         with --to.";
+         release models with `weft tag rm TAG` or `weft rm MODEL --files`, or write a whole model (no --tensors) to a\n\
+         folder outside the node's home with --to.";
     /// The document or one of its changes is larger than allowed.
     TooLarge: "TOO_LARGE", Some(Code::ResourceExhausted), FAILED, "";
     /// The node takes part in too many topics.

@@ -17,9 +17,13 @@ use crate::home::lines;
 /// The most addresses that are remembered.
 const MAX_ADDRESSES: usize = 128;
 
-/// Interval at which changed addresses are written, and the delay after the first node is met.
+/// Interval at which changed addresses are written.
 const WRITE_INTERVAL: Duration = Duration::from_secs(300);
-const FIRST_WRITE: Duration = Duration::from_secs(5);
+
+/// The delay before the first write, and the shortest time between two writes. A write follows soon after a change of
+/// the known nodes, so that a node that is killed after others have joined still finds them. It is not written more
+/// often, because home folders may be on flash memory.
+const WRITE_DELAY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(15));
 
 /// Time for bootstrap nodes and the local network before remembered nodes are tried, and the longest pause between
 /// two rounds.
@@ -51,8 +55,12 @@ pub(crate) async fn remember(dht: Dht, path: PathBuf) {
     if nodes.wait_for(|nodes| *nodes > 0).await.is_err() {
         return;
     }
-    sleep(FIRST_WRITE).await;
+    let mut delay = WRITE_DELAY.0;
     loop {
+        sleep(delay).await;
+        delay = WRITE_DELAY.1;
+        // Changes during the delay are in what is written now.
+        nodes.mark_unchanged();
         let Ok(routes) = dht.routes(MAX_ADDRESSES).await else {
             return;
         };
@@ -70,7 +78,9 @@ pub(crate) async fn remember(dht: Dht, path: PathBuf) {
                 Err(_) => return,
             }
         }
-        sleep(WRITE_INTERVAL).await;
+        if let Ok(Err(_)) = timeout(WRITE_INTERVAL, nodes.changed()).await {
+            return;
+        }
     }
 }
 
